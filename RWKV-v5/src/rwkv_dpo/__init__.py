@@ -1,0 +1,1 @@
+"""Direct Preference Optimization for RWKV language models. Floors and contracts: CONTRIBUTING.md."""

@@ -1,0 +1,68 @@
+"""Compiles a backend's C++ or CUDA source on first use, with ninja, into torch's extension cache.
+
+The sources hold plain `extern "C"` functions on raw pointers and include no torch header: they compile in seconds where a
+torch extension takes a minute, and one build serves every torch version. Python calls them through ctypes.
+"""
+
+import ctypes
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "csrc"
+
+
+class BuildError(RuntimeError):
+    """A kernel that did not compile; the message ends with the compiler's log."""
+
+
+@cache
+def load_library(source: str, cflags: tuple[str, ...] = (), cuda_cflags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """Compile csrc/`source` (once per source text, flags and machine) and load it.
+
+    Safe to call from several processes at once: torch's builder holds a file lock. Raises BuildError with the log.
+    """
+    from torch.utils import cpp_extension  # imports setuptools: a second that a run with another backend need not spend
+
+    # ninja comes with pip into the environment's bin, which is on PATH only when the environment is activated.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = SOURCES / source
+    # The file's own text and flags name the build, so that an edited kernel or another checkout never meets a stale one.
+    digest = hashlib.sha256(path.read_bytes() + repr((cflags, cuda_cflags, _cpu_model())).encode()).hexdigest()[:12]
+    name = f"rwkv_dpo_{path.stem}_{digest}"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    folder = Path(root) / name
+    printed = io.StringIO()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with redirect_stdout(printed), redirect_stderr(printed):
+            cpp_extension.load(
+                name, [str(path)], extra_cflags=list(cflags), extra_cuda_cflags=list(cuda_cflags),
+                build_directory=str(folder), is_python_module=False,
+            )
+    except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"{source} did not compile:\n{printed.getvalue()}{error}") from error
+    return ctypes.CDLL(str(folder / f"{name}.so"))
+
+
+def missing_tool(*tools: str) -> str | None:
+    """The first of `tools` that is not on PATH, as a reason in words, or None."""
+    for tool in tools:
+        if shutil.which(tool) is None:
+            return f"no {tool} on PATH"
+    return None
+
+
+def _cpu_model() -> str:
+    """A home directory shared by unlike machines must not share builds made with -march=native."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+    return next((line for line in info.splitlines() if line.startswith(("flags", "Features"))), "")

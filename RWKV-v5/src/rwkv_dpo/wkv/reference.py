@@ -1,0 +1,32 @@
+"""WKV-5 as the loop that defines it: slow, plainly right, in any dtype including float64. The oracle of every test."""
+
+import torch
+
+
+def unusable_because(device: torch.device) -> str | None:
+    return None
+
+
+def wkv5(r, k, v, time_decay, u, cu_seqlens, state0=None):
+    """See rwkv_dpo.wkv for shapes. Computes in float64 for float64 inputs, in fp32 otherwise; autograd does the rest."""
+    n_tokens, n_heads, head_size = r.shape
+    n_seqs = cu_seqlens.numel() - 1
+    dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
+    w = torch.exp(-torch.exp(time_decay.to(dtype)))
+    u = u.to(dtype)
+    if state0 is None:
+        state0 = torch.zeros(n_seqs, n_heads, head_size, head_size, dtype=dtype, device=r.device)
+
+    ys, ends = [], []
+    bounds = cu_seqlens.tolist()
+    for s in range(n_seqs):
+        state = state0[s].to(dtype)
+        for t in range(bounds[s], bounds[s + 1]):
+            r_t, k_t, v_t = r[t].to(dtype), k[t].to(dtype), v[t].to(dtype)
+            kv = k_t[:, :, None] * v_t[:, None, :]
+            ys.append(torch.einsum("hi,hij->hj", r_t, state + u[:, :, None] * kv))
+            state = w[:, :, None] * state + kv
+        ends.append(state)
+    y = torch.stack(ys).to(r.dtype) if ys else torch.zeros_like(r)
+    state_end = torch.stack(ends) if ends else state0
+    return y, state_end
