@@ -1,0 +1,49 @@
+"""The losses, as pure functions of log-probabilities. Everything here is fp32 (or float64) and differentiable."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# RWKV-LM's pull of each row's largest logit towards 0, which keeps logits in the range of bf16.
+L2WRAP_FACTOR = 1e-4
+
+
+class DPOTerms(NamedTuple):
+    losses: Tensor  # [pairs]
+    chosen_rewards: Tensor  # [pairs] beta * (logp - ref_logp), as TRL names it; no gradient
+    rejected_rewards: Tensor  # [pairs]
+
+
+def dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor, beta: float) -> DPOTerms:
+    """The sigmoid loss of Rafailov et al. 2023 (arXiv:2305.18290, equation 7), one value a pair.
+
+    Every argument is [pairs]: sums of log-probabilities over the answer's tokens, in nats, under the policy and the reference.
+    """
+    chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
+    rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
+    return DPOTerms(losses, chosen_rewards.detach(), rejected_rewards.detach())
+
+
+def l2wrap(loss: Tensor, max_logits: Tensor) -> Tensor:
+    """`loss` unchanged in value, with RWKV-LM's L2Wrap added to its gradient, scaled by the incoming gradient.
+
+    max_logits [rows]: each row's largest logit, differentiable. Its gradient becomes L2WRAP_FACTOR / rows * max_logit.
+    """
+    pull = 0.5 * L2WRAP_FACTOR * max_logits.square().mean()
+    return loss + (pull - pull.detach())
+
+
+def mix(loss_general: Tensor, loss_dpo: Tensor, ratio: float) -> Tensor:
+    """ratio * loss_general + (1 - ratio) * loss_dpo. A part with weight 0 is left out: it may be NaN or not computed."""
+    if ratio == 0:
+        return loss_dpo
+    if ratio == 1:
+        return loss_general
+    return ratio * loss_general + (1 - ratio) * loss_dpo
+
+
+def perplexity(mean_nll: float) -> float:
+    return float(torch.exp(torch.tensor(mean_nll, dtype=torch.float64)))

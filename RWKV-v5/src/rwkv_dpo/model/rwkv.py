@@ -1,0 +1,154 @@
+"""The stack every RWKV version shares: embedding, blocks of time mix and channel mix, head. Versions differ in the mixes."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from rwkv_dpo.forest import Forest, LayerState
+from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.wkv import WKV5
+
+
+class Mixes(NamedTuple):
+    """The two halves of a block, for one model version: constructors (shape, layer) -> nn.Module."""
+
+    time_mix: Callable[[ModelShape, int], nn.Module]
+    channel_mix: Callable[[ModelShape, int], nn.Module]
+
+
+class RWKV(nn.Module):
+    """Parameters carry the official names, so that a state dict is an official checkpoint."""
+
+    def __init__(self, shape: ModelShape, mixes: Mixes, wkv: WKV5, compute_dtype: torch.dtype, grad_cp: bool = False) -> None:
+        """compute_dtype: of activations and matrix products; the weights keep their own (fp32 in training)."""
+        super().__init__()
+        self.shape, self.wkv, self.compute_dtype, self.grad_cp = shape, wkv, compute_dtype, grad_cp
+        self.emb = nn.Embedding(shape.vocab_size, shape.n_embd)
+        self.blocks = nn.ModuleList(Block(shape, mixes, layer) for layer in range(shape.n_layer))
+        self.ln_out = LayerNorm(shape.n_embd)
+        self.head = Linear(shape.n_embd, shape.vocab_size)
+
+    def forward(self, forest: Forest, initial: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
+        """Hidden rows [S, C] after the last norm, and every layer's state at the end of each of the n segments.
+
+        initial: what the roots continue from, n_roots rows in each tensor; None for the beginning of time.
+        Logits are `head(hidden)`; in training, linear_logprobs(hidden, head.weight, ...) never makes them all.
+        """
+        x = self.emb(forest.tokens).to(self.compute_dtype)
+        states = []
+        for layer, block in enumerate(self.blocks):
+            arguments = (x, forest, initial[layer] if initial else None, self.wkv)
+            if self.grad_cp and torch.is_grad_enabled():
+                x, state = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x, state = block(*arguments)
+            states.append(state)
+        return self.ln_out(x), states
+
+
+class Block(nn.Module):
+    def __init__(self, shape: ModelShape, mixes: Mixes, layer: int) -> None:
+        super().__init__()
+        if layer == 0:
+            self.ln0 = LayerNorm(shape.n_embd)
+        self.ln1 = LayerNorm(shape.n_embd)
+        self.ln2 = LayerNorm(shape.n_embd)
+        self.att = mixes.time_mix(shape, layer)
+        self.ffn = mixes.channel_mix(shape, layer)
+
+    def forward(self, x: Tensor, forest: Forest, initial: LayerState | None, wkv: WKV5) -> tuple[Tensor, LayerState]:
+        if hasattr(self, "ln0"):
+            x = self.ln0(x)
+        att_in = self.ln1(x)
+        att_before, att_last = shift(att_in, forest, initial.att_shift if initial else None)
+        att_out, wkv_ends = self.att(att_in, att_before, forest, initial.wkv if initial else None, wkv)
+        x = x + att_out
+        ffn_in = self.ln2(x)
+        ffn_before, ffn_last = shift(ffn_in, forest, initial.ffn_shift if initial else None)
+        x = x + self.ffn(ffn_in, ffn_before)
+        return x, LayerState(att_last, wkv_ends, ffn_last)
+
+
+class Linear(nn.Module):
+    """x @ weight.T in the dtype of x."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class LayerNorm(nn.Module):
+    """Over the last dimension, in the dtype of x with fp32 statistics."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+def shift(x: Tensor, forest: Forest, handed_in: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The token before each row [S, C] (a parent's last, or handed_in [n_roots, C], or zero), and each segment's last [n, C]."""
+    if handed_in is None:
+        handed_in = x.new_zeros(forest.n_roots, x.shape[1])
+    return _Shift.apply(x, handed_in.to(x.dtype), forest.first_rows, forest.before_first, forest.last_rows)
+
+
+class _Shift(torch.autograd.Function):
+    """One copy of the rows, moved down by one, then the few segment starts put right: far cheaper than a gather of all rows,
+    whose backward is a scatter."""
+
+    @staticmethod
+    def forward(ctx, x, handed_in, first_rows, before_first, last_rows):
+        ctx.save_for_backward(first_rows, before_first, last_rows)
+        ctx.n_rows, ctx.n_roots = x.shape[0], handed_in.shape[0]
+        before = torch.empty_like(x)
+        before[1:] = x[:-1]
+        before[first_rows] = _row(x, handed_in, before_first)
+        return before, _row(x, handed_in, last_rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_before, grad_last):
+        first_rows, before_first, last_rows = ctx.saved_tensors
+        grad_before = grad_before.clone()
+        grad_first = grad_before[first_rows]
+        grad_before[first_rows] = 0
+        grad = grad_before.new_zeros(ctx.n_rows + ctx.n_roots, grad_before.shape[1])
+        grad[: ctx.n_rows - 1] = grad_before[1:]
+        grad.index_add_(0, before_first, grad_first)
+        grad.index_add_(0, last_rows, grad_last)
+        return grad[: ctx.n_rows], grad[ctx.n_rows :], None, None, None
+
+
+def _row(x: Tensor, handed_in: Tensor, rows: Tensor) -> Tensor:
+    """Rows of x, or of handed_in for numbers from len(x) on."""
+    n_rows = x.shape[0]
+    return torch.where((rows >= n_rows)[:, None], handed_in[(rows - n_rows).clamp(min=0)], x[rows.clamp(max=n_rows - 1)])
+
+
+def run_levels(
+    forest: Forest, initial: Tensor | None, recur: Callable[[slice, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Runs a recurrence level by level, children from the end states of their parents.
+
+    recur(rows, cu_seqlens, state0) -> (y [rows, ...], ends [segments, ...]). Returns y [S, ...] and ends [n, ...].
+    """
+    ys: list[Tensor] = []
+    ends: list[Tensor] = []
+    for level in forest.levels:
+        state0 = initial if level.parents is None else torch.cat(ends).index_select(0, level.parents)
+        y, end = recur(slice(level.start, level.end), level.cu_seqlens, state0)
+        ys.append(y)
+        ends.append(end)
+    return (ys[0], ends[0]) if len(ys) == 1 else (torch.cat(ys), torch.cat(ends))

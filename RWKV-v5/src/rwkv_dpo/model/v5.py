@@ -1,0 +1,80 @@
+"""RWKV-5 ("World", 5.2): time mix with a matrix-valued state and a gate, channel mix with squared relu. Paper: arXiv:2404.05892.
+
+r receptance, k key, v value, g gate, w decay, u bonus of the current token.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkv_dpo.forest import Forest
+from rwkv_dpo.model.rwkv import Linear, Mixes, run_levels
+from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.wkv import WKV5
+
+
+class TimeMix(nn.Module):
+    def __init__(self, shape: ModelShape, layer: int) -> None:
+        super().__init__()
+        self.n_head, self.head_size = shape.n_head, shape.head_size
+        for name in ("time_mix_k", "time_mix_v", "time_mix_r", "time_mix_g"):
+            self.register_parameter(name, nn.Parameter(torch.empty(1, 1, shape.n_embd)))
+        self.time_decay = nn.Parameter(torch.empty(shape.n_head, shape.head_size))
+        self.time_faaaa = nn.Parameter(torch.empty(shape.n_head, shape.head_size))
+        self.receptance = Linear(shape.n_embd, shape.dim_att)
+        self.key = Linear(shape.n_embd, shape.dim_att)
+        self.value = Linear(shape.n_embd, shape.dim_att)
+        self.gate = Linear(shape.n_embd, shape.dim_att)
+        self.output = Linear(shape.dim_att, shape.n_embd)
+        self.ln_x = HeadNorm(shape)
+
+    def forward(self, x: Tensor, before: Tensor, forest: Forest, initial: Tensor | None, wkv: WKV5) -> tuple[Tensor, Tensor]:
+        """x and the tokens before it [S, C] -> out [S, C], WKV states at the segments' ends [n, H, N, N]."""
+        r = self.receptance(token_mix(x, before, self.time_mix_r)).view(-1, self.n_head, self.head_size)
+        k = self.key(token_mix(x, before, self.time_mix_k)).view_as(r)
+        v = self.value(token_mix(x, before, self.time_mix_v)).view_as(r)
+        g = self.gate(token_mix(x, before, self.time_mix_g))
+
+        def recur(rows: slice, cu_seqlens: Tensor, state0: Tensor | None):
+            return wkv(r[rows], k[rows], v[rows], self.time_decay, self.time_faaaa, cu_seqlens, state0)
+
+        y, ends = run_levels(forest, initial, recur)
+        return self.output(self.ln_x(y) * F.silu(g)), ends
+
+
+class ChannelMix(nn.Module):
+    def __init__(self, shape: ModelShape, layer: int) -> None:
+        super().__init__()
+        self.time_mix_k = nn.Parameter(torch.empty(1, 1, shape.n_embd))
+        self.time_mix_r = nn.Parameter(torch.empty(1, 1, shape.n_embd))
+        self.key = Linear(shape.n_embd, shape.dim_ffn)
+        self.receptance = Linear(shape.n_embd, shape.n_embd)
+        self.value = Linear(shape.dim_ffn, shape.n_embd)
+
+    def forward(self, x: Tensor, before: Tensor) -> Tensor:
+        k = F.relu(self.key(token_mix(x, before, self.time_mix_k))).square()
+        r = self.receptance(token_mix(x, before, self.time_mix_r))
+        return torch.sigmoid(r) * self.value(k)
+
+
+class HeadNorm(nn.Module):
+    """Group norm with one group a head, after division by head_size_divisor: the same as eps * head_size_divisor ** 2."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.eps = 1e-5 * shape.head_size_divisor**2
+        self.weight = nn.Parameter(torch.ones(shape.dim_att))
+        self.bias = nn.Parameter(torch.zeros(shape.dim_att))
+
+    def forward(self, y: Tensor) -> Tensor:
+        """[S, H, N] -> [S, H * N]"""
+        normed = F.layer_norm(y, y.shape[-1:], eps=self.eps).flatten(1)
+        return torch.addcmul(self.bias.to(y.dtype), normed, self.weight.to(y.dtype))
+
+
+def token_mix(x: Tensor, before: Tensor, mix: Tensor) -> Tensor:
+    """mix * x + (1 - mix) * before, channel by channel."""
+    return torch.lerp(before, x, mix.view(-1).to(x.dtype))
+
+
+MIXES = Mixes(TimeMix, ChannelMix)

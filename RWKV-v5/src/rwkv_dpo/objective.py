@@ -1,0 +1,125 @@
+"""From windows and pairs to a loss and its metrics: one path for training, evaluation and reference scoring."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rwkv_dpo.data.pairs import PairSet
+from rwkv_dpo.forest import Pair, Step, build_step
+from rwkv_dpo.linear_logprobs import LogProbs, linear_logprobs
+from rwkv_dpo.losses import DPOTerms, dpo_loss, l2wrap, mix
+from rwkv_dpo.model.rwkv import RWKV
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one optimizer micro-step sees. ref_logps: fp32 [pairs, 2], nats, chosen then rejected."""
+
+    step: Step
+    ref_logps: Tensor
+    n_windows: int
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        return MicroBatch(self.step.to(device), self.ref_logps.to(device, non_blocking=True), self.n_windows)
+
+
+def collate(windows: Sequence[np.ndarray], pairs: Sequence[Pair], ref_logps: np.ndarray) -> MicroBatch:
+    """Windows [T + 1] token ids each; pairs of (prompt, chosen, rejected) ids with their reference log-probs [pairs, 2]."""
+    return MicroBatch(build_step(windows, pairs), torch.from_numpy(ref_logps.reshape(-1, 2).astype(np.float32)), len(windows))
+
+
+def score_rows(model: RWKV, step: Step, keep_bytes: int | None = None) -> LogProbs:
+    """Log-probabilities and largest logits of the step's scored rows: the one model call of a micro-batch."""
+    hidden, _ = model(step.forest)
+    limits = {} if keep_bytes is None else {"keep_bytes": keep_bytes}
+    return linear_logprobs(hidden.index_select(0, step.scored_rows), model.head.weight, step.targets, **limits)
+
+
+def answer_logps(logps: Tensor, step: Step) -> Tensor:
+    """Sums over each answer's tokens [pairs, 2]: chosen, rejected. fp32."""
+    sums = logps.new_zeros(2 * step.n_pairs)
+    return sums.index_add(0, step.entry_answers, logps.index_select(0, step.entry_rows)).view(-1, 2)
+
+
+def objective(model: RWKV, batch: MicroBatch, beta: float, ratio: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """ratio * LM + (1 - ratio) * DPO of one micro-batch, and metrics under TRL's names (0-d tensors, means over the batch).
+
+    A micro-batch without windows needs ratio 0, one without pairs ratio 1.
+    """
+    rows = score_rows(model, batch.step, keep_bytes=0 if model.grad_cp else None)
+    n = batch.step.n_window_rows
+    metrics: dict[str, Tensor] = {}
+    loss_general = loss_dpo = rows.logps.new_zeros(())
+    if n:
+        loss_general = l2wrap(-rows.logps[:n].mean(), rows.max_logits[:n])
+        metrics["loss_general"] = loss_general.detach()
+    if batch.step.n_pairs:
+        logps = answer_logps(rows.logps, batch.step)
+        terms = dpo_loss(*logps.unbind(1), *batch.ref_logps.to(logps.dtype).unbind(1), beta)
+        loss_dpo = terms.losses.mean()
+        metrics |= pair_metrics(logps, batch.ref_logps, terms)
+    loss = mix(loss_general, loss_dpo, ratio)
+    metrics["loss"] = loss.detach()
+    return loss, metrics
+
+
+def pair_metrics(logps: Tensor, ref_logps: Tensor, terms: DPOTerms) -> dict[str, Tensor]:
+    """Means over pairs [pairs, 2]. rewards/accuracies: the share of pairs whose chosen answer has the larger reward."""
+    margins = terms.chosen_rewards - terms.rejected_rewards
+    values = {
+        "loss_dpo": terms.losses.detach(),
+        "rewards/chosen": terms.chosen_rewards,
+        "rewards/rejected": terms.rejected_rewards,
+        "rewards/margins": margins,
+        "rewards/accuracies": (margins > 0).to(margins.dtype),
+        "logps/chosen": logps[:, 0].detach(),
+        "logps/rejected": logps[:, 1].detach(),
+        "ref_logps/chosen": ref_logps[:, 0],
+        "ref_logps/rejected": ref_logps[:, 1],
+    }
+    return {name: value.mean() for name, value in values.items()}
+
+
+@torch.no_grad()
+def score_pairs(
+    model: RWKV, pairs: PairSet, batch_tokens: int, progress: Callable[[int], None] = lambda n: None
+) -> np.ndarray:
+    """Log-probabilities of both answers of every pair under `model`: float64 [pairs, 2], nats, each an fp32 sum.
+
+    Pairs go through sorted by length in batches of up to batch_tokens tokens; `progress` is told how many each batch held.
+    """
+    device = model.head.weight.device
+    lengths = np.array([sum(part.size for part in pairs.pair(i)) for i in range(len(pairs))])
+    result = np.full((len(pairs), 2), np.nan)
+    for batch in token_batches(np.argsort(lengths, kind="stable"), lengths, batch_tokens):
+        step = build_step([], [pairs.pair(i) for i in batch]).to(device)
+        result[batch] = answer_logps(score_rows(model, step).logps, step).double().cpu().numpy()
+        progress(len(batch))
+    return result
+
+
+def token_batches(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+    """Cuts `order` into runs of at most batch_tokens tokens, each of at least one item."""
+    batches, current, n_tokens = [], [], 0
+    for i in order:
+        if current and n_tokens + lengths[i] > batch_tokens:
+            batches.append(np.array(current))
+            current, n_tokens = [], 0
+        current.append(i)
+        n_tokens += lengths[i]
+    return [*batches, np.array(current)] if current else batches
+
+
+@torch.no_grad()
+def corpus_loss(model: RWKV, windows: Sequence[np.ndarray]) -> float:
+    """Mean negative log-likelihood (nats a token) of windows of [T + 1] token ids."""
+    device = model.head.weight.device
+    total, count = 0.0, 0
+    for window in windows:
+        step = build_step([window], []).to(device)
+        logps = score_rows(model, step).logps
+        total, count = total - float(logps.double().sum()), count + logps.numel()
+    return total / count
