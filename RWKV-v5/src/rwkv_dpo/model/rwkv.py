@@ -24,12 +24,14 @@ class Mixes(NamedTuple):
 class RWKV(nn.Module):
     """Parameters carry the official names, so that a state dict is an official checkpoint."""
 
-    def __init__(self, shape: ModelShape, mixes: Mixes, wkv: WKV5, compute_dtype: torch.dtype, grad_cp: bool = False) -> None:
+    def __init__(
+        self, shape: ModelShape, mixes: Mixes, wkv: WKV5, compute_dtype: torch.dtype, grad_cp: bool = False, dropout: float = 0.0
+    ) -> None:
         """compute_dtype: of activations and matrix products; the weights keep their own (fp32 in training)."""
         super().__init__()
         self.shape, self.wkv, self.compute_dtype, self.grad_cp = shape, wkv, compute_dtype, grad_cp
         self.emb = nn.Embedding(shape.vocab_size, shape.n_embd)
-        self.blocks = nn.ModuleList(Block(shape, mixes, layer) for layer in range(shape.n_layer))
+        self.blocks = nn.ModuleList(Block(shape, mixes, layer, dropout) for layer in range(shape.n_layer))
         self.ln_out = LayerNorm(shape.n_embd)
         self.head = Linear(shape.n_embd, shape.vocab_size)
 
@@ -52,8 +54,9 @@ class RWKV(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, shape: ModelShape, mixes: Mixes, layer: int) -> None:
+    def __init__(self, shape: ModelShape, mixes: Mixes, layer: int, dropout: float) -> None:
         super().__init__()
+        self.dropout = dropout
         if layer == 0:
             self.ln0 = LayerNorm(shape.n_embd)
         self.ln1 = LayerNorm(shape.n_embd)
@@ -67,11 +70,14 @@ class Block(nn.Module):
         att_in = self.ln1(x)
         att_before, att_last = shift(att_in, forest, initial.att_shift if initial else None)
         att_out, wkv_ends = self.att(att_in, att_before, forest, initial.wkv if initial else None, wkv)
-        x = x + att_out
+        x = self._drop(x + att_out)
         ffn_in = self.ln2(x)
         ffn_before, ffn_last = shift(ffn_in, forest, initial.ffn_shift if initial else None)
-        x = x + self.ffn(ffn_in, ffn_before)
+        x = self._drop(x + self.ffn(ffn_in, ffn_before))
         return x, LayerState(att_last, wkv_ends, ffn_last)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
 class Linear(nn.Module):

@@ -1,0 +1,25 @@
+"""Preference accuracy, loss and margins of a model on a set of pairs, through the training objective's own code."""
+
+import numpy as np
+import torch
+
+from rwkv_dpo.data.pairs import PairSet
+from rwkv_dpo.losses import dpo_loss
+from rwkv_dpo.model.rwkv import RWKV
+from rwkv_dpo.objective import pair_metrics, score_pairs
+
+
+def evaluate_pairs(model: RWKV, pairs: PairSet, beta: float, batch_tokens: int) -> dict[str, float]:
+    """Means over all pairs, under the names of metrics.jsonl, and logps/accuracies: the share of pairs whose chosen answer
+    is the more probable one, reference aside."""
+    logps = torch.from_numpy(score_pairs(model, pairs, batch_tokens))
+    refs = torch.from_numpy(pairs.ref_logps)
+    metrics = pair_metrics(logps, refs, dpo_loss(*logps.unbind(1), *refs.unbind(1), beta))
+    metrics["logps/accuracies"] = (logps[:, 0] > logps[:, 1]).double().mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def margins_from_reference(model: RWKV, pairs: PairSet, batch_tokens: int = 4096) -> np.ndarray:
+    """(chosen - rejected) log-probability of the model minus that of the reference, nats [pairs]; beta not applied."""
+    difference = score_pairs(model, pairs, batch_tokens) - pairs.ref_logps
+    return difference[:, 0] - difference[:, 1]

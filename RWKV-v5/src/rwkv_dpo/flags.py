@@ -1,0 +1,84 @@
+"""Command line -> RunConfig. Flags are the fields of RunConfig plus flags of dead experiments, which take only their neutral value."""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields
+
+from rwkv_dpo.config import RunConfig, check
+from rwkv_dpo.errors import refuse
+
+# Flags that the original takes for experiments that RWKV-5 World models don't use, with the values that mean "without".
+NEUTRAL: dict[str, tuple[int, ...]] = {
+    "pre_ffn": (0,), "head_qk": (0,), "tiny_att_dim": (0, -1), "tiny_att_layer": (-999, -1), "my_pos_emb": (0,), "my_qa_mask": (0,),
+    "my_sample_len": (0,), "my_ffn_shift": (1,), "my_att_shift": (1,), "my_random_steps": (0,), "my_pile_version": (1,),
+}  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports faults as InputError, so that every door prints them the same way."""
+
+    def error(self, message: str):
+        refuse(message)
+
+
+def parse_flags(arguments: Sequence[str]) -> tuple[RunConfig, frozenset[str]]:
+    """The checked settings, and the names of the flags that were given. Raises InputError."""
+    parser = build_parser()
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        refuse(_unknown(unknown[0], parser))
+    values = vars(given)
+    for name, accepted in NEUTRAL.items():
+        value = values.pop(name, accepted[0])
+        if value not in accepted:
+            refuse(f"--{name} {value}: that experiment is not part of RWKV-5 World models; only {accepted[0]} is accepted")
+    config = RunConfig(**values)
+    check(config)
+    return config, frozenset(values)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=_Formatter,
+        description="Trains an RWKV-5 model: ratio * language model + (1 - ratio) * Direct Preference Optimization.",
+    )  # fmt: skip
+    for f in fields(RunConfig):
+        kind = _boolean if f.type in (bool, "bool") else f.type
+        choices = [c for c in f.metadata["choices"] if c]
+        parser.add_argument(f"--{f.name}", type=kind, metavar="|".join(choices) or f.name.upper(), help=f"{f.metadata['help']} [{f.default!r}]")
+    for name in NEUTRAL:
+        parser.add_argument(f"--{name}", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=120)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r}: True and False are accepted")
+
+
+def _unknown(argument: str, parser: argparse.ArgumentParser) -> str:
+    if not argument.startswith("-"):
+        return f"{argument!r}: not expected; flags look like --name value"
+    name = argument.split("=")[0]
+    known = [option for action in parser._actions for option in action.option_strings]
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"{name}: unknown flag{f'; did you mean {near[0]}?' if near else ''} (--help lists them all)"
+
+
+def flag_table() -> str:
+    """The flags as a Markdown table, for README.md."""
+    rows = ["| flag | default | meaning |", "|---|---|---|"]
+    for f in fields(RunConfig):
+        default = f"`{f.default}`" if f.default != "" else ""
+        choices = ", ".join(f"`{c}`" for c in f.metadata["choices"] if c)
+        rows.append(f"| `--{f.name}` | {default} | {f.metadata['help']}{f': {choices}' if choices else ''} |")
+    return "\n".join(rows)

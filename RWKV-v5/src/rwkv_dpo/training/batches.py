@@ -1,0 +1,67 @@
+"""Which windows and pairs make up each micro-batch: a pure function of its number, the rank and the seed."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from rwkv_dpo.config import RunConfig
+from rwkv_dpo.data.corpus import Corpus
+from rwkv_dpo.data.pairs import PairSet
+from rwkv_dpo.objective import MicroBatch, collate
+from rwkv_dpo.sampling import global_index, item_at, magic_prime_start, window_start
+
+
+@dataclass(frozen=True)
+class MicroBatches(Dataset):
+    """Micro-batch number k (counted from the first epoch of all) of one rank, whatever came before it."""
+
+    config: RunConfig
+    corpus: Corpus | None
+    pairs: PairSet | None
+    rank: int
+
+    def __getitem__(self, k: int) -> MicroBatch:
+        c = self.config
+        samples = [global_index(k, slot, self.rank, c.world_size, c.micro_bsz) for slot in range(c.micro_bsz)]
+        windows, pairs, ref_logps = [], [], np.zeros((0, 2))
+        if self.corpus is not None:
+            windows = [self.corpus.window(self._window_start(self.corpus, i), c.ctx_len + 1) for i in samples]
+        if self.pairs is not None:
+            rows = [item_at(i, len(self.pairs), c.seed) for i in samples]
+            pairs, ref_logps = [self.pairs.pair(row) for row in rows], self.pairs.ref_logps[rows]
+        return collate(windows, pairs, ref_logps)
+
+    def _window_start(self, corpus: Corpus, sample: int) -> int:
+        c = self.config
+        if c.magic_prime:
+            return magic_prime_start(sample, c.magic_prime, c.ctx_len) + max(c.my_pile_shift, 0)
+        return window_start(sample, corpus.n_tokens, c.ctx_len, c.seed)
+
+
+class EpochNumbers(Sampler[int]):
+    """The micro-batch numbers of one epoch. Lightning calls set_epoch with its own count, which starts at 0."""
+
+    def __init__(self, epoch_begin: int, epoch_steps: int) -> None:
+        self.epoch_begin, self.epoch_steps = epoch_begin, epoch_steps
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        first = (self.epoch_begin + self.epoch) * self.epoch_steps
+        return iter(range(first, first + self.epoch_steps))
+
+    def __len__(self) -> int:
+        return self.epoch_steps
+
+
+def build_loader(config: RunConfig, corpus: Corpus | None, pairs: PairSet | None, rank: int, on_gpu: bool) -> DataLoader:
+    # On a GPU one worker prepares the next batch meanwhile; on a CPU it would take cores from the training.
+    workers = 1 if on_gpu else 0
+    return DataLoader(
+        MicroBatches(config, corpus, pairs, rank), batch_size=None, num_workers=workers, persistent_workers=workers > 0,
+        sampler=EpochNumbers(config.epoch_begin, config.epoch_steps),
+    )  # fmt: skip

@@ -1,0 +1,204 @@
+"""What happens around the steps: metrics, logs, checkpoints, evaluation, and the check at the start."""
+
+import datetime
+import json
+import logging
+import math
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DeepSpeedStrategy
+
+from rwkv_dpo.config import RunConfig
+from rwkv_dpo.data.pairs import PairSet
+from rwkv_dpo.evaluation.pairs import evaluate_pairs, margins_from_reference
+from rwkv_dpo.model.checkpoint import save_weights
+from rwkv_dpo.training.module import DPOModule
+
+log = logging.getLogger(__name__)
+
+
+class MetricsLog(pl.Callback):
+    """One JSON line (and one wandb record) an optimizer step, averaged over micro-batches and ranks; the progress bar; and
+    the original's train_log.txt, a line an epoch."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.pairs_seen = config.epoch_begin * config.epoch_steps * config.micro_bsz * config.world_size * config.uses_pairs
+        self.sums: dict[str, torch.Tensor] = {}
+        self.n_micro = self.n_tokens = self.steps_done = 0
+        self.epoch_losses: list[float] = []
+        self.run: Any = None
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._append("train_log.txt", f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{self.config}\n")
+        if self.config.wandb:
+            self.run = _start_wandb(self.config)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.epoch_losses = []
+        self.clock = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        for name, value in module.metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.n_micro += 1
+        self.n_tokens += module.n_tokens
+        if trainer.global_step == self.steps_done:
+            return
+        self.steps_done = trainer.global_step
+        self._end_of_step(trainer, module)
+
+    def _end_of_step(self, trainer: pl.Trainer, module: DPOModule) -> None:
+        c = self.config
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            module.grad_norm = torch.as_tensor(trainer.strategy.deepspeed_engine.get_global_grad_norm() or 0.0)
+        names = list(self.sums)
+        means = torch.stack([self.sums[name].float() for name in names]) / self.n_micro
+        tokens = torch.tensor(float(self.n_tokens), device=means.device)
+        if trainer.world_size > 1:
+            means = trainer.strategy.reduce(means, reduce_op="mean")
+            tokens = trainer.strategy.reduce(tokens, reduce_op="sum")
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        self.pairs_seen += self.n_micro * c.micro_bsz * c.world_size * c.uses_pairs
+        record = {
+            "step": c.epoch_begin * c.steps_per_epoch + self.steps_done,
+            "epoch": c.epoch_begin + trainer.current_epoch,
+            **dict(zip(names, means.tolist(), strict=True)),
+            "grad_norm": float(module.grad_norm),
+            "lr": module.lr,
+            "weight_decay": module.weight_decay,
+            "tokens": int(tokens),
+            "tokens_per_s": float(tokens) / seconds,
+            "pairs_seen": self.pairs_seen,
+            "peak_memory_gb": peak_memory_gb(means.device),
+        }
+        self.sums, self.n_micro, self.n_tokens = {}, 0, 0
+        self.epoch_losses.append(record["loss"])
+        module.log_dict(_for_the_bar(record), prog_bar=True, logger=False)
+        if trainer.is_global_zero:
+            self._append("metrics.jsonl", json.dumps(record) + "\n")
+            if self.run is not None:
+                self.run.log(record, step=record["step"])
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        if trainer.is_global_zero and self.epoch_losses:
+            loss, epoch = float(np.mean(self.epoch_losses)), trainer.current_epoch
+            line = f"{self.config.epoch_begin + epoch} {loss:.6f} {math.exp(min(loss, 700)):.4f} {module.lr:.8f} {datetime.datetime.now()} {epoch}\n"
+            self._append("train_log.txt", line)
+
+    def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.run is not None:
+            self.run.finish()
+
+    def _append(self, name: str, text: str) -> None:
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(text)
+
+
+class Checkpoints(pl.Callback):
+    """rwkv-{epoch}.pth every epoch_save epochs and after the last, rwkv-final.pth at the end: fp32, official names."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        c, epoch = self.config, trainer.current_epoch
+        is_last = c.epoch_begin + epoch + 1 >= c.last_epoch
+        if is_last or (c.epoch_save and epoch % c.epoch_save == 0):
+            self._save(trainer, module, f"rwkv-{c.epoch_begin + epoch}.pth")
+
+    def on_train_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        self._save(trainer, module, "rwkv-final.pth")
+
+    def _save(self, trainer: pl.Trainer, module: DPOModule, name: str) -> None:
+        weights = full_weights(trainer, module)
+        if trainer.is_global_zero:
+            save_weights(weights, self.folder / name)
+
+
+class ValidPairs(pl.Callback):
+    """Loss, accuracy and margins on held-out pairs at the end of every epoch: a printed line and a line of valid.jsonl."""
+
+    def __init__(self, config: RunConfig, folder: Path, pairs: PairSet) -> None:
+        self.config, self.folder, self.pairs = config, folder, pairs
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        module.model.eval()
+        metrics = evaluate_pairs(module.model, self.pairs, self.config.dpo_beta, 2 * self.config.ctx_len)
+        module.model.train()
+        if not trainer.is_global_zero:
+            return
+        epoch = self.config.epoch_begin + trainer.current_epoch
+        record = {"epoch": epoch, "step": trainer.global_step, "pairs": len(self.pairs), **metrics}
+        with open(self.folder / "valid.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        log.info(
+            "epoch %d, %d held-out pairs: DPO loss %.4f, accuracy %.3f, margin %.4f",
+            epoch, len(self.pairs), metrics["loss_dpo"], metrics["rewards/accuracies"], metrics["rewards/margins"],
+        )  # fmt: skip
+
+
+class ReferenceCheck(pl.Callback):
+    """Before the first step: do the pairs' reference log-probabilities come from the model that training starts from?"""
+
+    N_PAIRS = 8
+    # In nats a pair. Rounding alone gives less in fp32; sums over hundreds of tokens in 16 bits give this much.
+    TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5.0, torch.float16: 1.0}
+
+    def __init__(self, pairs: PairSet) -> None:
+        self.pairs = pairs
+
+    def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        module.model.eval()
+        margins = margins_from_reference(module.model, self.pairs.select(range(min(self.N_PAIRS, len(self.pairs)))))
+        module.model.train()
+        mean, tolerance = float(np.abs(margins).mean()), self.TOLERANCE[module.model.compute_dtype]
+        if not trainer.is_global_zero:
+            return
+        log.info("step 0: mean |margin| of %d pairs %.2e nats (0 when the model is the reference)", len(margins), mean)
+        if mean > tolerance:
+            log.warning(
+                "the starting model is not the one that scored dpo_train_file (expected below %g nats): DPO will measure rewards from "
+                "another reference. Score the pairs with this checkpoint, or go on if that is what you want.", tolerance,
+            )  # fmt: skip
+
+
+def full_weights(trainer: pl.Trainer, module: DPOModule) -> dict[str, torch.Tensor]:
+    """Every parameter in fp32. With DeepSpeed they are gathered from the ranks, so that all ranks have to call this."""
+    parameters = module.model.named_parameters()
+    if not isinstance(trainer.strategy, DeepSpeedStrategy):
+        return {name: parameter.detach() for name, parameter in parameters}
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(parameter) for name, parameter in parameters}
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory held so far: the GPU allocator's, or the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _for_the_bar(record: dict[str, Any]) -> dict[str, float]:
+    names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "tokens_per_s": "tok/s"}
+    return {short: float(record[name]) for name, short in names.items() if name in record}
+
+
+def _start_wandb(config: RunConfig) -> Any:
+    import wandb
+
+    offline = {"mode": "offline"} if wandb.api.api_key is None else {}
+    if offline:
+        log.warning("wandb: no account on this machine, logging offline; `wandb sync` uploads later")
+    name = f"L{config.n_layer} D{config.n_embd} ctx{config.ctx_len} {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}"
+    return wandb.init(project=config.wandb, name=name, config=vars(config), dir=config.proj_dir, save_code=False, **offline)

@@ -1,0 +1,41 @@
+"""CPU settings that make training faster and change no result."""
+
+import ctypes
+import logging
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+# glibc's mallopt: parameter numbers from malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+
+
+def tune_cpu(keep_memory: bool) -> None:
+    """Keeps freed tensors' memory for the next step, and sends fp32 matrix products to the faster library; says what it did."""
+    done = []
+    if keep_memory and _keep_freed_memory():
+        done.append("freed memory is kept for the next step")
+    if not _has_amx():
+        # "medium" lets torch use oneDNN, twice as fast as the default here and exact in fp32. On a CPU with AMX it would
+        # round to bf16.
+        torch.set_float32_matmul_precision("medium")
+        done.append("fp32 matrix products by oneDNN")
+    log.info("CPU: %d threads%s", torch.get_num_threads(), "".join(f"; {what}" for what in done))
+
+
+def _keep_freed_memory() -> bool:
+    """glibc hands large blocks back to the system at once, and every step pays for faulting them in again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    settings = {_M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 << 20}
+    return all([mallopt(name, value) == 1 for name, value in settings.items()])
+
+
+def _has_amx() -> bool:
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True  # unknown: stay exact

@@ -1,0 +1,53 @@
+"""The Lightning module: hands micro-batches to the objective, sets rates, clips gradients."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DeepSpeedStrategy
+from torch import Tensor
+
+from rwkv_dpo.config import RunConfig
+from rwkv_dpo.model.rwkv import RWKV
+from rwkv_dpo.objective import MicroBatch, objective
+from rwkv_dpo.training.optim import build_optimizer, set_rates
+
+CLIP_NORM = 1.0
+
+
+class DPOModule(pl.LightningModule):
+    """What the callbacks read after a step: `metrics` of the last micro-batch, `grad_norm` before clipping, `lr` and
+    `weight_decay` of the last optimizer step."""
+
+    def __init__(self, model: RWKV, config: RunConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.metrics: dict[str, Tensor] = {}
+        self.n_tokens = 0
+        self.grad_norm = torch.zeros(())
+        self.lr = self.weight_decay = 0.0
+
+    def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
+        loss, self.metrics = objective(self.model, batch, self.config.dpo_beta, self.config.ratio)
+        self.n_tokens = batch.step.forest.tokens.numel()
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        offload = isinstance(self.trainer.strategy, DeepSpeedStrategy) and "offload" in self.config.strategy
+        return build_optimizer(self.model.named_parameters(), self.config, offload)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        self.lr, self.weight_decay = set_rates(optimizer, self.config, self.trainer.global_step)
+        optimizer.step(closure=optimizer_closure)
+
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            return  # its engine clips, and knows the norm after the step
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        # Scaling by 1 would read and write every gradient once more; on a GPU looking at the norm would stall instead.
+        if self.grad_norm.device.type != "cpu" or self.grad_norm > CLIP_NORM:
+            torch.nn.utils.clip_grads_with_norm_(parameters, CLIP_NORM, self.grad_norm)
+
+    def transfer_batch_to_device(self, batch: MicroBatch, device: torch.device, dataloader_idx: int) -> MicroBatch:
+        return batch.to(device)

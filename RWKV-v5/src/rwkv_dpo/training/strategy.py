@@ -1,0 +1,69 @@
+"""--strategy and --precision in Lightning's terms, DeepSpeed on CPUs included."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from pytorch_lightning.accelerators import CPUAccelerator
+from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
+from typing_extensions import override
+
+from rwkv_dpo.config import RunConfig
+
+
+class ScaledFloat16(MixedPrecision):
+    """Loss scaling without autocast: the model casts by itself, and keeps fp32 master weights."""
+
+    @override
+    def forward_context(self) -> AbstractContextManager:
+        return nullcontext()
+
+
+class CPUDeepSpeedStrategy(DeepSpeedStrategy):
+    """DeepSpeed on CPU processes. Lightning's strategy insists on CUDA; DeepSpeed itself does not."""
+
+    @override
+    def setup_environment(self) -> None:
+        # Past the CUDA check of the parent, what its own parent does.
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", self.local_rank)
+
+    @override
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+
+def build_precision(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """fp32, tf32 and bf16 keep fp32 weights and gradients (the model computes in bf16 by itself); fp16 also scales the loss."""
+    if config.precision != "fp16":
+        return {"precision": "32-true"}
+    if config.strategy.startswith("deepspeed"):
+        return {"precision": "16-mixed"}
+    return {"plugins": [ScaledFloat16("16-mixed", device.type)]}
+
+
+def build_strategy(config: RunConfig, device: torch.device) -> str | Strategy:
+    if config.strategy == "auto":
+        return "ddp" if config.world_size > 1 else "auto"
+    if config.strategy == "ddp":
+        return DDPStrategy(gradient_as_bucket_view=True)
+    stage, _, offload = config.strategy.removeprefix("deepspeed_stage_").partition("_")
+    settings: dict[str, Any] = {
+        "stage": int(stage), "offload_optimizer": bool(offload), "offload_parameters": bool(offload) and stage == "3",
+        "allgather_bucket_size": config.ds_bucket_mb * 1_000_000, "reduce_bucket_size": config.ds_bucket_mb * 1_000_000,
+    }  # fmt: skip
+    if device.type == "cuda":
+        return DeepSpeedStrategy(**settings)
+    import os
+
+    # DeepSpeed asks for its accelerator by this variable alone.
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    strategy = CPUDeepSpeedStrategy(process_group_backend="gloo", **settings)
+    strategy.accelerator = CPUAccelerator()
+    return strategy

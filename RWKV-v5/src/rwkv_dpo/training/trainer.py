@@ -1,0 +1,178 @@
+"""Assembles a run: device, precision, model, data, callbacks, Lightning trainer."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import TQDMProgressBar
+
+from rwkv_dpo.config import PILE_EPOCH_WINDOWS, RunConfig
+from rwkv_dpo.data.corpus import Corpus, open_corpus
+from rwkv_dpo.data.pairs import PairSet, load_pairs
+from rwkv_dpo.errors import refuse
+from rwkv_dpo.model.checkpoint import check_flags, empty_model, load_into, read_weights, save_weights, shape_of, version_of
+from rwkv_dpo.model.init import init_weights
+from rwkv_dpo.model.rwkv import RWKV
+from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.sampling import check_magic_prime
+from rwkv_dpo.training.batches import build_loader
+from rwkv_dpo.training.cpu import tune_cpu
+from rwkv_dpo.training.callbacks import Checkpoints, MetricsLog, ReferenceCheck, ValidPairs
+from rwkv_dpo.training.module import CLIP_NORM, DPOModule
+from rwkv_dpo.training.run_folder import newest_epoch, prepare_folder
+from rwkv_dpo.training.strategy import build_precision, build_strategy
+from rwkv_dpo.wkv import choose_backend
+
+log = logging.getLogger(__name__)
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def pick_device(config: RunConfig) -> torch.device:
+    """--accelerator, resolved. A GPU that is named and not there is refused."""
+    if config.accelerator == "cpu":
+        return torch.device("cpu")
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.accelerator == "auto" and n_gpus == 0:
+        log.info("accelerator: cpu (no usable GPU)")
+        return torch.device("cpu")
+    if n_gpus == 0:
+        refuse(f"--accelerator {config.accelerator}: no usable NVIDIA GPU here; --accelerator cpu or auto trains on the CPU")
+    if config.devices > n_gpus:
+        refuse(f"--devices {config.devices}: this machine has {n_gpus}")
+    return torch.device("cuda")
+
+
+def plan_stage(config: RunConfig) -> RunConfig:
+    """RWKV-LM's staged pre-training spelled out: epochs of 40,320 windows; stages 2 and 3 continue from the newest checkpoint."""
+    if not config.my_pile_stage:
+        return config
+    steps = PILE_EPOCH_WINDOWS // (config.micro_bsz * config.world_size)
+    config = replace(config, epoch_count=max(config.magic_prime // PILE_EPOCH_WINDOWS, 1), epoch_steps=steps)
+    if steps % config.accumulate_grad_batches:
+        refuse(f"--accumulate_grad_batches {config.accumulate_grad_batches}: with --my_pile_stage it has to divide {steps}")
+    if config.my_pile_stage == 1:
+        return config
+    folder = Path(config.proj_dir)
+    newest = newest_epoch(folder)
+    if newest is None:
+        refuse(f"--my_pile_stage {config.my_pile_stage}: {folder} holds no rwkv-*.pth; --my_pile_stage 1 makes rwkv-init.pth")
+    if newest == -1:
+        return replace(config, load_model=str(folder / "rwkv-init.pth"), epoch_begin=0)
+    warmup = config.warmup_steps if config.warmup_steps >= 0 else {2: 10, 3: 30}[config.my_pile_stage]
+    return replace(config, load_model=str(folder / f"rwkv-{newest}.pth"), epoch_begin=newest + 1, warmup_steps=warmup)
+
+
+def open_data(config: RunConfig, vocab_size: int) -> tuple[Corpus | None, PairSet | None, PairSet | None]:
+    """Corpus, training pairs and held-out pairs, as far as the run uses them."""
+    corpus = open_corpus(config.data_file, config.data_type, vocab_size, config.ctx_len) if config.uses_corpus else None
+    if corpus is not None and config.magic_prime:
+        check_magic_prime(config.magic_prime, corpus.n_tokens, config.ctx_len)
+    vocab_size = vocab_size or (corpus.vocab_size if corpus else 0)
+    pairs = _open_pairs("--dpo_train_file", config.dpo_train_file, vocab_size) if config.uses_pairs else None
+    valid = _open_pairs("--dpo_valid_file", config.dpo_valid_file, vocab_size) if config.dpo_valid_file else None
+    return corpus, pairs, valid
+
+
+def _open_pairs(flag: str, path: str, vocab_size: int) -> PairSet:
+    pairs = load_pairs(path, vocab_size or None)
+    if not pairs.is_scored:
+        refuse(f"{flag} {path}: its pairs have no reference log-probabilities; prepare_pairs.py computes them")
+    return pairs
+
+
+def resolve_shape(config: RunConfig, given: frozenset[str]) -> tuple[ModelShape, dict[str, torch.Tensor] | None]:
+    """The model's shape and, where one is loaded, the checkpoint's weights. The file decides; given flags must agree.
+
+    vocab_size may stay 0: then it comes from the corpus.
+    """
+    from_flags = ModelShape(
+        n_layer=config.n_layer, n_embd=config.n_embd, dim_att=config.dim_att or config.n_embd,
+        dim_ffn=config.dim_ffn or int(config.n_embd * 3.5) // 32 * 32, vocab_size=config.vocab_size,
+        head_size=config.head_size_a, head_size_divisor=config.head_size_divisor,
+    )  # fmt: skip
+    if not config.load_model or config.my_pile_stage == 1:
+        return from_flags, None
+    weights = read_weights(config.load_model)
+    if config.load_partial:
+        return from_flags, weights
+    shape = shape_of(weights, config.load_model)
+    flags = {"n_layer": "n_layer", "n_embd": "n_embd", "dim_att": "dim_att", "dim_ffn": "dim_ffn", "vocab_size": "vocab_size", "head_size_a": "head_size"}
+    wanted = {field: getattr(from_flags, field) for flag, field in flags.items() if flag in given and getattr(config, flag)}
+    check_flags(shape, wanted, config.load_model)
+    return replace(shape, head_size_divisor=config.head_size_divisor), weights
+
+
+def build_model(config: RunConfig, shape: ModelShape, weights: dict[str, torch.Tensor] | None, device: torch.device) -> RWKV:
+    if shape.vocab_size < 1:
+        refuse("--vocab_size is needed without --load_model (65536 for the RWKV World vocabulary)")
+    wkv = choose_backend(config.wkv_backend, device).wkv5
+    version = version_of(weights, config.load_model) if weights else "5"
+    model = empty_model(shape, version, wkv, COMPUTE_DTYPES[config.precision], grad_cp=config.grad_cp == 1, dropout=config.dropout)
+    if weights is None or config.load_partial:
+        init_weights(model, config.lr_init, config.seed)
+    if weights is not None:
+        load_into(model, weights, config.load_model, partial=config.load_partial == 1)
+    return model
+
+
+def set_device_up(config: RunConfig, device: torch.device) -> None:
+    """fp32 matrix products: exact with --precision fp32, TF32 on a GPU otherwise."""
+    if device.type == "cpu":
+        tune_cpu(keep_memory=config.cpu_malloc == 1)
+    else:
+        torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
+
+
+def build_trainer(config: RunConfig, folder: Path, pairs: PairSet | None, valid: PairSet | None, device: torch.device) -> pl.Trainer:
+    callbacks: list[pl.Callback] = [MetricsLog(config, folder), Checkpoints(config, folder)]
+    if pairs is not None:
+        callbacks.append(ReferenceCheck(pairs))
+    if valid is not None:
+        callbacks.append(ValidPairs(config, folder, valid))
+    if config.enable_progress_bar:
+        callbacks.append(TQDMProgressBar(refresh_rate=1))
+    return pl.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu", devices=config.devices, num_nodes=config.num_nodes,
+        strategy=build_strategy(config, device), **build_precision(config, device),
+        max_epochs=config.last_epoch - config.epoch_begin, max_steps=config.total_steps,
+        accumulate_grad_batches=config.accumulate_grad_batches, gradient_clip_val=CLIP_NORM,
+        callbacks=callbacks, enable_progress_bar=config.enable_progress_bar, logger=False, enable_checkpointing=False,
+        enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=1,
+    )  # fmt: skip
+
+
+def train(config: RunConfig, given: frozenset[str]) -> None:
+    """One run, from checked settings to rwkv-final.pth."""
+    device = pick_device(config)
+    config = plan_stage(config)
+    set_device_up(config, device)
+    shape, weights = resolve_shape(config, given)
+    corpus, pairs, valid = open_data(config, shape.vocab_size)
+    if not shape.vocab_size and corpus is not None:
+        shape = replace(shape, vocab_size=corpus.vocab_size)
+    model = build_model(config, shape, weights, device)
+    folder = prepare_folder(config)
+    if weights is None:
+        save_weights(model.state_dict(), folder / "rwkv-init.pth")
+        if config.my_pile_stage == 1:
+            log.info("wrote %s; now run with --my_pile_stage 2 or 3", folder / "rwkv-init.pth")
+            return
+    log.info("%s", describe(config, shape, corpus, pairs, device))
+    trainer = build_trainer(config, folder, pairs, valid, device)
+    loader = build_loader(config, corpus, pairs, trainer.global_rank, device.type == "cuda")
+    trainer.fit(DPOModule(model, config), loader)
+
+
+def describe(config: RunConfig, shape: ModelShape, corpus: Corpus | None, pairs: PairSet | None, device: torch.device) -> str:
+    """A run in three lines."""
+    data = [f"corpus {config.data_file or config.data_type}, {corpus.n_tokens:,} tokens"] if corpus else []
+    data += [f"{len(pairs):,} pairs of {config.dpo_train_file}"] if pairs else []
+    return (
+        f"RWKV-5 L{shape.n_layer} D{shape.n_embd} vocabulary {shape.vocab_size:,}, {config.precision} on {config.world_size} x {device.type}\n"
+        f"data: {'; '.join(data)}\n"
+        f"epochs {config.epoch_begin} to {config.last_epoch - 1}, {config.total_steps} optimizer steps of "
+        f"{config.micro_bsz} x {config.accumulate_grad_batches} x {config.world_size} samples, lr {config.lr_init:g} to {config.lr_final:g}"
+    )
