@@ -1,11 +1,11 @@
 """--strategy and --precision in Lightning's terms, DeepSpeed on CPUs included."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from pytorch_lightning.accelerators import CPUAccelerator
-from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.plugins import DeepSpeedPrecision, MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from typing_extensions import override
 
@@ -18,6 +18,14 @@ class ScaledFloat16(MixedPrecision):
     @override
     def forward_context(self) -> AbstractContextManager:
         return nullcontext()
+
+
+class DeepSpeedInputs(DeepSpeedPrecision):
+    """DeepSpeed's precision without its conversion of inputs: micro-batches hold token ids and fp32 log-probabilities."""
+
+    @override
+    def convert_input(self, data: Any) -> Any:
+        return data
 
 
 class CPUDeepSpeedStrategy(DeepSpeedStrategy):
@@ -41,11 +49,11 @@ class CPUDeepSpeedStrategy(DeepSpeedStrategy):
 
 def build_precision(config: RunConfig, device: torch.device) -> dict[str, Any]:
     """fp32, tf32 and bf16 keep fp32 weights and gradients (the model computes in bf16 by itself); fp16 also scales the loss."""
-    if config.precision != "fp16":
-        return {"precision": "32-true"}
     if config.strategy.startswith("deepspeed"):
-        return {"precision": "16-mixed"}
-    return {"plugins": [ScaledFloat16("16-mixed", device.type)]}
+        return {"plugins": [DeepSpeedInputs("16-mixed" if config.precision == "fp16" else "32-true")]}
+    if config.precision == "fp16":
+        return {"plugins": [ScaledFloat16("16-mixed", device.type)]}
+    return {"precision": "32-true"}
 
 
 def build_strategy(config: RunConfig, device: torch.device) -> str | Strategy:
@@ -55,15 +63,11 @@ def build_strategy(config: RunConfig, device: torch.device) -> str | Strategy:
         return DDPStrategy(gradient_as_bucket_view=True)
     stage, _, offload = config.strategy.removeprefix("deepspeed_stage_").partition("_")
     settings: dict[str, Any] = {
-        "stage": int(stage), "offload_optimizer": bool(offload), "offload_parameters": bool(offload) and stage == "3",
+        "stage": int(stage), "logging_batch_size_per_gpu": config.micro_bsz, "offload_optimizer": bool(offload), "offload_parameters": bool(offload) and stage == "3",
         "allgather_bucket_size": config.ds_bucket_mb * 1_000_000, "reduce_bucket_size": config.ds_bucket_mb * 1_000_000,
     }  # fmt: skip
     if device.type == "cuda":
         return DeepSpeedStrategy(**settings)
-    import os
-
     # DeepSpeed asks for its accelerator by this variable alone.
     os.environ["DS_ACCELERATOR"] = "cpu"
-    strategy = CPUDeepSpeedStrategy(process_group_backend="gloo", **settings)
-    strategy.accelerator = CPUAccelerator()
-    return strategy
+    return CPUDeepSpeedStrategy(process_group_backend="gloo", **settings)
