@@ -20,7 +20,8 @@ Every backend module offers two functions:
     Differentiable in r, k, v, time_decay, u and state0, through y and state_end alike. N is a multiple of 8 up to 128.
 
     unusable_because(device) -> str | None
-        None when the backend can run on that device here, else the reason in one line. May compile on first use.
+        None when the backend can run on that device here, else the reason: one line, and after it the compiler's log if a
+        build failed. May compile on first use.
 """
 
 import importlib
@@ -47,7 +48,7 @@ class Backend(NamedTuple):
 
 def choose_backend(name: str, device: torch.device) -> Backend:
     """The backend of a run. `auto` takes the first usable one and logs why the others were passed over; a backend that
-    the user names is used, or refused with the reason (InputError)."""
+    the user names is used, or refused with the whole reason (InputError)."""
     if name != "auto":
         if name not in BACKENDS:
             raise InputError(f"--wkv_backend {name}: accepted are auto, {', '.join(BACKENDS)}")
@@ -55,13 +56,13 @@ def choose_backend(name: str, device: torch.device) -> Backend:
         if reason is not None:
             raise InputError(f"--wkv_backend {name} can't be used on {device.type}: {reason}")
         return Backend(name, _module(name).wkv5)
-    passed_over = []
+    passed_over: list[str] = []
     for candidate in BACKENDS:
         reason = _module(candidate).unusable_because(device)
         if reason is None:
             log.info("WKV backend: %s%s", candidate, "".join(f"; not {p}" for p in passed_over))
             return Backend(candidate, _module(candidate).wkv5)
-        passed_over.append(f"{candidate} ({reason})")
+        passed_over.append(f"{candidate} ({reason.splitlines()[0]})")
     raise AssertionError("the reference backend runs everywhere")
 
 

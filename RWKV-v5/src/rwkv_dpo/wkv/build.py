@@ -22,16 +22,24 @@ class BuildError(RuntimeError):
     """A kernel that did not compile; the message ends with the compiler's log."""
 
 
-@cache
 def load_library(source: str, cflags: tuple[str, ...] = (), cuda_cflags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """Compile csrc/`source` (once per source text, flags and machine) and load it.
 
     Safe to call from several processes at once: torch's builder holds a file lock. Raises BuildError with the log.
     """
+    library = _attempt(source, cflags, cuda_cflags)
+    if isinstance(library, BuildError):
+        raise library
+    return library
+
+
+@cache
+def _attempt(source: str, cflags: tuple[str, ...], cuda_cflags: tuple[str, ...]) -> ctypes.CDLL | BuildError:
+    """A failure is remembered like a success: torch's builder does not compile the same text twice in a process, so a second
+    attempt would report a missing file in place of the compiler's log."""
     from torch.utils import cpp_extension  # imports setuptools: a second that a run with another backend need not spend
 
-    # ninja comes with pip into the environment's bin, which is on PATH only when the environment is activated.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    os.environ["PATH"] = _search_path()
     path = SOURCES / source
     # The file's own text and flags name the build, so that an edited kernel or another checkout never meets a stale one.
     digest = hashlib.sha256(path.read_bytes() + repr((cflags, cuda_cflags, _cpu_model())).encode()).hexdigest()[:12]
@@ -47,16 +55,22 @@ def load_library(source: str, cflags: tuple[str, ...] = (), cuda_cflags: tuple[s
                 build_directory=str(folder), is_python_module=False,
             )
     except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
-        raise BuildError(f"{source} did not compile:\n{printed.getvalue()}{error}") from error
+        return BuildError(f"{source} did not compile; the log:\n{printed.getvalue()}{error}")
     return ctypes.CDLL(str(folder / f"{name}.so"))
 
 
 def missing_tool(*tools: str) -> str | None:
     """The first of `tools` that is not on PATH, as a reason in words, or None."""
     for tool in tools:
-        if shutil.which(tool) is None:
+        if shutil.which(tool, path=_search_path()) is None:
             return f"no {tool} on PATH"
     return None
+
+
+def _search_path() -> str:
+    """PATH, and the environment's bin where pip puts ninja: it is on PATH only when the environment is activated."""
+    own_bin, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
+    return path if own_bin in path.split(os.pathsep) else f"{own_bin}{os.pathsep}{path}"
 
 
 def _cpu_model() -> str:

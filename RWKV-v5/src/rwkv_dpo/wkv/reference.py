@@ -9,7 +9,7 @@ def unusable_because(device: torch.device) -> str | None:
 
 def wkv5(r, k, v, time_decay, u, cu_seqlens, state0=None):
     """See rwkv_dpo.wkv for shapes. Computes in float64 for float64 inputs, in fp32 otherwise; autograd does the rest."""
-    n_tokens, n_heads, head_size = r.shape
+    _, n_heads, head_size = r.shape
     n_seqs = cu_seqlens.numel() - 1
     dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
     w = torch.exp(-torch.exp(time_decay.to(dtype)))
@@ -24,9 +24,10 @@ def wkv5(r, k, v, time_decay, u, cu_seqlens, state0=None):
         for t in range(bounds[s], bounds[s + 1]):
             r_t, k_t, v_t = r[t].to(dtype), k[t].to(dtype), v[t].to(dtype)
             kv = k_t[:, :, None] * v_t[:, None, :]
-            ys.append(torch.einsum("hi,hij->hj", r_t, state + u[:, :, None] * kv))
+            # A sum, not a matrix product: autocast would round a product to 16 bits.
+            ys.append((r_t[:, :, None] * (state + u[:, :, None] * kv)).sum(1))
             state = w[:, :, None] * state + kv
         ends.append(state)
-    y = torch.stack(ys).to(r.dtype) if ys else torch.zeros_like(r)
+    y = torch.stack(ys).to(r.dtype) if ys else r.clone()
     state_end = torch.stack(ends) if ends else state0
     return y, state_end

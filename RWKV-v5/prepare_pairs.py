@@ -1,0 +1,144 @@
+#!/usr/bin/env python3
+"""Make pair files of a preference data set: trainset.save, validset.save, testset.save and report.json.
+
+    prepare_pairs.py --source preferences.json --load_model base.pth --out_dir pairs --ctx_len 4096
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from rwkv_dpo.atomic import atomic_write
+from rwkv_dpo.data.pairs import PairSet, check_pairs, file_sha256, save_original, save_pairs
+from rwkv_dpo.data.prepare import Report, prepare, split_rows
+from rwkv_dpo.data.prompts import MODES
+from rwkv_dpo.data.sources import read_preferences
+from rwkv_dpo.data.tokenizer import WorldTokenizer
+from rwkv_dpo.errors import InputError, refuse
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_flags(arguments)
+    preferences = read_preferences(args.source, args.limit)
+    prepared = prepare(preferences, WorldTokenizer(), args.ctx_len, args.templates, args.seed)
+    tell(prepared.report)
+    if not len(prepared.pairs):
+        refuse(f"{args.source}: no usable pair among its {prepared.report.n_read} rows")
+    pairs = score(prepared.pairs, args)
+    rows = split_rows(prepared.prompt_keys, args.valid_ratio, args.test_ratio, args.seed)
+    files = write_splits(args.out_dir, pairs, rows, save_original if args.original_format else save_pairs)
+    write_report(args.out_dir / "report.json", {"pairs": dict(pairs.header), "reference": reference_summary(pairs), "files": files})
+
+
+def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True, help="preferences, .json or .jsonl: prompt/chosen/rejected, or ShareGPT")
+    parser.add_argument("--load_model", required=True, help="the reference: the .pth that training will start from")
+    parser.add_argument("--out_dir", type=Path, default=Path(), help="where the files go (the current folder)")
+    parser.add_argument("--limit", type=int, default=0, help="read only this many rows (0: all)")
+    parser.add_argument("--ctx_len", type=int, default=4096, help="tokens of prompt + answer that are kept (4096)")
+    parser.add_argument("--templates", choices=MODES, default="mix", help="mix: the original's three for single turns; chat: one")
+    parser.add_argument("--seed", type=int, default=0, help="of template and split draws (0)")
+    parser.add_argument("--valid_ratio", type=float, default=0.1, help="share of prompts in validset.save (0.1)")
+    parser.add_argument("--test_ratio", type=float, default=0.1, help="share of prompts in testset.save (0.1)")
+    parser.add_argument("--original_format", type=int, choices=(0, 1), default=0, help="1: the original's pickled form, no header")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "fp16", "bf16"), default="fp32", help="of the reference (fp32)")
+    parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens scored at once (8192)")
+    parser.add_argument("--wkv_backend", default="auto", help="auto, reference, chunked, cpu or cuda (auto)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU when there is one (auto)")
+    args = parser.parse_args(arguments)
+    check_flags(args)
+    return args
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    for name, least in (("limit", 0), ("ctx_len", 2), ("batch_tokens", 1)):
+        if getattr(args, name) < least:
+            refuse(f"--{name} {getattr(args, name)}: at least {least} is accepted")
+    if not (args.valid_ratio >= 0 and args.test_ratio >= 0 and args.valid_ratio + args.test_ratio < 1):
+        refuse(f"--valid_ratio {args.valid_ratio} --test_ratio {args.test_ratio}: neither below 0, together below 1")
+    if not Path(args.load_model).is_file():
+        refuse(f"--load_model {args.load_model}: no such file")
+    try:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out_dir {args.out_dir}: cannot be made: {error.strerror}") from error
+    # Found out now, not after hours of scoring.
+    if not os.access(args.out_dir, os.W_OK):
+        refuse(f"--out_dir {args.out_dir}: cannot be written to")
+
+
+def tell(report: Report) -> None:
+    for where, reason in report.refused:
+        print(f"{where}: dropped: {reason}")
+    counts = report.counts()
+    print(f"{counts['read']} rows read, {counts['kept']} kept, dropped: {counts['dropped'] or 'none'}")
+    print(f"cut: {counts['cut_prompts']} prompts, {counts['cut_answers']} pairs' answers, {counts['cut_tokens']} tokens in all")
+
+
+def score(pairs: PairSet, args: argparse.Namespace) -> PairSet:
+    """The pairs with the log-probabilities of their answers under --load_model."""
+    # Here, not above: --help and a mistyped flag need no PyTorch.
+    import torch
+    from rwkv_dpo.model.checkpoint import load_model
+    from rwkv_dpo.objective import score_pairs
+
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.precision, torch.float32)
+    if args.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not torch.cuda.is_available():
+        refuse(f"--device {name}: this machine has no usable GPU; cpu is accepted")
+    model = load_model(args.load_model, device=torch.device(name), compute_dtype=dtype, wkv_backend=args.wkv_backend)
+    check_pairs(pairs, args.load_model, model.shape.vocab_size)
+    ref_logps = score_pairs(model, pairs, args.batch_tokens, progress_line(len(pairs)))
+    return pairs.with_ref_logps(ref_logps, file_sha256(args.load_model), args.precision)
+
+
+def progress_line(n_pairs: int) -> Callable[[int], None]:
+    n_done = 0
+
+    def advance(n: int) -> None:
+        nonlocal n_done
+        n_done += n
+        print(f"\rreference: {n_done}/{n_pairs} pairs", end="\n" if n_done == n_pairs else "", file=sys.stderr, flush=True)
+
+    return advance
+
+
+def write_splits(
+    out_dir: Path, pairs: PairSet, rows: dict[str, list[int]], save: Callable[[Path, PairSet], None]
+) -> dict[str, dict[str, Any]]:
+    """Write one file per split; returns each file's number of pairs and fingerprint."""
+    files = {}
+    for name, chosen_rows in rows.items():
+        path = out_dir / f"{name}set.save"
+        save(path, pairs.select(chosen_rows))
+        files[path.name] = {"pairs": len(chosen_rows), "sha256": file_sha256(path)}
+        print(f"{path}: {len(chosen_rows)} pairs")
+    return files
+
+
+def reference_summary(pairs: PairSet) -> dict[str, float]:
+    """Means in nats, and the share of pairs whose chosen answer the reference finds likelier already."""
+    chosen, rejected = pairs.ref_logps.T
+    return {"mean_chosen": chosen.mean(), "mean_rejected": rejected.mean(), "ranked_right": float((chosen > rejected).mean())}
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(report, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"prepare_pairs.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,118 @@
+"""From preferences to pairs: write out, tokenize, cut, drop what cannot be learned from, split. Everything is counted.
+
+No draw depends on the order of the rows or on other rows: the same prompt gets the same template and lands in the same split,
+whatever file it stands in.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rwkv_dpo.data import tokenizer as world
+from rwkv_dpo.data.pairs import Pair, PairSet, cut_pair, pack_pairs
+from rwkv_dpo.data.prompts import render, seeded_fraction
+from rwkv_dpo.data.sources import Preference
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass
+class Report:
+    """What became of the rows. `refused` holds (where, reason) of every row that was left out."""
+
+    n_read: int = 0
+    n_kept: int = 0
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    n_cut_prompts: int = 0
+    n_cut_answers: int = 0
+    n_cut_tokens: int = 0
+
+    def counts(self) -> dict[str, Any]:
+        """The counts as JSON values, the refused rows per reason."""
+        return {
+            "read": self.n_read,
+            "kept": self.n_kept,
+            "dropped": dict(Counter(reason for _, reason in self.refused)),
+            "cut_prompts": self.n_cut_prompts,
+            "cut_answers": self.n_cut_answers,
+            "cut_tokens": self.n_cut_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Unscored pairs, the prompt key of each (what a split must keep together), and the report."""
+
+    pairs: PairSet
+    prompt_keys: list[str]
+    report: Report
+
+
+def prepare(
+    preferences: Iterable[Preference], tokenizer: world.WorldTokenizer, ctx_len: int, templates: str, seed: int
+) -> Prepared:
+    """Make pairs of at most ctx_len tokens, prompt + longer answer. `templates` is a mode of prompts.render.
+
+    A row is refused, with its reason, when its prompt or an answer is empty, its answers are the same (before or after the cut),
+    or it repeats an earlier row.
+    """
+    report = Report()
+    kept: list[Pair] = []
+    prompt_keys: list[str] = []
+    seen: set[bytes] = set()
+    for preference in preferences:
+        report.n_read += 1
+        pair, n_prompt_cut, n_answers_cut = _tokenize(preference, tokenizer, ctx_len, templates, seed)
+        content = b"/".join(row.tobytes() for row in pair)
+        reason = "duplicate" if content in seen else _unusable_because(preference, pair, n_answers_cut)
+        if reason:
+            report.refused.append((preference.where, reason))
+            continue
+        seen.add(content)
+        kept.append(pair)
+        prompt_keys.append(prompt_key(preference))
+        report.n_cut_prompts += n_prompt_cut > 0
+        report.n_cut_answers += n_answers_cut > 0
+        report.n_cut_tokens += n_prompt_cut + n_answers_cut
+    report.n_kept = len(kept)
+    header = {"tokenizer": world.NAME, "templates": templates, "ctx_len": ctx_len, "seed": seed, "counts": report.counts()}
+    return Prepared(pack_pairs(kept, header=header), prompt_keys, report)
+
+
+def prompt_key(preference: Preference) -> str:
+    """The dialogue without its system message, letter case and spacing: prompts that differ in those alone are one prompt."""
+    return "\n".join(" ".join(turn.casefold().split()) for turn in preference.turns)
+
+
+def split_rows(prompt_keys: Sequence[str], valid_ratio: float, test_ratio: float, seed: int) -> dict[str, list[int]]:
+    """Rows of each of SPLITS. A prompt is in one split only; the ratios hold on average over prompts."""
+    rows: dict[str, list[int]] = {name: [] for name in SPLITS}
+    for row, key in enumerate(prompt_keys):
+        fraction = seeded_fraction("split", seed, key)
+        name = "test" if fraction < test_ratio else "valid" if fraction < test_ratio + valid_ratio else "train"
+        rows[name].append(row)
+    return rows
+
+
+def _tokenize(
+    preference: Preference, tokenizer: world.WorldTokenizer, ctx_len: int, templates: str, seed: int
+) -> tuple[Pair, int, int]:
+    """The cut pair, and how many tokens its prompt and its answers lost."""
+    texts = render(preference, templates, seed)
+    prompt, chosen, rejected = (np.asarray(tokenizer.encode(text), dtype=np.int32) for text in texts)
+    prompt, chosen, rejected, n_prompt_cut, n_chosen_cut, n_rejected_cut = cut_pair(prompt, chosen, rejected, ctx_len)
+    return (prompt, chosen, rejected), n_prompt_cut, n_chosen_cut + n_rejected_cut
+
+
+def _unusable_because(preference: Preference, pair: Pair, n_answers_cut: int) -> str | None:
+    _, chosen, rejected = pair
+    if not preference.turns[-1].strip():
+        return "empty prompt"
+    if not len(chosen) or not len(rejected):
+        return "empty answer"
+    if np.array_equal(chosen, rejected):
+        return "identical answers after the cut" if n_answers_cut else "identical answers"
+    return None

@@ -1,0 +1,52 @@
+"""The RWKV World tokenizer: greedy longest match over bytes, 65,529 tokens.
+
+Encoding is the Rust package pyrwkv_tokenizer's. Decoding is ours, because the package aborts on ids outside its table and
+on sequences that end within a character, both of which a sampling model produces.
+"""
+
+import ast
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+
+from pyrwkv_tokenizer import RWKVTokenizer
+
+from rwkv_dpo.errors import InputError
+
+NAME = "rwkv_vocab_v20230424"
+# The model's vocabulary: ids above the tokenizer's last (65,529) are never made from text.
+VOCAB_SIZE = 65536
+DOCUMENT_END = 0
+
+
+class WorldTokenizer:
+    """encode and decode. Reading the vocabulary takes about 0.2 s, once per object, and once more at the first decode."""
+
+    def __init__(self) -> None:
+        self._encoder = RWKVTokenizer()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; never holds 0, the document end. InputError when a lone surrogate keeps it from being UTF-8."""
+        try:
+            return self._encoder.encode(text)
+        except UnicodeEncodeError as error:
+            raise InputError(f"the text has a lone surrogate at character {error.start}: {text[error.start]!r}") from error
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD, the document end becomes nothing. InputError for an id
+        outside the vocabulary."""
+        try:
+            return b"".join(self._token_bytes[i] for i in ids).decode("utf-8", errors="replace")
+        except KeyError as error:
+            raise InputError(f"token {error.args[0]} is outside the tokenizer's 0 to {max(self._token_bytes)}") from error
+
+    @functools.cached_property
+    def _token_bytes(self) -> dict[int, bytes]:
+        """Bytes of every id, from the package's vocabulary file: lines of id, Python string or bytes literal, length."""
+        table = {DOCUMENT_END: b""}
+        for line in Path(self._encoder.vocab_filepath).read_text("utf-8").split("\n"):
+            if line:
+                number, literal = line.rsplit(" ", 1)[0].split(" ", 1)
+                token = ast.literal_eval(literal)
+                table[int(number)] = token.encode() if isinstance(token, str) else token
+        return table

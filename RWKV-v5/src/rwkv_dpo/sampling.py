@@ -1,0 +1,126 @@
+"""Which corpus window and which pair comes next: pure functions of a running index and a seed.
+
+The run draws one global sequence of samples, and the ranks take turns in it, so a resumed run continues where it was and
+a run on any number of ranks sees the same samples per pass. Nothing is stored: an order is computed, never shuffled.
+"""
+
+import functools
+import hashlib
+import math
+
+from rwkv_dpo.errors import InputError
+
+_ROUNDS = 8
+_MASK = 2**64 - 1
+
+
+def global_index(step: int, slot: int, rank: int, world_size: int, micro_bsz: int) -> int:
+    """Index in the global sequence of the sample in `slot` of micro-batch `step` (micro-batches since the run began, not
+    optimizer steps) on `rank`. Each step takes the next world_size * micro_bsz samples, the ranks one after the other."""
+    return (step * micro_bsz + slot) * world_size + rank
+
+
+def item_at(index: int, n: int, seed: int) -> int:
+    """Item in range(n) of the global sample `index`, drawn without replacement: every pass holds each item once, in a new
+    order."""
+    pass_number, position = divmod(index, n)
+    return permuted(position, n, _number("order", seed, pass_number))
+
+
+def permuted(position: int, n: int, seed: int) -> int:
+    """Where a seeded shuffle of range(n) puts `position`, in O(1) memory.
+
+    A Feistel network permutes the smallest range(4**k) that holds n; outputs that fall outside range(n) are fed back in
+    until one falls inside (cycle walking; Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), on average
+    after fewer than 4 trips.
+    """
+    if not 0 <= position < n:
+        raise IndexError(f"position {position} is outside range({n})")
+    half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    half_mask = (1 << half_bits) - 1
+    keys = _round_keys(seed)
+    while True:
+        left, right = position >> half_bits, position & half_mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & half_mask)
+        position = left << half_bits | right
+        if position < n:
+            return position
+
+
+def n_windows(n_tokens: int, ctx_len: int) -> int:
+    """Windows of one pass of `window_start`: one fewer than fit side by side (but at least one), which leaves the phase of
+    a pass at least ctx_len tokens of room."""
+    return max(1, (n_tokens - 1) // ctx_len - 1)
+
+
+def window_start(index: int, n_tokens: int, ctx_len: int, seed: int) -> int:
+    """First token of the corpus window of the global sample `index`. A window is ctx_len + 1 tokens, inputs and targets.
+
+    The windows of a pass lie side by side, sharing the one token that is the last target of one and the first input of the
+    next, and come once each in a seeded order. The phase at which a pass begins is drawn from all that fit, so that
+    passes cut the corpus at different places and reach both of its ends.
+    """
+    n = n_windows(n_tokens, ctx_len)
+    n_phases = n_tokens - n * ctx_len
+    if n_phases < 1:
+        raise InputError(f"a corpus of {n_tokens} tokens is shorter than one window of --ctx_len {ctx_len} + 1")
+    phase = _number("phase", seed, index // n) % n_phases
+    return phase + item_at(index, n, seed) * ctx_len
+
+
+def magic_prime_start(index: int, magic_prime: int, ctx_len: int) -> int:
+    """First token of the window of the global sample `index` in RWKV-LM's order. Cubing is a bijection modulo a prime
+    3n + 2, so that a pass of `magic_prime` samples meets every window once."""
+    sample = 1 + index
+    return (_golden(magic_prime) * sample**3 % magic_prime) * ctx_len
+
+
+def largest_magic_prime(n_tokens: int, ctx_len: int) -> int:
+    """The largest prime 3n + 2 that is at most n_tokens // ctx_len - 1, as RWKV-LM's make_data prints it."""
+    for candidate in range(n_tokens // ctx_len - 1, 1, -1):
+        if candidate % 3 == 2 and _is_prime(candidate):
+            return candidate
+    raise InputError(f"--magic_prime: {n_tokens} tokens are too few for --ctx_len {ctx_len}; 3 windows are the least")
+
+
+def check_magic_prime(magic_prime: int, n_tokens: int, ctx_len: int) -> None:
+    """Refuse (InputError) a --magic_prime that is no prime 3n + 2, reaches past the corpus, or leaves out more than the 1%
+    that RWKV-LM allows; the largest one is accepted even where a short corpus leaves a wider gap between primes."""
+    largest = largest_magic_prime(n_tokens, ctx_len)
+    n_fitting = (n_tokens - 1) // ctx_len
+    if magic_prime > n_fitting:
+        fault = f"is more than the {n_fitting} windows of --ctx_len {ctx_len} in the corpus"
+    elif magic_prime % 3 != 2 or not _is_prime(magic_prime):
+        fault = "is not a prime of the form 3n + 2"
+    elif magic_prime < min(largest, 0.99 * (n_tokens // ctx_len)):
+        fault = f"leaves out more than 1% of the {n_fitting} windows of --ctx_len {ctx_len} in the corpus"
+    else:
+        return
+    raise InputError(f"--magic_prime {magic_prime} {fault}; for its {n_tokens} tokens use {largest}")
+
+
+def _golden(magic_prime: int) -> int:
+    # In double precision and in this order, as RWKV-LM computes it: its runs must find their windows again.
+    return int(magic_prime * ((math.sqrt(5) - 1) / 2))
+
+
+def _is_prime(n: int) -> bool:
+    return n >= 2 and all(n % divisor for divisor in range(2, math.isqrt(n) + 1))
+
+
+def _number(*parts: object) -> int:
+    """64 bits that depend on all of `parts`."""
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "little")
+
+
+@functools.lru_cache(maxsize=64)
+def _round_keys(seed: int) -> tuple[int, ...]:
+    return tuple(_number("round", seed, i) for i in range(_ROUNDS))
+
+
+def _mix(x: int) -> int:
+    # Multiply and fold twice: every input bit reaches the low bits that a round uses.
+    x = x * 0x9E3779B97F4A7C15 & _MASK
+    x = (x ^ x >> 32) * 0xD6E8FEB86659FD93 & _MASK
+    return x ^ x >> 32

@@ -1,0 +1,131 @@
+"""WKV-5 on CPUs in C++ and OpenMP, compiled on first use: csrc/wkv5_cpu.cpp holds the mathematics."""
+
+import ctypes
+import os
+from functools import cache
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from rwkv_dpo.errors import InputError
+from rwkv_dpo.wkv.build import BuildError, load_library, missing_tool
+
+# Tokens that advance the state together. 4 keeps the sums in registers; 8 was no faster.
+BLOCK = 4
+
+# OpenMP is compiled for but not linked: its symbols resolve to the library that torch has loaded, so there is one thread pool.
+# No -ffast-math: it would switch off subnormal numbers for the whole process and NaN with them.
+CFLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", f"-DBLOCK={BLOCK}")
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Call(ctypes.Structure):
+    """The arguments of both C++ functions; csrc/wkv5_cpu.cpp says what each one is."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("n_threads", "n_seqs", "n_heads", "head_size", "dtype")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("cu_seqlens", "r", "k", "v", "powers", "u", "state0", "y", "state_end"),
+                *("gy", "g_state_end", "gr", "gk", "gv", "gw", "gu", "g_state0"),
+            )
+        ),
+    )
+
+
+def unusable_because(device: torch.device) -> str | None:
+    """See rwkv_dpo.wkv. Compiles the kernel; after a failed build the reason carries the compiler's log."""
+    if device.type != "cpu":
+        return "it runs on CPUs only"
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if reason := missing_tool(compiler, "ninja"):
+        return reason
+    try:
+        _library()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def wkv5(r, k, v, time_decay, u, cu_seqlens, state0=None):
+    """See rwkv_dpo.wkv for shapes. fp32 inside, on torch.get_num_threads() threads; the same result for any number of them."""
+    if r.dtype not in DTYPES or not r.dtype == k.dtype == v.dtype:
+        raise InputError(
+            f"WKV backend cpu takes r, k and v of one type among fp32, bf16 and fp16, not {r.dtype}, {k.dtype}, {v.dtype}; "
+            "float64 runs on --wkv_backend reference or chunked"
+        )
+    n_seqs, (n_tokens, n_heads, head_size) = cu_seqlens.numel() - 1, r.shape
+    if head_size % 8 or not 8 <= head_size <= 128:
+        raise InputError(f"WKV backend cpu: head size {head_size}; accepted are multiples of 8 up to 128")
+    # The kernel follows raw pointers: what does not fit must not reach it.
+    state_shape = (n_seqs, n_heads, head_size, head_size)
+    if not (k.shape == v.shape == r.shape and time_decay.shape == u.shape == r.shape[1:]) or (
+        state0 is not None and state0.shape != state_shape
+    ):
+        raise ValueError("r, k, v [S, H, N], time_decay, u [H, N] and state0 [n, H, N, N] do not fit together")
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != n_tokens or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"cu_seqlens {cu_seqlens.tolist()} does not cut {n_tokens} tokens into sequences")
+    return _Wkv5.apply(r, k, v, time_decay, u, cu_seqlens, state0)
+
+
+class _Wkv5(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, r, k, v, time_decay, u, cu_seqlens, state0):
+        ctx.set_materialize_grads(False)
+        n_seqs, (_, n_heads, head_size) = cu_seqlens.numel() - 1, r.shape
+        inputs = {
+            "cu_seqlens": cu_seqlens.to(torch.int32).contiguous(),
+            **{name: x.contiguous() for name, x in (("r", r), ("k", k), ("v", v))},
+            "powers": _powers_of_w(time_decay),
+            "u": u.float().contiguous(),
+            "state0": None if state0 is None else state0.float().contiguous(),
+        }
+        y = torch.empty_like(inputs["r"])
+        state_end = r.new_empty(n_seqs, n_heads, head_size, head_size, dtype=torch.float32)
+        _run("wkv5_forward", **inputs, y=y, state_end=state_end)
+        ctx.save_for_backward(time_decay, u, *inputs.values())
+        return y, state_end
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy, g_state_end):
+        time_decay, original_u, cu_seqlens, r, k, v, powers, u, state0 = ctx.saved_tensors
+        n_seqs, (_, n_heads, head_size) = cu_seqlens.numel() - 1, r.shape
+        gr, gk, gv = torch.empty_like(r), torch.empty_like(k), torch.empty_like(v)
+        gw, gu = (u.new_empty(n_seqs, n_heads, head_size) for _ in range(2))
+        g_state0 = torch.empty_like(state0) if ctx.needs_input_grad[6] else None
+        _run(
+            "wkv5_backward", cu_seqlens=cu_seqlens, r=r, k=k, v=v, powers=powers, u=u, state0=state0,
+            gy=torch.zeros_like(r) if gy is None else gy.contiguous(),
+            g_state_end=None if g_state_end is None else g_state_end.contiguous(),
+            gr=gr, gk=gk, gv=gv, gw=gw, gu=gu, g_state0=g_state0,
+        )
+        # w = exp(-exp(time_decay)), so dw / d time_decay = -exp(time_decay) w.
+        rate = torch.exp(time_decay.double())
+        g_time_decay = gw.sum(0) * (-rate * torch.exp(-rate))
+        return gr, gk, gv, g_time_decay.to(time_decay.dtype), gu.sum(0).to(original_u.dtype), None, g_state0
+
+
+def _powers_of_w(time_decay: torch.Tensor) -> torch.Tensor:
+    """w^0 .. w^BLOCK, fp32 [H, BLOCK + 1, N]; rounded once from float64, as w itself is too near 1 for its powers to be exact."""
+    exponents = torch.arange(BLOCK + 1, dtype=torch.float64)
+    return torch.exp(-torch.exp(time_decay.double())[:, None, :] * exponents[:, None]).float().contiguous()
+
+
+def _run(function: str, r: torch.Tensor, cu_seqlens: torch.Tensor, **others: torch.Tensor | None) -> None:
+    tensors = {"r": r, "cu_seqlens": cu_seqlens, **others}
+    call = Call(
+        n_threads=torch.get_num_threads(), n_seqs=cu_seqlens.numel() - 1, n_heads=r.shape[1], head_size=r.shape[2],
+        dtype=DTYPES[r.dtype], **{name: x.data_ptr() for name, x in tensors.items() if x is not None},
+    )
+    getattr(_library(), function)(ctypes.byref(call))
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = load_library("wkv5_cpu.cpp", CFLAGS)
+    for function in (library.wkv5_forward, library.wkv5_backward):
+        function.argtypes, function.restype = [ctypes.POINTER(Call)], None
+    return library

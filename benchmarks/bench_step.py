@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""Speed and memory of a training step: ours against the original's way, written out here.
+
+The original's way: a batch-1 forward of prompt + answer for the chosen and for the rejected answer of every pair, full
+[T, vocabulary] logits and cross-entropy each, one backward. Same network, WKV backend and precision on both sides.
+
+    python benchmarks/bench_step.py                  everything, about ten minutes on 2 cores; writes benchmarks/results/step_<device>.json
+    python benchmarks/bench_step.py --n_layer 24 --n_embd 1024 --device cuda
+
+Parity comes first: losses and gradients of both ways have to agree, or nothing is timed.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "RWKV-v5" / "src"))
+
+from measure import alternate, machine, save
+
+from rwkv_dpo.data.pairs import pack_pairs
+from rwkv_dpo.forest import Pair, build_step
+from rwkv_dpo.losses import dpo_loss, l2wrap
+from rwkv_dpo.model.checkpoint import empty_model
+from rwkv_dpo.model.rwkv import RWKV
+from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.objective import MicroBatch, collate, objective, score_pairs
+from rwkv_dpo.training.cpu import tune_cpu
+from rwkv_dpo.wkv import choose_backend
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BETA, RATIO, MICRO_BSZ, WINDOW = 0.1, 0.5, 4, 1024
+CASES = {"256/200/150": (256, 200, 150), "512/128/128": (512, 128, 128)}
+
+
+def build(shape: ModelShape, precision: str, backend: str, device: torch.device) -> RWKV:
+    model = empty_model(shape, "5", choose_backend(backend, device).wkv5, DTYPES[precision])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "time_decay" in name:
+                p.uniform_(-6, 1, generator=generator)
+            elif "time_" in name:
+                p.uniform_(0, 1, generator=generator)
+            elif p.dim() == 2:
+                p.normal_(0, p.shape[1] ** -0.5, generator=generator)
+    return model.to(device)
+
+
+def make_pairs(lengths: tuple[int, int, int], n: int, vocab_size: int, seed: int = 0) -> list[Pair]:
+    rng = np.random.default_rng(seed)
+    return [tuple(rng.integers(1, vocab_size, length) for length in lengths) for _ in range(n)]  # type: ignore[misc]
+
+
+def original_logits(model: RWKV, tokens: np.ndarray) -> torch.Tensor:
+    """Full logits [T, V] of one sequence, batch 1."""
+    forest = build_step([np.append(tokens, 0)], []).forest.to(model.head.weight.device)
+    return model.head(model(forest)[0])
+
+
+def original_answer_logp(model: RWKV, prompt: np.ndarray, answer: np.ndarray) -> torch.Tensor:
+    sequence = np.concatenate([prompt, answer])
+    logits = original_logits(model, sequence[:-1])
+    targets = torch.from_numpy(sequence[1:]).to(logits.device)
+    return -F.cross_entropy(logits, targets, reduction="none")[-len(answer) :].sum()
+
+
+def original_loss(model: RWKV, windows: list[np.ndarray], pairs: list[Pair], refs: np.ndarray) -> torch.Tensor:
+    loss = torch.zeros((), device=model.head.weight.device)
+    for (prompt, chosen, rejected), ref in zip(pairs, refs, strict=True):
+        logps = [original_answer_logp(model, prompt, answer).float()[None] for answer in (chosen, rejected)]
+        loss = loss + dpo_loss(*logps, *torch.from_numpy(ref).float().to(loss.device).split(1), BETA).losses.mean() / len(pairs)
+    for window in windows:
+        logits = original_logits(model, window[:-1])
+        general = F.cross_entropy(logits, torch.from_numpy(window[1:]).to(logits.device))
+        loss = (1 - RATIO) * loss + RATIO * l2wrap(general, logits.amax(1))
+    return loss
+
+
+def check_parity(backend: str, device: torch.device) -> None:
+    """Both ways on a small model in fp32: the loss to 1e-5, every gradient to 1e-3 (fp32 rounding over two layers)."""
+    model = build(ModelShape(2, 128, 128, 448, 512), "fp32", backend, device)
+    pairs, windows, refs = make_pairs((20, 17, 9), 3, 512), [make_pairs((65, 1, 1), 1, 512)[0][0]], np.full((3, 2), -50.0)
+    losses, grads = [], []
+    for loss in (original_loss(model, windows, pairs, refs), objective(model, collate(windows, pairs, refs).to(device), BETA, RATIO)[0]):
+        losses.append(loss.item())
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+    worst = max(float((a - b).norm() / a.norm().clamp(min=1e-6)) for a, b in zip(*grads, strict=True))
+    if abs(losses[0] / losses[1] - 1) > 1e-5 or worst > 1e-3:
+        sys.exit(f"the two ways disagree: losses {losses}, worst gradient {worst:.1e}; nothing was timed")
+    print(f"parity: losses {losses[0]:.6f} and {losses[1]:.6f}, worst gradient difference {worst:.1e}")
+
+
+def ours(model: RWKV, batch: MicroBatch) -> None:
+    ratio = RATIO if batch.n_windows and batch.step.n_pairs else float(batch.n_windows > 0)
+    objective(model, batch, BETA, ratio)[0].backward()
+    model.zero_grad(set_to_none=False)
+
+
+def theirs(model: RWKV, windows: list[np.ndarray], pairs: list[Pair], refs: np.ndarray) -> None:
+    original_loss(model, windows, pairs, refs).backward()
+    model.zero_grad(set_to_none=False)
+
+
+def time_pairs(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Forward and backward of a micro-batch of pairs, alone and with a corpus window."""
+    rows = []
+    models = {p: build(args.shape, p, args.wkv_backend, device) for p in DTYPES}
+    for case, lengths in CASES.items():
+        pairs, refs = make_pairs(lengths, MICRO_BSZ, args.shape.vocab_size), np.full((MICRO_BSZ, 2), -2000.0)
+        for n_windows in (0, 1):
+            windows = [make_pairs((WINDOW + 1, 1, 1), 1, args.shape.vocab_size)[0][0]] * n_windows
+            batch = collate(windows, pairs, refs).to(device)
+            runs = {}
+            for p, model in models.items():
+                runs[f"original {p}"] = lambda m=model, w=windows, q=pairs, r=refs: theirs(m, w, q, r)
+                runs[f"forest {p}"] = lambda m=model, b=batch: ours(m, b)
+            seconds = alternate(runs, args.repeats)
+            row = {"pairs": case, "window": WINDOW * n_windows, **{f"{name} ms/pair": 1000 * s / MICRO_BSZ for name, s in seconds.items()}}
+            row["speedup fp32"] = seconds["original fp32"] / seconds["forest fp32"]
+            row["speedup bf16"] = seconds["original bf16"] / seconds["forest bf16"]
+            row["speedup bf16 against fp32"] = seconds["original fp32"] / seconds["forest bf16"]
+            rows.append(report(row))
+    return rows
+
+
+def time_scoring(args: argparse.Namespace, device: torch.device) -> dict:
+    """Reference log-probabilities of a pair file: packed by tokens, against two full forwards a pair."""
+    pairs = make_pairs(CASES["256/200/150"], 2 * MICRO_BSZ, args.shape.vocab_size)
+    packed = pack_pairs(pairs)
+    runs = {}
+    for p in DTYPES:
+        model = build(args.shape, p, args.wkv_backend, device)
+
+        def original(m=model) -> None:
+            with torch.no_grad():
+                for prompt, *answers in pairs:
+                    for answer in answers:
+                        original_answer_logp(m, prompt, answer)
+
+        runs[f"original {p}"] = original
+        runs[f"forest {p}"] = lambda m=model: score_pairs(m, packed, 4096)
+    seconds = alternate(runs, args.repeats)
+    return report({
+        **{f"{name} ms/pair": 1000 * s / len(pairs) for name, s in seconds.items()},
+        "speedup fp32": seconds["original fp32"] / seconds["forest fp32"],
+        "speedup bf16": seconds["original bf16"] / seconds["forest bf16"],
+        "speedup bf16 against fp32": seconds["original fp32"] / seconds["forest bf16"],
+    })  # fmt: skip
+
+
+def time_language_model(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """A whole step (forward, backward, AdamW) on one window, against the rate of a large matrix product in the same run."""
+    rows = []
+    s = args.shape
+    n_matrix = s.n_layer * (6 * s.n_embd**2 + 2 * s.n_embd * s.dim_ffn) + s.n_embd * s.vocab_size
+    for p, dtype in DTYPES.items():
+        model = build(s, p, args.wkv_backend, device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+        batch = collate([make_pairs((WINDOW + 1, 1, 1), 1, s.vocab_size)[0][0]], [], np.zeros((0, 2))).to(device)
+        square = torch.randn(2048, 2048, dtype=dtype, device=device)
+
+        def step(model=model, batch=batch, optimizer=optimizer) -> None:
+            objective(model, batch, BETA, 1.0)[0].backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        seconds = alternate({"step": step, "gemm": lambda a=square: [a @ a for _ in range(10)]}, 2 * args.repeats)
+        gemm_rate, rate = 10 * 2 * 2048**3 / seconds["gemm"], 6 * n_matrix * WINDOW / seconds["step"]
+        rows.append(report({
+            "precision": p, "tokens/s": WINDOW / seconds["step"], "step ms": 1000 * seconds["step"], "GFLOP/s": rate / 1e9,
+            "GEMM GFLOP/s": gemm_rate / 1e9, "share of the GEMM rate": rate / gemm_rate,
+        }))  # fmt: skip
+    return rows
+
+
+def memory(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Peak memory above weights and gradients, each measured in a process of its own with the default allocator."""
+    rows = []
+    for case in CASES:
+        for precision in DTYPES:
+            row: dict = {"pairs": case, "precision": precision}
+            for way in ("original", "forest"):
+                command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", way, case, precision]
+                peaks = [json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]) for _ in range(3)]
+                row[f"{way} MB"] = median(peaks)
+            row["forest / original"] = row["forest MB"] / row["original MB"]
+            rows.append(report(row))
+    return rows
+
+
+def memory_of(args: argparse.Namespace, device: torch.device) -> float:
+    way, case, precision = args.memory_of
+    model = build(args.shape, precision, args.wkv_backend, device)
+    pairs, refs = make_pairs(CASES[case], MICRO_BSZ, args.shape.vocab_size), np.full((MICRO_BSZ, 2), -2000.0)
+    small = make_pairs((2, 2, 2), 1, args.shape.vocab_size)
+    theirs(model, [], small, refs[:1])  # weights, gradients and compiled code are in place
+    before = _reset_peak(device)
+    if way == "original":
+        theirs(model, [], pairs, refs)
+    else:
+        ours(model, collate([], pairs, refs).to(device))
+    return (_peak(device) - before) / 1e6
+
+
+def _reset_peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return _peak(device)
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+def report(row: dict) -> dict:
+    print("  ".join(f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()), flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--n_layer", type=int, default=12)
+    parser.add_argument("--n_embd", type=int, default=768)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--wkv_backend", default="auto")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", default=["pairs", "scoring", "language_model", "memory"])
+    parser.add_argument("--memory_of", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.shape = ModelShape(args.n_layer, args.n_embd, args.n_embd, int(args.n_embd * 3.5) // 32 * 32, 65536)
+    device = torch.device(args.device)
+    if args.memory_of:
+        print(memory_of(args, device))
+        return
+    check_parity(args.wkv_backend, device)
+    if device.type == "cpu":
+        tune_cpu(keep_memory=True)
+    print(machine())
+    parts = {"pairs": time_pairs, "scoring": time_scoring, "language_model": time_language_model, "memory": memory}
+    results = {name: parts[name](args, device) for name in args.parts}
+    save(f"step_{device.type}_L{args.n_layer}_D{args.n_embd}", {"shape": vars(args.shape), "micro_bsz": MICRO_BSZ, **results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""Forward plus backward of every WKV-5 backend, medians in milliseconds, into benchmarks/results/wkv_<device>.json.
+
+    python benchmarks/bench_wkv.py [--device cpu|cuda] [--repeats 30]
+
+The parity tests run first, and when they fail nothing is measured. On a GPU the opponent is `sequential`, a plain kernel with one
+block per sequence and head.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "RWKV-v5" / "src"))
+
+import measure  # noqa: E402 (the path above makes the package importable without installing it)
+import torch  # noqa: E402 (as above)
+from rwkv_dpo.wkv import WKV5, choose_backend  # noqa: E402 (as above)
+
+# Sequences, tokens in each, heads, head size, type, and who takes part. The loop is too slow for more than a short one.
+SHAPES = {
+    "cpu": (
+        (1, 1024, 12, 64, "float32", ("cpu", "chunked")),
+        (1, 1024, 12, 64, "bfloat16", ("cpu", "chunked")),
+        (1, 4096, 16, 64, "bfloat16", ("cpu", "chunked")),
+        (12, 150, 12, 64, "float32", ("cpu", "chunked")),
+        (1, 1024, 24, 32, "float32", ("cpu", "chunked")),
+        (1, 1024, 6, 128, "float32", ("cpu", "chunked")),
+        (1, 1024, 16, 48, "float32", ("cpu", "chunked")),
+        (1, 128, 12, 64, "float32", ("cpu", "chunked", "reference")),
+    ),
+    "cuda": tuple(
+        (n_seqs, 4096, 16, 64, dtype, ("cuda", "sequential", "chunked"))
+        for dtype in ("bfloat16", "float32")
+        for n_seqs in (1, 2, 3, 4)
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=sorted(SHAPES), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=30)
+    flags = parser.parse_args()
+    if flags.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device; --device cpu runs everywhere")
+    refuse_unless_parity_holds()
+
+    table = [time_shape(flags.device, flags.repeats, *shape) for shape in SHAPES[flags.device]]
+    measure.save(f"wkv_{flags.device}", {"unit": "ms, forward plus backward, median", "repeats": flags.repeats, "table": table})
+
+
+def refuse_unless_parity_holds() -> None:
+    tests = ROOT / "tests" / "wkv" / "test_backends.py"
+    run = subprocess.run([sys.executable, "-m", "pytest", str(tests)], cwd=ROOT, capture_output=True, text=True)
+    if run.returncode != 0:
+        sys.exit(f"the parity tests fail, so nothing is measured:\n{run.stdout}{run.stderr}")
+
+
+def time_shape(device: str, repeats: int, n_seqs: int, length: int, n_heads: int, head_size: int, dtype: str, names) -> dict:
+    """One row of the table, printed as it comes."""
+    random = torch.Generator().manual_seed(0)
+    r, k, v, gy = torch.randn(4, n_seqs * length, n_heads, head_size, generator=random).to(device, getattr(torch, dtype))
+    # The decays of a trained model lie between these.
+    time_decay = (torch.rand(n_heads, head_size, generator=random) * 11 - 9).to(device)
+    u = torch.randn(n_heads, head_size, generator=random).to(device)
+    inputs = [x.requires_grad_() for x in (r, k, v, time_decay, u)]
+    cu_seqlens = torch.arange(0, (n_seqs + 1) * length, length, dtype=torch.int32)
+
+    def forward_and_backward(wkv5: WKV5) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(wkv5(*inputs, cu_seqlens)[0], inputs, gy)
+
+    candidates = {name: forward_and_backward(backend(name, device)) for name in names}
+    medians = {name: 1e3 * seconds for name, seconds in measure.alternate(candidates, repeats, warmup=3).items()}
+    row = {"sequences": n_seqs, "tokens": length, "heads": n_heads, "head_size": head_size, "dtype": dtype}
+    shape, times = (f"{name} {value}" for name, value in row.items()), (f"{name} {ms:.2f} ms" for name, ms in medians.items())
+    print(*shape, "|", *times, flush=True)
+    return {**row, "ms": {name: round(ms, 3) for name, ms in medians.items()}}
+
+
+def backend(name: str, device: str) -> WKV5:
+    if name == "sequential":
+        import wkv5_sequential  # needs nvcc
+
+        return wkv5_sequential.wkv5
+    return choose_backend(name, torch.device(device)).wkv5
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What every benchmark here shares: alternating timing, peak memory, and result files that say what they were measured on."""
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def alternate(candidates: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, float]:
+    """Median seconds of each candidate. They take turns, so that a machine that slows down slows all of them."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for i in range(warmup + repeats):
+        for name, run in candidates.items():
+            seconds = _timed(run)
+            if i >= warmup:
+                times[name].append(seconds)
+    return {name: median(values) for name, values in times.items()}
+
+
+def _timed(run: Callable[[], object]) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    run()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def machine() -> dict[str, object]:
+    """Device, versions and commit, for the head of a result file."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+    return {
+        "cpu": _cpu_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def save(name: str, results: dict[str, object]) -> Path:
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
+    print(f"wrote {path.relative_to(RESULTS.parent.parent)}")
+    return path
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    fields = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    values = {name.strip(): value.strip() for name, value in fields.items()}
+    wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in values.get("flags", "").split()]
+    return f"{values.get('model name', platform.machine())}, family {values.get('cpu family', '?')}, {' '.join(wide)}"

@@ -1,0 +1,37 @@
+"""Every test runs on one or two threads: on a small machine more of them fight over the cores."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+
+from rwkv_dpo.model.checkpoint import empty_model
+from rwkv_dpo.model.rwkv import RWKV
+from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.wkv import reference
+
+
+def random_model(shape: ModelShape, dtype: torch.dtype = torch.float64, seed: int = 0, **options) -> RWKV:
+    """A model with weights and activations of `dtype`, on the reference recurrence, every weight random and alive."""
+    wkv = options.pop("wkv", reference.wkv5)
+    model = empty_model(shape, "5", wkv, dtype, **options).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "time_decay" in name:
+                p.uniform_(-6, 1, generator=generator)
+            elif "time_" in name:
+                p.uniform_(0, 1, generator=generator)
+            elif p.dim() == 1:
+                p.normal_(1.0 if name.endswith("weight") else 0.0, 0.1, generator=generator)
+            else:
+                p.normal_(0, p.shape[1] ** -0.5, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_shape() -> ModelShape:
+    return ModelShape(n_layer=2, n_embd=32, dim_att=32, dim_ffn=96, vocab_size=61, head_size=8)

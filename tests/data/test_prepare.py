@@ -1,0 +1,125 @@
+"""Preparation: what is kept, cut, dropped and where it lands, all independent of the order of rows."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rwkv_dpo.data.prepare import prepare, prompt_key, split_rows
+from rwkv_dpo.data.sources import Preference
+from rwkv_dpo.data.tokenizer import WorldTokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return WorldTokenizer()
+
+
+def preference(row, prompt="Why?", chosen="Because.", rejected="No."):
+    return Preference(f"row {row}", "", (prompt,), chosen, rejected)
+
+
+def test_pairs_decode_to_the_text_that_was_written(tokenizer):
+    prepared = prepare([preference(1), preference(2, chosen="Ünï\n\n日本")], tokenizer, 64, "chat", seed=0)
+    assert [[tokenizer.decode(part.tolist()) for part in prepared.pairs.pair(i)] for i in range(2)] == [
+        ["User: Why?\n\nAssistant:", " Because.\n\n", " No.\n\n"],
+        ["User: Why?\n\nAssistant:", " Ünï\n日本\n\n", " No.\n\n"],
+    ]
+    assert not prepared.pairs.is_scored
+    assert prepared.pairs.header["ctx_len"] == 64
+    assert prepared.pairs.header["templates"] == "chat"
+
+
+def test_unusable_rows_are_named_with_their_reasons_and_counted(tokenizer):
+    rows = [
+        preference(1),
+        preference(2, chosen=" \n"),
+        preference(3, rejected=""),
+        preference(4, chosen="Same", rejected=" Same\n"),
+        preference(5, prompt="  "),
+        preference(6, prompt="Why? "),
+        preference(7, prompt="Else"),
+    ]
+    report = prepare(rows, tokenizer, 64, "mix", seed=0).report
+    assert report.refused == [
+        ("row 2", "empty answer"),
+        ("row 3", "empty answer"),
+        ("row 4", "identical answers"),
+        ("row 5", "empty prompt"),
+        ("row 6", "duplicate"),
+    ]
+    assert report.counts() == {
+        "read": 7, "kept": 2, "cut_prompts": 0, "cut_answers": 0, "cut_tokens": 0,
+        "dropped": {"empty answer": 2, "identical answers": 1, "empty prompt": 1, "duplicate": 1},
+    }  # fmt: skip
+
+
+def test_cuts_are_counted_and_answers_equal_after_the_cut_are_dropped(tokenizer):
+    long = " word" * 50
+    rows = [
+        preference(1, prompt="a" + long),
+        preference(2, chosen="b" + long, rejected="c"),
+        preference(3, chosen=long + " x", rejected=long + " y"),
+    ]
+    prepared = prepare(rows, tokenizer, 32, "chat", seed=0)
+    assert prepared.report.refused == [("row 3", "identical answers after the cut")]
+    counts = prepared.report.counts()
+    assert (counts["cut_prompts"], counts["cut_answers"]) == (1, 1)
+    uncut = prepare(rows[:2], tokenizer, 4096, "chat", seed=0)
+    assert counts["cut_tokens"] == len(uncut.pairs.tokens) - len(prepared.pairs.tokens)
+    for i in range(2):
+        prompt, chosen, rejected = prepared.pairs.pair(i)
+        assert len(prompt) + max(len(chosen), len(rejected)) <= 32
+
+
+def test_preparation_does_not_depend_on_the_order_of_rows(tokenizer):
+    rows = [preference(i, prompt=f"Question {i}") for i in range(40)]
+    shuffled = random.Random(0).sample(rows, len(rows))
+
+    def lands(rows):
+        prepared = prepare(rows, tokenizer, 64, "mix", seed=3)
+        splits = split_rows(prepared.prompt_keys, 0.2, 0.2, seed=3)
+        return {
+            name: sorted(tuple(prepared.pairs.pair(i)[0].tolist()) for i in rows_of_split) for name, rows_of_split in splits.items()
+        }
+
+    assert lands(rows) == lands(shuffled)
+
+
+def test_splits_hold_every_row_once_at_about_their_ratios():
+    keys = [f"prompt {i}" for i in range(5000)]
+    splits = split_rows(keys, valid_ratio=0.1, test_ratio=0.2, seed=0)
+    assert sorted(row for rows in splits.values() for row in rows) == list(range(5000))
+    for name, ratio in (("train", 0.7), ("valid", 0.1), ("test", 0.2)):
+        # Five standard deviations of a binomial count.
+        assert abs(len(splits[name]) - 5000 * ratio) < 5 * (5000 * ratio * (1 - ratio)) ** 0.5
+    assert splits != split_rows(keys, 0.1, 0.2, seed=1)
+
+
+def test_ratios_of_zero_leave_splits_empty():
+    assert split_rows(["a", "b"], 0.0, 0.0, seed=0) == {"train": [0, 1], "valid": [], "test": []}
+
+
+@given(st.lists(st.text(alphabet="aB \n", min_size=1), min_size=1), st.integers(0, 9))
+def test_no_prompt_is_in_two_splits(prompts, seed):
+    keys = [prompt_key(preference(1, prompt=prompt)) for prompt in prompts]
+    splits = split_rows(keys, 0.3, 0.3, seed)
+    # Spacing within a word does make another prompt ("a b" is not "ab"); case and outer or repeated spacing do not.
+    for prompt, key in zip(prompts, keys, strict=True):
+        same = [row for row, other in enumerate(prompts) if other.lower().split() == prompt.lower().split()]
+        assert len({name for name, rows in splits.items() for row in same if row in rows}) == 1
+        assert key == " ".join(prompt.lower().split())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(*[st.text(max_size=30)] * 3), max_size=6), st.integers(2, 40))
+def test_odd_texts_are_kept_within_bounds_or_refused(tokenizer, rows, ctx_len):
+    prepared = prepare([preference(i, *row) for i, row in enumerate(rows)], tokenizer, ctx_len, "mix", seed=0)
+    report = prepared.report
+    assert report.n_read == len(rows) == report.n_kept + len(report.refused)
+    assert len(prepared.pairs) == len(prepared.prompt_keys) == report.n_kept
+    for i in range(len(prepared.pairs)):
+        prompt, chosen, rejected = prepared.pairs.pair(i)
+        assert min(map(len, (prompt, chosen, rejected))) >= 1
+        assert len(prompt) + max(len(chosen), len(rejected)) <= ctx_len
+        assert chosen.tolist() != rejected.tolist()

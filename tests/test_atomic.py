@@ -1,0 +1,49 @@
+"""Atomic writing: the old file or the new one, never half of either."""
+
+import os
+
+import pytest
+from rwkv_dpo.atomic import atomic_write
+from rwkv_dpo.errors import InputError
+
+
+def test_the_file_appears_whole_and_alone(tmp_path):
+    with atomic_write(tmp_path / "a.bin") as file:
+        file.write(b"new")
+        assert not (tmp_path / "a.bin").exists()
+    assert (tmp_path / "a.bin").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_a_failure_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"old")
+
+    def fail_halfway():
+        with atomic_write(tmp_path / "a.bin") as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_halfway()
+    assert (tmp_path / "a.bin").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("parent", ["missing", "file"])
+def test_a_folder_that_cannot_be_written_to_is_one_line_with_its_path(tmp_path, parent):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(InputError, match=rf"{parent}/a.bin: cannot be written: \w+"), atomic_write(tmp_path / parent / "a.bin"):
+        pass
+
+
+def test_a_full_disk_is_an_input_error():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+
+    def write_to_full_disk():
+        with atomic_write("unused.bin"), open("/dev/full", "wb", buffering=0) as full:
+            full.write(b"x")
+
+    with pytest.raises(InputError, match=r"unused.bin: cannot be written: No space left"):
+        write_to_full_disk()
+    assert not os.path.exists("unused.bin")

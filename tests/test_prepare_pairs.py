@@ -1,0 +1,113 @@
+"""prepare_pairs.py, run as users run it, with a tiny model as the reference."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rwkv_dpo.data.pairs import file_sha256, load_pairs
+from rwkv_dpo.data.tokenizer import VOCAB_SIZE, WorldTokenizer
+
+SCRIPT = Path(__file__).resolve().parents[1] / "RWKV-v5" / "prepare_pairs.py"
+
+
+def prepare_pairs(folder, *arguments):
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def source(tmp_path):
+    rows = [{"prompt": f"Question {i}?", "chosen": f"Answer {i}.", "rejected": "No. " * (1 + i % 3)} for i in range(40)]
+    rows[7]["chosen"] = " "
+    rows[9] = rows[8]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    return tmp_path / "rows.json"
+
+
+def save_tiny_model(path, vocab_size=VOCAB_SIZE):
+    pytest.importorskip("rwkv_dpo.objective")
+    import torch
+    from rwkv_dpo.model.checkpoint import empty_model, save_weights
+    from rwkv_dpo.model.init import init_weights
+    from rwkv_dpo.model.shape import ModelShape
+    from rwkv_dpo.wkv.reference import wkv5
+
+    shape = ModelShape(n_layer=1, n_embd=16, dim_att=16, dim_ffn=32, vocab_size=vocab_size, head_size=8)
+    model = empty_model(shape, "5", wkv5, torch.float32)
+    init_weights(model, lr_init=1e-2, seed=0)
+    save_weights(dict(model.named_parameters()), path)
+    return path
+
+
+def test_splits_and_report_tell_what_was_done(source):
+    folder = source.parent
+    model = save_tiny_model(folder / "tiny.pth")
+    common = ("--source", source, "--load_model", model, "--device", "cpu", "--wkv_backend", "reference", "--ctx_len", 64)
+    run = prepare_pairs(folder, *common, "--out_dir", "out", "--valid_ratio", 0.3)
+    assert run.returncode == 0, run.stderr
+    assert "row 8: dropped: empty answer\nrow 10: dropped: duplicate\n40 rows read, 38 kept" in run.stdout
+
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert report["pairs"]["counts"]["dropped"] == {"empty answer": 1, "duplicate": 1}
+    assert report["pairs"]["reference_sha256"] == file_sha256(model)
+    sets = [load_pairs(folder / "out" / f"{name}set.save", VOCAB_SIZE) for name in ("train", "valid", "test")]
+    assert sum(map(len, sets)) == 38
+    assert all(len(pairs) > 0 for pairs in sets)
+    for pairs, name in zip(sets, ("train", "valid", "test"), strict=True):
+        path = folder / "out" / f"{name}set.save"
+        assert report["files"][path.name] == {"pairs": len(pairs), "sha256": file_sha256(path)}
+        assert pairs.header["reference_sha256"] == file_sha256(model)
+        assert pairs.is_scored
+    # A freshly made head is nearly uniform: a token costs about log(65,536) nats. 5% allows for what the head makes of noise.
+    prompt, chosen, _ = sets[0].pair(0)
+    assert sets[0].ref_logps[0, 0] == pytest.approx(-len(chosen) * np.log(VOCAB_SIZE), rel=0.05)
+    assert WorldTokenizer().decode(prompt.tolist()).split("Question")[0] in ("User: ", "Input: ", "Question: ", "")
+
+    run = prepare_pairs(folder, *common, "--out_dir", "original", "--valid_ratio", 0.3, "--original_format", 1)
+    assert run.returncode == 0, run.stderr
+    rows = pickle.loads((folder / "original" / "trainset.save").read_bytes())  # noqa: S301 - written by the line above
+    assert [row[0] for row in rows] == [sets[0].pair(i)[0].tolist() for i in range(len(sets[0]))]
+    assert [row[3:] for row in rows] == [tuple(logps) for logps in sets[0].ref_logps.tolist()]
+
+
+def test_a_model_with_a_smaller_vocabulary_is_refused(source):
+    model = save_tiny_model(source.parent / "small.pth", vocab_size=300)
+    run = prepare_pairs(source.parent, "--source", source, "--load_model", model, "--device", "cpu", "--wkv_backend", "reference")
+    assert run.returncode == 2
+    assert "small.pth: row 1: token" in run.stderr
+    assert "outside the vocabulary of 300" in run.stderr
+
+
+def test_it_starts_as_a_program():
+    assert os.access(SCRIPT, os.X_OK)
+    assert SCRIPT.read_text().startswith("#!/usr/bin/env python3\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--load_model", "none.pth"], "--load_model none.pth: no such file"),
+        (["--source", "none.json"], "none.json: cannot be read: No such file or directory"),
+        (["--source", "bad.json"], "bad.json: row 1: has the fields 'prompt'; a row has"),
+        (["--source", "empty.json"], "empty.json: no usable pair among its 0 rows"),
+        (["--ctx_len", "1"], "--ctx_len 1: at least 2 is accepted"),
+        (["--batch_tokens", "0"], "--batch_tokens 0: at least 1 is accepted"),
+        (["--valid_ratio", "0.6", "--test_ratio", "0.4"], "--valid_ratio 0.6 --test_ratio 0.4: neither below 0, together below 1"),
+        (["--valid_ratio", "nan"], "--valid_ratio nan"),
+        (["--out_dir", "bad.json"], "--out_dir bad.json: cannot be made: File exists"),
+    ],
+)
+def test_faults_are_one_line_and_exit_2(source, arguments, message):
+    folder = source.parent
+    (folder / "bad.json").write_text('[{"prompt": "p"}]')
+    (folder / "empty.json").write_text("[]")
+    (folder / "any.pth").write_bytes(b"")
+    # The last of two equal flags wins.
+    run = prepare_pairs(folder, "--source", source, "--load_model", "any.pth", *arguments)
+    assert run.returncode == 2
+    assert run.stderr.startswith(f"prepare_pairs.py: error: {message}")
+    assert run.stderr.count("\n") == 1

@@ -1,0 +1,154 @@
+"""Sampling: every item once per pass, whoever draws it."""
+
+import itertools
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rwkv_dpo.errors import InputError
+from rwkv_dpo.sampling import (
+    check_magic_prime,
+    global_index,
+    item_at,
+    largest_magic_prime,
+    magic_prime_start,
+    n_windows,
+    permuted,
+    window_start,
+)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 1009, 4097])
+def test_permuted_is_a_bijection(n):
+    assert sorted(permuted(i, n, seed=7) for i in range(n)) == list(range(n))
+
+
+def test_permuted_refuses_positions_outside_its_range():
+    for position in (-1, 5):
+        with pytest.raises(IndexError):
+            permuted(position, 5, seed=0)
+
+
+@pytest.mark.parametrize("n", [3, 7, 16, 50])
+def test_every_place_is_equally_likely_over_seeds(n):
+    n_seeds = 200 * n
+    counts = Counter(permuted(0, n, seed) for seed in range(n_seeds))
+    chi_squared = sum((counts[place] - 200) ** 2 / 200 for place in range(n))
+    # Mean n - 1, standard deviation sqrt(2 (n - 1)): five of them are exceeded by chance less than once in 1000 draws, and the
+    # seeds are fixed.
+    assert chi_squared < (n - 1) + 5 * (2 * (n - 1)) ** 0.5
+
+
+def test_neighbours_do_not_stay_neighbours():
+    n = 1000
+    order = [permuted(i, n, seed=3) for i in range(n)]
+    n_neighbours = sum(abs(a - b) == 1 for a, b in itertools.pairwise(order))
+    # A uniform shuffle has 2 expected, Poisson-distributed.
+    assert n_neighbours < 12
+
+
+@given(n=st.integers(1, 60), seed=st.integers(-5, 2**40), pass_number=st.integers(0, 1000))
+def test_each_pass_holds_each_item_once(n, seed, pass_number):
+    assert sorted(item_at(pass_number * n + i, n, seed) for i in range(n)) == list(range(n))
+
+
+def test_passes_and_seeds_differ_in_order():
+    n = 50
+    orders = [tuple(item_at(p * n + i, n, seed) for i in range(n)) for p in range(3) for seed in range(3)]
+    assert len(set(orders)) == 9
+
+
+@given(
+    world_size=st.integers(1, 5), micro_bsz=st.integers(1, 4), n_steps=st.integers(1, 6), first_step=st.integers(0, 1000)
+)
+def test_ranks_together_take_the_global_sequence_in_turns(world_size, micro_bsz, n_steps, first_step):
+    taken = [
+        global_index(first_step + step, slot, rank, world_size, micro_bsz)
+        for step in range(n_steps) for rank in range(world_size) for slot in range(micro_bsz)
+    ]  # fmt: skip
+    first = first_step * world_size * micro_bsz
+    assert sorted(taken) == list(range(first, first + n_steps * world_size * micro_bsz))
+
+
+def test_one_pass_on_any_number_of_ranks_holds_every_item_once():
+    n = 24
+    for world_size in (1, 2, 3, 4):
+        seen = [
+            item_at(global_index(step, slot, rank, world_size, 2), n, seed=1)
+            for rank in range(world_size) for step in range(n // (2 * world_size)) for slot in range(2)
+        ]  # fmt: skip
+        assert sorted(seen) == list(range(n)), world_size
+
+
+@given(n_tokens=st.integers(2, 700), ctx_len=st.integers(1, 40), seed=st.integers(0, 99), pass_number=st.integers(0, 9))
+def test_windows_of_a_pass_fit_and_do_not_overlap(n_tokens, ctx_len, seed, pass_number):
+    if n_tokens < ctx_len + 1:
+        return
+    n = n_windows(n_tokens, ctx_len)
+    starts = sorted(window_start(pass_number * n + i, n_tokens, ctx_len, seed) for i in range(n))
+    assert starts[0] >= 0
+    assert starts[-1] + ctx_len + 1 <= n_tokens
+    assert all(later - earlier == ctx_len for earlier, later in itertools.pairwise(starts))
+
+
+def test_passes_cut_at_different_places_and_reach_every_target():
+    n_tokens, ctx_len = 103, 10
+    n = n_windows(n_tokens, ctx_len)
+    starts = [window_start(i, n_tokens, ctx_len, seed=0) for i in range(400 * n)]
+    targets = {start + 1 + t for start in starts for t in range(ctx_len)}
+    assert targets == set(range(1, n_tokens))
+    assert {start % ctx_len for start in starts} == set(range(ctx_len))
+
+
+def test_a_corpus_of_exactly_one_window_gives_that_window():
+    assert {window_start(i, 11, 10, seed=i) for i in range(20)} == {0}
+    with pytest.raises(InputError, match=r"10 tokens is shorter than one window of --ctx_len 10"):
+        window_start(0, 10, 10, seed=0)
+
+
+def test_magic_primes_are_those_that_rwkv_lm_documents():
+    # minipile at ctx_len 512 and 4096, and the Pile at 1024, as RWKV-LM's README and trainer give them.
+    assert largest_magic_prime(1_498_226_207, 512) == 2_926_181
+    assert largest_magic_prime(1_498_226_207, 4096) == 365_759
+    assert largest_magic_prime(332_115_325_534, 1024) == 324_331_313
+
+
+def test_magic_prime_order_worked_out_by_hand():
+    # p = 11: golden = int(11 * 0.618) = 6; samples 1, 2, 3: 6 * 1, 6 * 8 = 48, 6 * 27 = 162, modulo 11: 6, 4, 8.
+    assert [magic_prime_start(i, 11, 100) for i in range(3)] == [600, 400, 800]
+
+
+@pytest.mark.parametrize("magic_prime", [2, 5, 11, 293])
+def test_magic_prime_order_meets_every_window_once_per_pass(magic_prime):
+    for first in (0, magic_prime, 3):
+        starts = [magic_prime_start(first + i, magic_prime, 7) for i in range(magic_prime)]
+        assert sorted(starts) == [7 * i for i in range(magic_prime)]
+
+
+@pytest.mark.parametrize(
+    ("magic_prime", "fault"),
+    [
+        (309, "is not a prime"),
+        (307, "is not a prime of the form 3n"),  # prime, but 307 = 3 * 102 + 1
+        (311, "is more than the 309 windows"),
+        (281, "leaves out more than 1%"),
+        (1_000_000_000_000_000_003, "is more than"),
+        (0, "is not a prime"),
+    ],
+)
+def test_a_bad_magic_prime_is_refused_with_the_right_one(magic_prime, fault):
+    with pytest.raises(InputError, match=rf"--magic_prime {magic_prime} {fault}.*use 293"):
+        check_magic_prime(magic_prime, n_tokens=39_582, ctx_len=128)
+
+
+def test_good_magic_primes_are_accepted():
+    # 293 is 5% below the 309 windows, but no prime 3n + 2 lies between.
+    check_magic_prime(293, n_tokens=39_582, ctx_len=128)
+    check_magic_prime(2_926_181, n_tokens=1_498_226_207, ctx_len=512)
+
+
+def test_a_corpus_without_a_magic_prime_is_refused():
+    assert largest_magic_prime(30, 10) == 2
+    with pytest.raises(InputError, match=r"--magic_prime: 29 tokens are too few"):
+        largest_magic_prime(29, 10)

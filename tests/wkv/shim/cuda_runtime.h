@@ -1,0 +1,127 @@
+// Just enough of CUDA's runtime to compile a kernel's source with g++ and run it on a CPU, one block after the other.
+//
+// The threads of a block are fibers of one OS thread: __syncthreads() hands over to the next, so a run is deterministic and a
+// barrier costs a microsecond. shim_set_order(seed) shuffles the order of blocks, and of threads between two barriers: a kernel
+// whose results depend on it lacks a barrier or reads what nobody wrote. __shared__ becomes static storage, where AddressSanitizer
+// sees the bounds. Not offered: warps, atomics, dynamic shared memory.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+using std::min;
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+using cudaStream_t = void*;
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    cudaStream_t stream;
+};
+
+inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid configuration argument"; }
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace shim {
+
+constexpr size_t kStackBytes = 256 * 1024;  // AddressSanitizer makes frames large
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[kStackBytes]};
+    bool finished;
+};
+
+inline unsigned order_seed = 0;
+inline std::vector<std::unique_ptr<Fiber>> fibers;
+inline ucontext_t scheduler;
+inline Fiber* current;
+inline void (*body)(void*);
+inline void* body_argument;
+
+inline std::vector<unsigned> order_of(unsigned n) {
+    std::vector<unsigned> order(n);
+    std::iota(order.begin(), order.end(), 0u);
+    if (order_seed != 0)
+        for (unsigned i = n; i > 1; --i) {
+            order_seed = order_seed * 1664525u + 1013904223u;
+            std::swap(order[i - 1], order[(order_seed >> 8) % i]);
+        }
+    return order;
+}
+
+inline void run_fiber() {
+    body(body_argument);
+    current->finished = true;
+}
+
+// Every turn runs each thread to its next barrier; all must meet there or all must be done.
+inline void run_block() {
+    const unsigned n_threads = blockDim.x;
+    while (fibers.size() < n_threads) fibers.push_back(std::make_unique<Fiber>());
+    for (unsigned i = 0; i < n_threads; ++i) {
+        Fiber& fiber = *fibers[i];
+        fiber.finished = false;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = kStackBytes;
+        fiber.context.uc_link = &scheduler;
+        makecontext(&fiber.context, run_fiber, 0);
+    }
+    for (unsigned n_finished = 0; n_finished < n_threads;) {
+        for (unsigned i : order_of(n_threads)) {
+            threadIdx = dim3(i, 0, 0);
+            current = fibers[i].get();
+            swapcontext(&scheduler, &current->context);
+            n_finished += current->finished;
+        }
+        if (n_finished != 0 && n_finished != n_threads) {
+            std::fprintf(stderr, "shim: %u of %u threads left a barrier that the others wait at\n", n_finished, n_threads);
+            std::abort();
+        }
+    }
+}
+
+}  // namespace shim
+
+inline void __syncthreads() {
+    shim::Fiber* fiber = shim::current;
+    swapcontext(&fiber->context, &shim::scheduler);
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+    gridDim = config->gridDim;
+    blockDim = config->blockDim;
+    const uint64_t n_blocks = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
+    if (n_blocks == 0 || gridDim.y > 65535 || gridDim.z > 65535 || blockDim.x == 0 || blockDim.x > 1024)
+        return cudaErrorInvalidConfiguration;
+    auto call = [&] { kernel(arguments...); };
+    shim::body = [](void* f) { (*static_cast<decltype(call)*>(f))(); };
+    shim::body_argument = &call;
+    for (unsigned block : shim::order_of(unsigned(n_blocks))) {
+        blockIdx = dim3(block % gridDim.x, block / gridDim.x % gridDim.y, block / gridDim.x / gridDim.y);
+        shim::run_block();
+    }
+    return cudaSuccess;
+}
+
+extern "C" inline __attribute__((used, visibility("default"))) void shim_set_order(unsigned seed) { shim::order_seed = seed; }
