@@ -85,17 +85,15 @@ def tell(report: Report) -> None:
 def score(pairs: PairSet, args: argparse.Namespace) -> PairSet:
     """The pairs with the log-probabilities of their answers under --load_model."""
     # Here, not above: --help and a mistyped flag need no PyTorch.
-    import torch
+    from rwkv_dpo.device import COMPUTE_DTYPES, pick_device, set_up
     from rwkv_dpo.model.checkpoint import load_model
     from rwkv_dpo.objective import score_pairs
 
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.precision, torch.float32)
-    if args.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
-    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not torch.cuda.is_available():
-        refuse(f"--device {name}: this machine has no usable GPU; cpu is accepted")
-    model = load_model(args.load_model, device=torch.device(name), compute_dtype=dtype, wkv_backend=args.wkv_backend)
+    device = pick_device(args.device, "--device")
+    set_up(device, args.precision)
+    model = load_model(
+        args.load_model, device=device, compute_dtype=COMPUTE_DTYPES[args.precision], wkv_backend=args.wkv_backend
+    )
     check_pairs(pairs, args.load_model, model.shape.vocab_size)
     ref_logps = score_pairs(model, pairs, args.batch_tokens, progress_line(len(pairs)))
     return pairs.with_ref_logps(ref_logps, file_sha256(args.load_model), args.precision)

@@ -33,7 +33,7 @@ from rwkv_dpo.model.checkpoint import empty_model
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.objective import MicroBatch, collate, objective, score_pairs
-from rwkv_dpo.training.cpu import tune_cpu
+from rwkv_dpo.device import tune_cpu
 from rwkv_dpo.wkv import choose_backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -8,6 +8,7 @@ block per sequence and head.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -49,8 +50,11 @@ def main() -> None:
         parser.error("--device cuda: torch finds no CUDA device; --device cpu runs everywhere")
     refuse_unless_parity_holds()
 
+    # A busy machine slows two threads far more than one: the reader must be able to see it.
+    load = os.getloadavg()[0]
     table = [time_shape(flags.device, flags.repeats, *shape) for shape in SHAPES[flags.device]]
-    measure.save(f"wkv_{flags.device}", {"unit": "ms, forward plus backward, median", "repeats": flags.repeats, "table": table})
+    notes = {"unit": "ms, forward plus backward, median", "repeats": flags.repeats, "load_average_before": round(load, 2)}
+    measure.save(f"wkv_{flags.device}", {**notes, "table": table})
 
 
 def refuse_unless_parity_holds() -> None:

@@ -1,5 +1,5 @@
-// WKV-5 the plain way, to measure rwkv_dpo.wkv.cuda against: one block per (sequence, head), one thread per channel, one token after
-// the other. Head sizes up to 64 stay in registers; larger ones spill.
+// WKV-5 the plain way, to measure rwkv_dpo.wkv.cuda against: one block per (sequence, head), one thread per channel, one token
+// after the other. Head sizes up to 64 stay in registers; larger ones spill.
 #include <cstdint>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -24,8 +24,8 @@ __device__ inline void from_float(__nv_bfloat16& to, float x) { to = __float2bfl
 // Thread c holds column c of the state; beyond the head size it only keeps the barriers company.
 template <class T, int NP>
 __global__ void __launch_bounds__(NP)
-sequential_forward(Layout layout, const T* __restrict__ r, const T* __restrict__ k, const T* __restrict__ v, const float* state0, T* y,
-                   float* state_end) {
+sequential_forward(Layout layout, const T* __restrict__ r, const T* __restrict__ k, const T* __restrict__ v, const float* state0,
+                   T* y, float* state_end) {
     __shared__ float r_t[NP], k_t[NP], u[NP], w[NP];
     const int c = threadIdx.x, n = layout.head_size, head = blockIdx.y;
     const int64_t stride = int64_t(layout.n_heads) * n, square = (int64_t(blockIdx.x) * layout.n_heads + head) * n * n;

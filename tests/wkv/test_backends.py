@@ -174,9 +174,9 @@ class TestCpu:
         assert_close(case.run(cpu.wkv5), one, 0)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("factor", [1.0, 1.2345678, 3e-5, 7e4])
+    @pytest.mark.parametrize("factor", [1.0, 1.5, 1.2345678, 3e-5, 7e4])
     def test_every_16_bit_number_is_read_and_rounded_as_torch_does(self, dtype, factor):
-        """With r = k = e_0 and an empty state, y_t = u_0 v_t."""
+        """With r = k = e_0 and an empty state, y_t = u_0 v_t. Half of all 1.5 v lie between two numbers, at equal distance."""
         every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         v = every.view(-1, 1, 8)
         r = torch.zeros_like(v)

@@ -36,7 +36,9 @@ struct cudaLaunchConfig_t {
     cudaStream_t stream;
 };
 
-inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid configuration argument"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+    return error == cudaSuccess ? "no error" : "invalid configuration argument";
+}
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 

@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from rwkv_dpo.config import PILE_EPOCH_WINDOWS, RunConfig
 from rwkv_dpo.data.corpus import Corpus, open_corpus
 from rwkv_dpo.data.pairs import PairSet, load_pairs
+from rwkv_dpo.device import COMPUTE_DTYPES, pick_device, set_up
 from rwkv_dpo.errors import refuse
 from rwkv_dpo.model.checkpoint import check_flags, empty_model, load_into, read_weights, save_weights, shape_of, version_of
 from rwkv_dpo.model.init import init_weights
@@ -18,7 +19,6 @@ from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.sampling import check_magic_prime
 from rwkv_dpo.training.batches import build_loader
-from rwkv_dpo.training.cpu import tune_cpu
 from rwkv_dpo.training.callbacks import Checkpoints, MetricsLog, ReferenceCheck, ValidPairs
 from rwkv_dpo.training.module import CLIP_NORM, DPOModule
 from rwkv_dpo.training.run_folder import newest_epoch, prepare_folder
@@ -26,24 +26,6 @@ from rwkv_dpo.training.strategy import build_precision, build_strategy
 from rwkv_dpo.wkv import choose_backend
 
 log = logging.getLogger(__name__)
-
-COMPUTE_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def pick_device(config: RunConfig) -> torch.device:
-    """--accelerator, resolved. A GPU that is named and not there is refused."""
-    if config.accelerator == "cpu":
-        return torch.device("cpu")
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.accelerator == "auto" and n_gpus == 0:
-        log.info("accelerator: cpu (no usable GPU)")
-        return torch.device("cpu")
-    if n_gpus == 0:
-        refuse(f"--accelerator {config.accelerator}: no usable NVIDIA GPU here; --accelerator cpu or auto trains on the CPU")
-    if config.devices > n_gpus:
-        refuse(f"--devices {config.devices}: this machine has {n_gpus}")
-    return torch.device("cuda")
-
 
 def plan_stage(config: RunConfig) -> RunConfig:
     """RWKV-LM's staged pre-training spelled out: epochs of 40,320 windows; stages 2 and 3 continue from the newest checkpoint."""
@@ -118,14 +100,6 @@ def build_model(config: RunConfig, shape: ModelShape, weights: dict[str, torch.T
     return model
 
 
-def set_device_up(config: RunConfig, device: torch.device) -> None:
-    """fp32 matrix products: exact with --precision fp32, TF32 on a GPU otherwise."""
-    if device.type == "cpu":
-        tune_cpu(keep_memory=config.cpu_malloc == 1)
-    else:
-        torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
-
-
 def build_trainer(config: RunConfig, folder: Path, pairs: PairSet | None, valid: PairSet | None, device: torch.device) -> pl.Trainer:
     callbacks: list[pl.Callback] = [MetricsLog(config, folder), Checkpoints(config, folder)]
     if pairs is not None:
@@ -146,9 +120,11 @@ def build_trainer(config: RunConfig, folder: Path, pairs: PairSet | None, valid:
 
 def train(config: RunConfig, given: frozenset[str]) -> None:
     """One run, from checked settings to rwkv-final.pth."""
-    device = pick_device(config)
+    device = pick_device(config.accelerator, "--accelerator")
+    if device.type == "cuda" and config.devices > torch.cuda.device_count():
+        refuse(f"--devices {config.devices}: this machine has {torch.cuda.device_count()}")
     config = plan_stage(config)
-    set_device_up(config, device)
+    set_up(device, config.precision, keep_memory=config.cpu_malloc == 1)
     shape, weights = resolve_shape(config, given)
     corpus, pairs, valid = open_data(config, shape.vocab_size)
     if not shape.vocab_size and corpus is not None:

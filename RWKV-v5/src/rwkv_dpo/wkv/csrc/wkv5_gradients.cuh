@@ -81,7 +81,7 @@ __device__ inline void gradients_forward(const Problem& problem, const Work<NP>&
             }
             return x;
         });
-        __syncthreads();
+        // No barrier: the quads of the next tokens replace only what the same thread has just read.
     }
 
     work.load_square(state, state_grads);
@@ -89,6 +89,7 @@ __device__ inline void gradients_forward(const Problem& problem, const Work<NP>&
     for (int i = 0; i < Tile::kTile; ++i)
 #pragma unroll
         for (int j = 0; j < Tile::kTile; ++j) gw_sum[i] += state[i][j] * by_w[i][j];
+    __syncthreads();
     scatter<NP>(shared.by_values[0][work.values], gw_sum, work.keys);
     store(&shared.by_values[1][work.token][work.quad], gu_sum);
     __syncthreads();
@@ -154,7 +155,6 @@ __device__ inline void gradients_backward(const Problem& problem, const Work<NP>
             for (int q = 0; q < 4; ++q) x.at[q] *= bonus;
             return x;
         });
-        __syncthreads();
     }
 }
 

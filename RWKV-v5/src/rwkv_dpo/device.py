@@ -1,4 +1,4 @@
-"""CPU settings that make training faster and change no result."""
+"""Where a program runs and in which arithmetic; and CPU settings that make it faster and change no result."""
 
 import ctypes
 import logging
@@ -6,10 +6,34 @@ from pathlib import Path
 
 import torch
 
+from rwkv_dpo.errors import refuse
+
 log = logging.getLogger(__name__)
 
 # glibc's mallopt: parameter numbers from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def pick_device(name: str, flag: str) -> torch.device:
+    """cpu, cuda (or gpu), or auto: a GPU when there is one. A GPU that `flag` names and that isn't there is refused."""
+    if name == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available() and torch.cuda.device_count():
+        return torch.device("cuda")
+    if name == "auto":
+        log.info("device: cpu (no usable GPU)")
+        return torch.device("cpu")
+    refuse(f"{flag} {name}: no usable NVIDIA GPU here; {flag} cpu or auto runs on the CPU")
+
+
+def set_up(device: torch.device, precision: str, keep_memory: bool = True) -> None:
+    """How fp32 matrix products are computed (exactly for fp32, in TF32 otherwise on a GPU), and memory handling on a CPU."""
+    if device.type == "cpu":
+        tune_cpu(keep_memory)
+    else:
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
 
 
 def tune_cpu(keep_memory: bool) -> None:
@@ -30,7 +54,7 @@ def _keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    settings = {_M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 << 20}
+    settings = {_M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 64 << 20}
     return all([mallopt(name, value) == 1 for name, value in settings.items()])
 
 

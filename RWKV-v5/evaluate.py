@@ -1,0 +1,108 @@
+#!/usr/bin/env python3
+"""Compare checkpoints: preference accuracy and margin on pairs, perplexity on a corpus, and an answer to a prompt.
+
+    evaluate.py --load_model base.pth tuned.pth --pairs testset.save --data_file default_text_document
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from rwkv_dpo.atomic import atomic_write
+from rwkv_dpo.data.corpus import open_corpus
+from rwkv_dpo.data.pairs import load_pairs
+from rwkv_dpo.errors import InputError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_flags(arguments)
+    # Here, not above: --help and a mistyped flag need no PyTorch.
+    from rwkv_dpo.data.tokenizer import WorldTokenizer
+    from rwkv_dpo.device import COMPUTE_DTYPES, pick_device, set_up
+    from rwkv_dpo.evaluation.generate import generate
+    from rwkv_dpo.evaluation.pairs import evaluate_pairs
+    from rwkv_dpo.model.checkpoint import load_model
+    from rwkv_dpo.objective import corpus_loss
+
+    device = pick_device(args.device, "--device")
+    set_up(device, args.precision)
+    reports = []
+    for path in args.load_model:
+        model = load_model(path, device=device, compute_dtype=COMPUTE_DTYPES[args.precision], wkv_backend=args.wkv_backend)
+        report: dict = {"checkpoint": path}
+        if args.pairs:
+            report |= evaluate_pairs(model, load_pairs(args.pairs, model.shape.vocab_size), args.dpo_beta, args.batch_tokens)
+        if args.data_file:
+            corpus = open_corpus(args.data_file, args.data_type, model.shape.vocab_size, args.ctx_len)
+            starts = range(0, corpus.n_tokens - args.ctx_len, args.ctx_len)
+            report["corpus_loss"] = corpus_loss(model, [corpus.window(start, args.ctx_len + 1) for start in starts])
+        if args.prompt:
+            prompt = f"User: {args.prompt}\n\nAssistant:"
+            report["answer"] = generate(model, WorldTokenizer(), prompt, args.max_tokens, args.temperature, args.top_p, args.seed)
+        reports.append(report)
+    print_table(reports)
+    if args.out:
+        with atomic_write(args.out) as file:
+            file.write(json.dumps(reports, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load_model", nargs="+", required=True, help="checkpoints, a column each")
+    parser.add_argument("--pairs", help="preference pairs (.save), scored by the first checkpoint or any other reference")
+    parser.add_argument("--dpo_beta", type=float, default=0.1, help="for the reward margin (0.1)")
+    parser.add_argument("--data_file", help="corpus, as train.py takes it")
+    parser.add_argument("--data_type", default="binidx", help="as train.py takes it (binidx)")
+    parser.add_argument("--ctx_len", type=int, default=1024, help="window of the corpus perplexity (1024)")
+    parser.add_argument("--prompt", help="a question to answer")
+    parser.add_argument("--max_tokens", type=int, default=100, help="of the answer (100)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token (0.7)")
+    parser.add_argument("--top_p", type=float, default=0.9, help="nucleus of sampling (0.9)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (0)")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "fp16", "bf16"), default="fp32", help="(fp32)")
+    parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens scored at once (8192)")
+    parser.add_argument("--wkv_backend", default="auto", help="auto, reference, chunked, cpu or cuda (auto)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU when there is one (auto)")
+    parser.add_argument("--out", type=Path, help="also write the report as JSON")
+    return parser.parse_args(arguments)
+
+
+ROWS = {
+    "preference accuracy": ("logps/accuracies", "{:.3f}"),
+    "mean margin (nats)": ("logps/margins", "{:+.2f}"),
+    "reward accuracy": ("rewards/accuracies", "{:.3f}"),
+    "reward margin": ("rewards/margins", "{:+.3f}"),
+    "corpus loss (nats/token)": ("corpus_loss", "{:.4f}"),
+    "corpus perplexity": ("corpus_perplexity", "{:.2f}"),
+}
+
+
+def print_table(reports: list[dict]) -> None:
+    """A column a checkpoint, with each answer below."""
+    for report in reports:
+        if "logps/chosen" in report:
+            report["logps/margins"] = report["logps/chosen"] - report["logps/rejected"]
+        if "corpus_loss" in report:
+            report["corpus_perplexity"] = math.exp(report["corpus_loss"])
+    print(f"{'':26}" + "".join(f"{Path(report['checkpoint']).name:>18}" for report in reports))
+    for label, (name, form) in ROWS.items():
+        if name in reports[0]:
+            print(f"{label:26}" + "".join(f"{form.format(report[name]):>18}" for report in reports))
+    if "corpus_loss" in reports[0]:
+        changes = (f"{100 * (report['corpus_loss'] / reports[0]['corpus_loss'] - 1):+.1f} %" for report in reports)
+        print(f"{'change of corpus loss':26}" + "".join(f"{change:>18}" for change in changes))
+    for report in reports:
+        if "answer" in report:
+            print(f"\n{Path(report['checkpoint']).name} answers:\n  {report['answer']}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)

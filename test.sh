@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Lint, types and tests, from a bare checkout. Arguments go to pytest: ./test.sh tests/test_forest.py
+set -euo pipefail
+root=$(cd "$(dirname "$0")" && pwd)
+source "$root/setup.sh"
+install "$root/requirements-dev.txt"
+cd "$root"
+# Two OpenMP threads that spin for each other on a busy machine can be thirty times slower.
+export OMP_WAIT_POLICY=passive
+if [ $# -eq 0 ]; then
+    step "Lint and types"
+    ruff check .
+    mypy
+    mypy RWKV-v5/*.py
+    step "CUDA kernels"
+    python tests/wkv/compile_cuda.py
+    step "Tests"
+fi
+python -m pytest "$@"
