@@ -88,16 +88,18 @@ def print_table(reports: list[dict]) -> None:
             report["logps/margins"] = report["logps/chosen"] - report["logps/rejected"]
         if "corpus_loss" in report:
             report["corpus_perplexity"] = math.exp(report["corpus_loss"])
-    print(f"{'':26}" + "".join(f"{Path(report['checkpoint']).name:>18}" for report in reports))
+    names = ["/".join(Path(report["checkpoint"]).parts[-2:]) for report in reports]
+    width = max(12, *(len(name) + 2 for name in names))
+    print(f"{'':26}" + "".join(f"{name:>{width}}" for name in names))
     for label, (name, form) in ROWS.items():
         if name in reports[0]:
-            print(f"{label:26}" + "".join(f"{form.format(report[name]):>18}" for report in reports))
+            print(f"{label:26}" + "".join(f"{form.format(report[name]):>{width}}" for report in reports))
     if "corpus_loss" in reports[0]:
         changes = (f"{100 * (report['corpus_loss'] / reports[0]['corpus_loss'] - 1):+.1f} %" for report in reports)
-        print(f"{'change of corpus loss':26}" + "".join(f"{change:>18}" for change in changes))
-    for report in reports:
+        print(f"{'change of corpus loss':26}" + "".join(f"{change:>{width}}" for change in changes))
+    for name, report in zip(names, reports, strict=True):
         if "answer" in report:
-            print(f"\n{Path(report['checkpoint']).name} answers:\n  {report['answer']}")
+            print(f"\n{name} answers:\n  {report['answer']}")
 
 
 if __name__ == "__main__":

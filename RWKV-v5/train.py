@@ -3,6 +3,8 @@
 
 import logging
 import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
@@ -11,18 +13,26 @@ from rwkv_dpo.errors import InputError
 from rwkv_dpo.flags import parse_flags
 
 
-def main() -> int:
-    try:
-        config, given = parse_flags(sys.argv[1:])
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-        from rwkv_dpo.training.trainer import train  # torch and Lightning take seconds; --help and typing errors don't wait
+def main(arguments: Sequence[str]) -> None:
+    config, given = parse_flags(arguments)
+    keep_quiet()
+    from rwkv_dpo.training.trainer import train  # torch and Lightning take seconds; --help and typing errors don't wait
 
-        train(config, given)
-    except InputError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    train(config, given)
+
+
+def keep_quiet() -> None:
+    """Our own lines, and only warnings of others that a user can act on."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("pytorch_lightning", "lightning_fabric", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*handles gradient clipping internally.*", ".*is deprecated.*"):
+        warnings.filterwarnings("ignore", message)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)

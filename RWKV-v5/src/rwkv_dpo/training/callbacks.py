@@ -73,7 +73,7 @@ class MetricsLog(pl.Callback):
             "step": c.epoch_begin * c.steps_per_epoch + self.steps_done,
             "epoch": c.epoch_begin + trainer.current_epoch,
             **dict(zip(names, means.tolist(), strict=True)),
-            "grad_norm": float(module.grad_norm),
+            "grad_norm": _finite(float(module.grad_norm)),
             "lr": module.lr,
             "weight_decay": module.weight_decay,
             "tokens": int(tokens),
@@ -187,6 +187,11 @@ def peak_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no NaN. fp16 has some in its first steps, while the loss scale settles; those steps are skipped."""
+    return value if math.isfinite(value) else None
 
 
 def _for_the_bar(record: dict[str, Any]) -> dict[str, float]:

@@ -1,0 +1,73 @@
+"""The command line: the original's flags under their names and defaults, and clear words for anything else."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rwkv_dpo.config import RunConfig
+from rwkv_dpo.errors import InputError
+from rwkv_dpo.flags import NEUTRAL, build_parser, flag_table, parse_flags
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The original's flags and defaults, as facts of its command line.
+ORIGINAL = json.loads("""{
+ "load_model": "", "wandb": "", "proj_dir": "out", "random_seed": -1, "data_file": "", "data_type": "utf-8", "vocab_size": 0, "ctx_len": 1024,
+ "epoch_steps": 1000, "epoch_count": 500, "epoch_begin": 0, "epoch_save": 5, "micro_bsz": 12, "n_layer": 6, "n_embd": 512, "dim_att": 0,
+ "dim_ffn": 0, "pre_ffn": 0, "head_qk": 0, "tiny_att_dim": 0, "tiny_att_layer": -999, "lr_init": 6e-4, "lr_final": 1e-5, "warmup_steps": -1,
+ "beta1": 0.9, "beta2": 0.99, "adam_eps": 1e-8, "grad_cp": 0, "dropout": 0, "weight_decay": 0, "weight_decay_final": -1, "my_pile_version": 1,
+ "my_pile_stage": 0, "my_pile_shift": -1, "my_pile_edecay": 0, "layerwise_lr": 1, "ds_bucket_mb": 200, "my_sample_len": 0, "my_ffn_shift": 1,
+ "my_att_shift": 1, "head_size_a": 64, "head_size_divisor": 8, "my_pos_emb": 0, "load_partial": 0, "magic_prime": 0, "my_qa_mask": 0,
+ "my_random_steps": 0, "my_testing": "", "my_exit": 99999999, "my_exit_tokens": 0, "dpo": 1, "dpo_train_file": "trainset.save",
+ "dpo_beta": 0.01, "dpo_general_corpus_ratio": 0, "accelerator": "gpu", "strategy": "auto", "devices": 1, "num_nodes": 1, "precision": "fp16",
+ "accumulate_grad_batches": 1, "enable_progress_bar": true
+}""")
+
+
+def test_every_flag_of_the_original_is_here_with_its_default():
+    ours = vars(RunConfig()) | {name: accepted[0] for name, accepted in NEUTRAL.items()}
+    assert {name: ours.get(name) for name in ORIGINAL} == ORIGINAL
+
+
+def test_given_flags_are_told_from_defaults():
+    config, given = parse_flags(["--n_layer", "6", "--enable_progress_bar", "False", "--pre_ffn", "0"])
+    assert config.n_layer == 6
+    assert config.enable_progress_bar is False
+    assert given == {"n_layer", "enable_progress_bar"}
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--n_layers", "3"], r"--n_layers: unknown flag; did you mean --n_layer\?"),
+    (["--n_l", "3"], "--n_l: unknown flag"),  # no silent abbreviations
+    (["stray"], "'stray': not expected"),
+    (["--head_qk", "256"], "--head_qk 256: that experiment"),
+    (["--my_testing", "r3r4g"], "--my_testing 'r3r4g': accepted are"),
+    (["--enable_progress_bar", "maybe"], "True and False are accepted"),
+    (["--lr_init", "nan"], "--lr_init nan: 0 or more"),
+    (["--beta1", "1"], "--beta1 1.0: from 0 up to"),
+    (["--n_layer"], "expected one argument"),
+])  # fmt: skip
+def test_faults_are_named(arguments, message):
+    with pytest.raises(InputError, match=message):
+        parse_flags(arguments)
+
+
+def test_help_shows_every_flag_and_needs_no_torch():
+    code = "import sys; sys.argv = ['train.py', '--help']; import runpy\ntry: runpy.run_path(%r, run_name='__main__')\n"
+    code = code % str(ROOT / "RWKV-v5" / "train.py") + "except SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    for name in vars(RunConfig()):
+        assert f"--{name}" in done.stdout
+
+
+def test_the_readme_holds_the_flag_table():
+    assert flag_table() in (ROOT / "README.md").read_text(), "regenerate it: see CONTRIBUTING.md"
+
+
+def test_the_parser_and_the_settings_have_the_same_names():
+    options = {option[2:] for action in build_parser()._actions for option in action.option_strings if option.startswith("--")}
+    assert options - {"help"} == set(vars(RunConfig())) | set(NEUTRAL)

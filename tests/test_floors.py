@@ -1,0 +1,61 @@
+"""The floors of the house: a module imports only from lower floors, or its own folder."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "RWKV-v5" / "src" / "rwkv_dpo"
+
+# As in CONTRIBUTING.md. Folders count as one place.
+FLOORS = [
+    {"errors", "atomic", "schedule", "sampling", "config", "losses"},
+    {"flags", "wkv", "linear_logprobs", "data", "forest", "device"},
+    {"model", "objective"},
+    {"training", "evaluation"},
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+# Within a floor these look at one another in one direction.
+WITHIN = {
+    ("config", "schedule"), ("config", "errors"), ("sampling", "errors"), ("atomic", "errors"), ("objective", "model"), ("training", "evaluation"),
+}  # fmt: skip
+STANDARD_ONLY = {"errors", "atomic", "schedule", "sampling", "config"}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def place(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    here = place(path)
+    if here == "__init__":
+        assert imports(path) == []
+        return
+    for name in imports(path):
+        if name.startswith("rwkv_dpo."):
+            there = name.split(".")[1]
+            assert there == here or FLOOR[there] < FLOOR[here] or (here, there) in WITHIN, f"{here} imports {there}"
+        elif name.startswith(("pytorch_lightning", "deepspeed", "wandb")):
+            assert FLOOR[here] == 3, f"{here} imports {name}"
+        elif here in STANDARD_ONLY:
+            assert name.split(".")[0] in ("argparse", "collections", "contextlib", "dataclasses", "functools", "hashlib", "math", "os", "pathlib", "typing")
+
+
+def test_every_module_has_a_floor_and_every_name_exists():
+    assert {place(path) for path in MODULES} - {"__init__"} == set(FLOOR)
+
+
+def test_modules_stay_readable():
+    assert all(len(path.read_text().splitlines()) <= 300 for path in MODULES)

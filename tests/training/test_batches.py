@@ -1,0 +1,73 @@
+"""Which samples a rank sees: every one exactly once a pass, whatever the number of ranks, and from any step on."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rwkv_dpo.config import RunConfig
+from rwkv_dpo.data.corpus import Corpus
+from rwkv_dpo.data.pairs import pack_pairs
+from rwkv_dpo.training.batches import EpochNumbers, MicroBatches, build_loader
+
+N_PAIRS = 24
+PAIRS = pack_pairs([([100 + i, 1], [2], [3, 4]) for i in range(N_PAIRS)], np.arange(2.0 * N_PAIRS).reshape(N_PAIRS, 2))
+CORPUS = Corpus("numbers", np.arange(10_001), vocab_size=20_000)
+CONFIG = RunConfig(ctx_len=100, micro_bsz=2, epoch_steps=3, random_seed=4)
+
+
+def pairs_of(batch):
+    tokens = batch.step.forest.tokens.tolist()
+    return [t - 100 for t in tokens if 100 <= t < 100 + N_PAIRS and t != 0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_pair_is_seen_once_a_pass_over_any_number_of_ranks(world_size):
+    config = replace(CONFIG, devices=world_size)
+    steps = N_PAIRS // (config.micro_bsz * world_size)
+    for first in (0, steps, 5 * steps):
+        seen = Counter(p for rank in range(world_size) for k in range(first, first + steps) for p in pairs_of(MicroBatches(config, None, PAIRS, rank)[k]))
+        assert seen == Counter(range(N_PAIRS))
+
+
+def test_two_ranks_of_one_pair_see_what_one_rank_of_two_sees():
+    one = [pairs_of(MicroBatches(CONFIG, None, PAIRS, 0)[k]) for k in range(9)]
+    two = replace(CONFIG, micro_bsz=1, devices=2)
+    ranks = [[pairs_of(MicroBatches(two, None, PAIRS, rank)[k])[0] for rank in range(2)] for k in range(9)]
+    assert one == ranks
+
+
+def test_reference_scores_travel_with_their_pairs():
+    batch = MicroBatches(CONFIG, None, PAIRS, 0)[7]
+    assert batch.ref_logps.tolist() == [[2.0 * p, 2.0 * p + 1] for p in pairs_of(batch)]
+
+
+def test_windows_are_disjoint_across_ranks_within_a_pass():
+    config = replace(CONFIG, devices=2)
+    datasets = [MicroBatches(config, CORPUS, None, rank) for rank in range(2)]
+    # 99 windows of 100 tokens a pass: 24 steps of 4 hold 96 of them.
+    rows = [d[k].step.forest.tokens.view(2, 100) for k in range(24) for d in datasets]
+    starts = sorted(int(window[0]) for batch in rows for window in batch)
+    assert all(b - a >= 100 for a, b in zip(starts, starts[1:], strict=False))
+
+
+def test_magic_prime_visits_its_windows_in_rwkv_lms_order():
+    # 97 = 3 * 32 + 1 is no prime 3n + 2; 89 is. int(89 * 0.618...) = 55; sample ii starts at (55 * ii**3 mod 89) * 100.
+    config = replace(CONFIG, magic_prime=89, my_pile_shift=7, micro_bsz=1)
+    dataset = MicroBatches(config, CORPUS, None, 0)
+    assert [int(dataset[k].step.forest.tokens[0]) for k in range(3)] == [55 * 1 % 89 * 100 + 7, 55 * 8 % 89 * 100 + 7, 55 * 27 % 89 * 100 + 7]
+
+
+def test_epochs_continue_the_numbering_of_their_micro_batches():
+    numbers = EpochNumbers(epoch_begin=2, epoch_steps=3)
+    numbers.set_epoch(1)
+    assert list(numbers) == [9, 10, 11]
+    assert len(numbers) == 3
+
+
+def test_a_worker_process_loads_the_same_batches():
+    here = list(build_loader(CONFIG, CORPUS, PAIRS, 0, on_gpu=False))
+    there = list(build_loader(CONFIG, CORPUS, PAIRS, 0, on_gpu=True))
+    for a, b in zip(here, there, strict=True):
+        assert a.step.forest.tokens.tolist() == b.step.forest.tokens.tolist()

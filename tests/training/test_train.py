@@ -1,0 +1,336 @@
+"""Training through the door that users use: train.py and its flags, on tiny models and CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import train
+from conftest import random_model
+
+from rwkv_dpo.data.pairs import pack_pairs, save_original, save_pairs
+from rwkv_dpo.errors import InputError
+from rwkv_dpo.model.checkpoint import save_weights
+from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.objective import score_pairs
+
+SHAPE = ModelShape(n_layer=2, n_embd=32, dim_att=32, dim_ffn=96, vocab_size=61, head_size=8)
+TRAIN = Path(train.__file__)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A model, a corpus and pairs scored by the model."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    model = random_model(SHAPE, torch.float32)
+    save_weights(model.state_dict(), folder / "model.pth")
+    rng.integers(1, 61, 4000).astype("<u2").tofile(folder / "corpus.bin")
+    pairs = pack_pairs([tuple(rng.integers(1, 61, n) for n in rng.integers(2, 9, 3)) for _ in range(10)])
+    pairs = pairs.with_ref_logps(score_pairs(model, pairs, 100), "0" * 64, "fp32")
+    save_pairs(folder / "train.save", pairs)
+    save_original(folder / "original.save", pairs)
+    return folder
+
+
+def flags(data, proj_dir, **changes) -> list[str]:
+    values = {
+        "load_model": data / "model.pth", "proj_dir": proj_dir, "data_file": data / "corpus.bin", "data_type": "uint16", "ctx_len": 12,
+        "dpo_train_file": data / "train.save", "dpo_general_corpus_ratio": 0.5, "dpo_beta": 0.1, "accelerator": "cpu", "precision": "fp32",
+        "epoch_steps": 4, "epoch_count": 2, "micro_bsz": 2, "lr_init": 1e-3, "lr_final": 1e-4, "epoch_save": 1, "cpu_malloc": 0,
+        "enable_progress_bar": False, "wkv_backend": "chunked", **changes,
+    }  # fmt: skip
+    return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def run(data, proj_dir, **changes):
+    train.main(flags(data, proj_dir, **changes))
+    return [json.loads(line) for line in (proj_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_weights(proj_dir):
+    return torch.load(proj_dir / "rwkv-final.pth", weights_only=True)
+
+
+def test_a_run_writes_the_folder_of_the_design(data, tmp_path):
+    records = run(data, tmp_path, dpo_valid_file=data / "train.save")
+    assert [r["step"] for r in records] == list(range(1, 9))
+    assert set(records[0]) == {
+        "step", "epoch", "loss", "loss_general", "loss_dpo", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+        "logps/chosen", "logps/rejected", "ref_logps/chosen", "ref_logps/rejected", "grad_norm", "lr", "weight_decay", "tokens",
+        "tokens_per_s", "pairs_seen", "peak_memory_gb",
+    }  # fmt: skip
+    for r in records:
+        assert r["loss"] == pytest.approx(0.5 * r["loss_general"] + 0.5 * r["loss_dpo"], rel=1e-5)
+    assert records[0]["loss_dpo"] == pytest.approx(np.log(2), abs=1e-4)  # the model is the reference
+    assert records[-1]["lr"] == pytest.approx(1e-4)
+    assert records[-1]["pairs_seen"] == 16
+    assert records[-1]["rewards/margins"] > records[0]["rewards/margins"]
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "train_log.txt", "valid.jsonl", "rwkv-0.pth", "rwkv-1.pth", "rwkv-final.pth"}
+    valid = [json.loads(line) for line in (tmp_path / "valid.jsonl").read_text().splitlines()]
+    assert [v["epoch"] for v in valid] == [0, 1]
+    assert valid[1]["loss_dpo"] < np.log(2)
+    log_lines = (tmp_path / "train_log.txt").read_text().splitlines()
+    assert log_lines[0].startswith("NEW RUN")
+    assert [line.split()[0] for line in log_lines[-2:]] == ["0", "1"]
+    saved, started = final_weights(tmp_path), torch.load(data / "model.pth", weights_only=True)
+    assert saved.keys() == started.keys()
+    assert all(saved[name].dtype == torch.float32 and saved[name].shape == started[name].shape for name in started)
+
+
+def test_the_originals_pair_files_train_the_same(data, tmp_path):
+    a = run(data, tmp_path / "a")
+    b = run(data, tmp_path / "b", dpo_train_file=data / "original.save")
+    assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=1e-6)
+
+
+def test_accumulated_batches_equal_the_large_batch(data, tmp_path):
+    large = run(data, tmp_path / "large", micro_bsz=4, epoch_steps=2)
+    small = run(data, tmp_path / "small", micro_bsz=1, epoch_steps=8, accumulate_grad_batches=4)
+    assert len(large) == len(small) == 4
+    for a, b in zip(large, small, strict=True):
+        for name in ("loss", "loss_dpo", "rewards/margins", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
+        assert a["tokens"] == b["tokens"]
+        assert a["lr"] == b["lr"]
+    # fp32 sums in another order; Adam divides gradients near 0 by their own size, hence the absolute part of a few lr * 1e-2.
+    for name, weight in final_weights(tmp_path / "large").items():
+        torch.testing.assert_close(final_weights(tmp_path / "small")[name], weight, rtol=1e-4, atol=3e-5)
+
+
+def test_the_same_flags_give_the_same_bytes(data, tmp_path):
+    for name in "ab":
+        run(data, tmp_path / name, random_seed=3)
+    assert (tmp_path / "a" / "rwkv-final.pth").read_bytes() == (tmp_path / "b" / "rwkv-final.pth").read_bytes()
+
+
+BASELINE: dict = {}
+
+CHANGES = [
+    {"random_seed": 5}, {"ctx_len": 11}, {"dpo": 0}, {"dpo_beta": 0.7}, {"dpo_general_corpus_ratio": 0.9}, {"dropout": 0.2}, {"epoch_steps": 5},
+    {"epoch_count": 1}, {"micro_bsz": 3}, {"accumulate_grad_batches": 2}, {"lr_init": 2e-3}, {"lr_final": 5e-4}, {"warmup_steps": 3},
+    {"beta1": 0.5}, {"beta2": 0.9}, {"adam_eps": 1e-2}, {"weight_decay": 0.5}, {"weight_decay": 0.5, "weight_decay_final": 0.1},
+    {"layerwise_lr": 0}, {"magic_prime": 317}, {"magic_prime": 317, "my_pile_shift": 3}, {"my_pile_edecay": 1}, {"my_exit": 0},
+    {"my_exit_tokens": 72}, {"my_exit_tokens": -72}, {"precision": "bf16"}, {"head_size_divisor": 4}, {"epoch_begin": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_every_flag_of_the_arithmetic_changes_the_result(data, tmp_path, changes):
+    if not BASELINE:
+        run(data, tmp_path / "base")
+        BASELINE.update(final_weights(tmp_path / "base"))
+    records = run(data, tmp_path / "changed", **changes)
+    changed = final_weights(tmp_path / "changed")
+    assert any(not torch.equal(BASELINE[name], changed[name]) for name in BASELINE)
+    assert all(np.isfinite(r["loss"]) for r in records)
+
+
+@pytest.mark.parametrize("changes", [
+    {"grad_cp": 1}, {"wkv_backend": "reference"}, {"wkv_backend": "cpu"}, {"precision": "tf32"}, {"strategy": "ddp"},
+], ids=str)  # fmt: skip
+def test_flags_of_execution_change_nothing_but_rounding(data, tmp_path, changes):
+    a, b = run(data, tmp_path / "a"), run(data, tmp_path / "b", **changes)
+    assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=1e-5)
+
+
+def test_fp16_scales_the_loss_and_learns(data, tmp_path):
+    records = run(data, tmp_path, precision="fp16", epoch_steps=30, epoch_count=1)
+    assert records[-1]["rewards/margins"] > 0.1
+    assert records[-1]["grad_norm"] is not None
+    assert final_weights(tmp_path)["head.weight"].dtype == torch.float32
+
+
+def test_bf16_keeps_fp32_master_weights(data, tmp_path):
+    # Steps of 1e-6 vanish when they are added to bf16 weights of order 0.1.
+    run(data, tmp_path, precision="bf16", lr_init=1e-6, lr_final=1e-6)
+    before, after = torch.load(data / "model.pth", weights_only=True), final_weights(tmp_path)
+    moved = (after["head.weight"] - before["head.weight"]).abs()
+    assert 0 < moved.max() < 2e-5
+
+
+def test_ratio_0_needs_no_corpus_and_ratio_1_no_pairs(data, tmp_path):
+    records = run(data, tmp_path / "pairs", dpo_general_corpus_ratio=0, data_file=None)
+    assert "loss_general" not in records[0]
+    records = run(data, tmp_path / "corpus", dpo_general_corpus_ratio=1, dpo_train_file="none.save")
+    assert "loss_dpo" not in records[0]
+
+
+def test_without_a_checkpoint_initial_weights_are_made_and_saved(data, tmp_path):
+    run(data, tmp_path, load_model=None, dpo=0, vocab_size=61, n_layer=1, n_embd=32, head_size_a=16, epoch_count=1, epoch_steps=2)
+    init = torch.load(tmp_path / "rwkv-init.pth", weights_only=True)
+    assert init["blocks.0.att.time_decay"].shape == (2, 16)
+    assert not init["blocks.0.att.output.weight"].any()
+
+
+def test_text_trains_with_the_vocabulary_found_in_it(data, tmp_path):
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 20)
+    run(data, tmp_path / "out", load_model=None, dpo=0, data_file=tmp_path / "text.txt", data_type="utf-8", n_layer=1, n_embd=32, head_size_a=32)
+    assert final_weights(tmp_path / "out")["emb.weight"].shape[0] == len(set("to be or not to be, that is the question. "))
+
+
+def test_staged_pretraining_starts_stops_and_continues_from_the_newest_checkpoint(data, tmp_path):
+    # An epoch of staged training is 40,320 windows: here 2 steps of 20,160 windows of 2 tokens.
+    np.random.default_rng(0).integers(0, 61, 2 * 81000 + 1).astype("<u2").tofile(tmp_path / "corpus.bin")
+    stage = {
+        "dpo": 0, "data_file": tmp_path / "corpus.bin", "load_model": 0, "vocab_size": 61, "n_layer": 1, "n_embd": 32, "head_size_a": 32,
+        "ctx_len": 2, "micro_bsz": 20160, "magic_prime": 80963, "epoch_count": 999, "wkv_backend": "cpu",
+    }  # fmt: skip
+    out = tmp_path / "out"
+    train.main(flags(data, out, **stage, my_pile_stage=1))
+    assert sorted(p.name for p in out.glob("*.pth")) == ["rwkv-init.pth"]
+    records = run(data, out, **stage, my_pile_stage=3)
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert records[-1]["lr"] == pytest.approx(1e-4)
+    assert sorted(p.name for p in out.glob("*.pth")) == ["rwkv-0.pth", "rwkv-1.pth", "rwkv-final.pth", "rwkv-init.pth"]
+    whole = final_weights(out)
+
+    for name in ("rwkv-1.pth", "rwkv-final.pth"):  # as if the run had died in its second epoch
+        (out / name).unlink()
+    records = run(data, out, **stage, my_pile_stage=3, warmup_steps=0)
+    assert [r["step"] for r in records][-2:] == [3, 4]
+    assert records[-1]["lr"] == pytest.approx(1e-4)
+    # Adam starts afresh, so the weights differ a little, but the second epoch saw the same windows.
+    assert (final_weights(out)["head.weight"] - whole["head.weight"]).abs().max() < 0.01
+
+
+def test_a_folder_of_another_run_is_refused_unless_overwritten(data, tmp_path):
+    run(data, tmp_path)
+    with pytest.raises(InputError, match=r"other settings: --dpo_beta 0.3 \(was 0.1\)"):
+        run(data, tmp_path, dpo_beta=0.3)
+    run(data, tmp_path)  # the same run again: its old metrics are set aside
+    assert (tmp_path / "metrics.1.jsonl").exists()
+    assert len(run(data, tmp_path, dpo_beta=0.3, overwrite=1)) == 8
+
+
+def test_a_checkpoint_that_is_not_the_reference_is_reported(data, tmp_path, caplog):
+    other = random_model(SHAPE, torch.float32, seed=1)
+    save_weights(other.state_dict(), tmp_path / "other.pth")
+    with caplog.at_level("INFO"):
+        run(data, tmp_path / "out", load_model=tmp_path / "other.pth")
+    assert "not the one that scored dpo_train_file" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        run(data, tmp_path / "out2")
+    assert "mean |margin|" in caplog.text
+    assert "not the one" not in caplog.text
+
+
+def test_the_original_command_runs_as_a_program_from_another_directory(data, tmp_path):
+    """The original's README command, its names and order kept; sizes are tiny and the accelerator is a CPU."""
+    binidx = tmp_path / "minipile"
+    make = [sys.executable, str(TRAIN.parent / "make_data.py"), str(tmp_path / "text.txt"), "1", "--out", str(binidx)]
+    (tmp_path / "text.txt").write_text("\n".join(f"Line {i} of a small corpus about nothing." for i in range(50)))
+    subprocess.run(make, check=True, capture_output=True)
+    shape = ModelShape(2, 64, 64, 224, 65536, head_size=64)
+    model = random_model(shape, torch.float32)
+    save_weights({n: w.bfloat16() for n, w in model.state_dict().items()}, tmp_path / "base.pth")
+    command = [
+        str(TRAIN), "--load_model", "./base.pth", "--wandb", "a project", "--proj_dir", "./models_2", "--ctx_len", "32", "--epoch_count", "2",
+        "--epoch_begin", "0", "--epoch_steps", "4", "--data_file", "./minipile", "--data_type", "binidx", "--vocab_size", "65536",
+        "--epoch_save", "1", "--micro_bsz", "1", "--n_layer", "2", "--n_embd", "64", "--pre_ffn", "0", "--head_qk", "0", "--lr_init", "5e-6",
+        "--lr_final", "1e-6", "--warmup_steps", "50", "--beta1", "0.9", "--beta2", "0.99", "--adam_eps", "1e-8", "--accelerator", "cpu",
+        "--devices", "1", "--precision", "bf16", "--strategy", "deepspeed_stage_2", "--grad_cp", "0", "--accumulate_grad_batches", "2",
+        "--enable_progress_bar", "True", "--ds_bucket_mb", "200", "--my_testing", "r3r4", "--dpo", "1", "--dpo_train_file",
+        str(data / "train.save"), "--dpo_general_corpus_ratio", "0.8", "--dpo_beta", "0.02",
+    ]  # fmt: skip
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # A ddp run in this process leaves its address in the environment.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"))}
+    env = {**inherited, "PATH": path, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = [json.loads(line) for line in (tmp_path / "models_2" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert records[0]["lr"] == pytest.approx(1e-6)  # a fifth of 5e-6, at the start of the warm-up
+    assert all(r["grad_norm"] > 0 for r in records)
+    assert torch.load(tmp_path / "models_2" / "rwkv-final.pth", weights_only=True)["head.weight"].dtype == torch.float32
+    assert list((tmp_path / "models_2" / "wandb").glob("offline-run-*"))
+
+
+BAD = [
+    ({"load_model": "none.pth"}, r"none.pth: no such checkpoint"),
+    ({"n_layer": 3}, r"--n_layer 3 \(the file has 2\)"),
+    ({"n_embd": 64}, r"--n_embd 64 \(the file has 32\)"),
+    ({"vocab_size": 62}, r"--vocab_size 62 \(the file has 61\)"),
+    ({"head_size_a": 16}, r"--head_size_a 16 \(the file has 8\)"),
+    ({"head_size_a": 12}, "--head_size_a 12: multiples of 8"),
+    ({"ctx_len": 4000}, r"corpus.bin: 4000 tokens, fewer than one window of --ctx_len 4000"),
+    ({"data_file": "none"}, "none"),
+    ({"data_file": None}, "--data_file is needed"),
+    ({"data_type": "parquet"}, "--data_type 'parquet': accepted are"),
+    ({"data_type": "binidx", "data_file": "nowhere"}, r"nowhere\.idx"),
+    ({"dpo_train_file": "none.save"}, r"none\.save"),
+    ({"dpo_general_corpus_ratio": 1.5}, "--dpo_general_corpus_ratio 1.5: 0 to 1"),
+    ({"dpo_beta": 0}, "--dpo_beta 0.0: more than 0"),
+    ({"micro_bsz": 0}, "--micro_bsz 0: at least 1"),
+    ({"epoch_steps": 5, "accumulate_grad_batches": 2}, "--epoch_steps 5 is not a multiple of --accumulate_grad_batches 2: .* 4 would do"),
+    ({"precision": "int8"}, "--precision 'int8': accepted are"),
+    ({"accelerator": "tpu"}, "--accelerator 'tpu': accepted are"),
+    ({"wkv_backend": "cuda"}, "--wkv_backend cuda can't be used on cpu"),
+    ({"strategy": "fsdp"}, "--strategy 'fsdp'"),
+    ({"my_testing": "x060"}, "--my_testing x060: that model version isn't supported"),
+    ({"pre_ffn": 1}, "--pre_ffn 1: that experiment"),
+    ({"tiny_att_dim": 256}, "--tiny_att_dim 256"),
+    ({"magic_prime": 100}, "--magic_prime 100"),
+    ({"my_pile_stage": 2, "magic_prime": 317}, "rwkv-"),
+    ({"grad_cp": 2}, "--grad_cp 2: 0 and 1"),
+    ({"lr_init": "fast"}, "--lr_init: invalid float value: 'fast'"),
+    ({"dpo_betta": 1}, r"--dpo_betta: unknown flag; did you mean --dpo_beta\?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[str(changes) for changes, _ in BAD])
+def test_bad_input_is_refused_in_one_line_before_anything_is_written(data, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message) as error:
+        run(data, tmp_path / "out", **changes)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_named_and_missing_is_refused_and_auto_takes_the_cpu(data, tmp_path):
+    with pytest.raises(InputError, match="--accelerator gpu: no usable NVIDIA GPU"):
+        run(data, tmp_path / "out", accelerator="gpu")
+    assert run(data, tmp_path / "out", accelerator="auto", epoch_count=1)
+
+
+def test_tokens_outside_the_vocabulary_are_refused_with_their_place(data, tmp_path):
+    tokens = np.fromfile(data / "corpus.bin", "<u2")
+    tokens[1234] = 61
+    tokens.tofile(tmp_path / "bad.bin")
+    with pytest.raises(InputError, match=r"bad.bin.*61.*1234|bad.bin.*1234.*61"):
+        run(data, tmp_path / "out", data_file=tmp_path / "bad.bin")
+    pairs = pack_pairs([([1, 2], [3], [4]), ([1], [61], [2])], np.zeros((2, 2)))
+    save_pairs(tmp_path / "bad.save", pairs)
+    with pytest.raises(InputError, match=r"bad.save.*vocabulary"):
+        run(data, tmp_path / "out", dpo_train_file=tmp_path / "bad.save")
+
+
+def test_pairs_without_reference_scores_are_refused(data, tmp_path):
+    save_pairs(tmp_path / "unscored.save", pack_pairs([([1, 2], [3], [4])]))
+    with pytest.raises(InputError, match=r"unscored.save: its pairs have no reference log-probabilities"):
+        run(data, tmp_path / "out", dpo_train_file=tmp_path / "unscored.save")
+
+
+def test_a_folder_that_cannot_be_made_is_refused(data):
+    with pytest.raises(InputError, match="--proj_dir /proc/out: can't be made"):
+        run(data, Path("/proc/out"))
+
+
+def test_a_proj_dir_that_is_a_file_is_refused(data, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(InputError, match=r"--proj_dir .*out: can't be made"):
+        run(data, tmp_path / "out")
+
+
+def test_the_program_exits_with_2_and_one_line(tmp_path):
+    done = subprocess.run([sys.executable, str(TRAIN), "--no_such_flag", "1"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.py: --no_such_flag: unknown flag")
+    assert len(done.stderr.splitlines()) == 1
