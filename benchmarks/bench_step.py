@@ -2,18 +2,21 @@
 """Speed and memory of a training step: ours against the original's way, written out here.
 
 The original's way: a batch-1 forward of prompt + answer for the chosen and for the rejected answer of every pair, full
-[T, vocabulary] logits and cross-entropy each, one backward. Same network, WKV backend and precision on both sides.
+[T, vocabulary] logits and cross-entropy each, one backward, every activation kept by autograd. The WKV backend is the same.
 
-    python benchmarks/bench_step.py                  everything, about ten minutes on 2 cores; writes benchmarks/results/step_<device>.json
+    python benchmarks/bench_step.py        everything, about twenty minutes on 2 cores; writes benchmarks/results/step_*.json
     python benchmarks/bench_step.py --n_layer 24 --n_embd 1024 --device cuda
 
-Parity comes first: losses and gradients of both ways have to agree, or nothing is timed.
+Parity comes first: losses and gradients of both ways have to agree, or nothing is timed. "tuned" is a process with the memory
+and matrix-product settings that train.py makes on a CPU; "stock" one with torch's defaults, as the original would run.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -25,23 +28,25 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "RWKV-v5" / "src"))
 
 from measure import alternate, machine, save
-
 from rwkv_dpo.data.pairs import pack_pairs
+from rwkv_dpo.device import tune_cpu
 from rwkv_dpo.forest import Pair, build_step
 from rwkv_dpo.losses import dpo_loss, l2wrap
 from rwkv_dpo.model.checkpoint import empty_model
+from rwkv_dpo.model.linear import Linear
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.objective import MicroBatch, collate, objective, score_pairs
-from rwkv_dpo.device import tune_cpu
 from rwkv_dpo.wkv import choose_backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BETA, RATIO, MICRO_BSZ, WINDOW = 0.1, 0.5, 4, 1024
+# The heap settles after a few steps; what a run of thousands sees is what comes after.
+WARMUP = 4
 CASES = {"256/200/150": (256, 200, 150), "512/128/128": (512, 128, 128)}
 
 
-def build(shape: ModelShape, precision: str, backend: str, device: torch.device) -> RWKV:
+def build(way: str, shape: ModelShape, precision: str, backend: str, device: torch.device) -> RWKV:
     model = empty_model(shape, "5", choose_backend(backend, device).wkv5, DTYPES[precision])
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -52,7 +57,17 @@ def build(shape: ModelShape, precision: str, backend: str, device: torch.device)
                 p.uniform_(0, 1, generator=generator)
             elif p.dim() == 2:
                 p.normal_(0, p.shape[1] ** -0.5, generator=generator)
+    if way == "original":
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.forward = types.MethodType(plain_forward, module)  # type: ignore[method-assign]
     return model.to(device)
+
+
+def plain_forward(module: Linear, *inputs: torch.Tensor, prepare: Callable[..., torch.Tensor] = lambda x: x) -> torch.Tensor:
+    """A linear layer as the original writes it: autograd keeps whatever goes in."""
+    prepared = prepare(*inputs)
+    return F.linear(prepared, module.weight.to(prepared.dtype))
 
 
 def make_pairs(lengths: tuple[int, int, int], n: int, vocab_size: int, seed: int = 0) -> list[Pair]:
@@ -85,12 +100,23 @@ def original_loss(model: RWKV, windows: list[np.ndarray], pairs: list[Pair], ref
     return loss
 
 
+@torch.no_grad()
+def score_original(model: RWKV, pairs: list[Pair]) -> None:
+    for prompt, *answers in pairs:
+        for answer in answers:
+            original_answer_logp(model, prompt, answer)
+
+
 def check_parity(backend: str, device: torch.device) -> None:
     """Both ways on a small model in fp32: the loss to 1e-5, every gradient to 1e-3 (fp32 rounding over two layers)."""
-    model = build(ModelShape(2, 128, 128, 448, 512), "fp32", backend, device)
+    shape = ModelShape(2, 128, 128, 448, 512)
     pairs, windows, refs = make_pairs((20, 17, 9), 3, 512), [make_pairs((65, 1, 1), 1, 512)[0][0]], np.full((3, 2), -50.0)
+    original, forest = build("original", shape, "fp32", backend, device), build("forest", shape, "fp32", backend, device)
     losses, grads = [], []
-    for loss in (original_loss(model, windows, pairs, refs), objective(model, collate(windows, pairs, refs).to(device), BETA, RATIO)[0]):
+    for model, loss in (
+        (original, original_loss(original, windows, pairs, refs)),
+        (forest, objective(forest, collate(windows, pairs, refs).to(device), BETA, RATIO)[0]),
+    ):
         losses.append(loss.item())
         grads.append(torch.autograd.grad(loss, list(model.parameters())))
     worst = max(float((a - b).norm() / a.norm().clamp(min=1e-6)) for a, b in zip(*grads, strict=True))
@@ -113,21 +139,20 @@ def theirs(model: RWKV, windows: list[np.ndarray], pairs: list[Pair], refs: np.n
 def time_pairs(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Forward and backward of a micro-batch of pairs, alone and with a corpus window."""
     rows = []
-    models = {p: build(args.shape, p, args.wkv_backend, device) for p in DTYPES}
+    models = {f"{way} {p}": build(way, args.shape, p, args.wkv_backend, device) for p in DTYPES for way in ("original", "forest")}
     for case, lengths in CASES.items():
         pairs, refs = make_pairs(lengths, MICRO_BSZ, args.shape.vocab_size), np.full((MICRO_BSZ, 2), -2000.0)
         for n_windows in (0, 1):
             windows = [make_pairs((WINDOW + 1, 1, 1), 1, args.shape.vocab_size)[0][0]] * n_windows
             batch = collate(windows, pairs, refs).to(device)
             runs = {}
-            for p, model in models.items():
-                runs[f"original {p}"] = lambda m=model, w=windows, q=pairs, r=refs: theirs(m, w, q, r)
-                runs[f"forest {p}"] = lambda m=model, b=batch: ours(m, b)
-            seconds = alternate(runs, args.repeats)
+            for p in DTYPES:
+                runs[f"original {p}"] = lambda m=models[f"original {p}"], w=windows, q=pairs, r=refs: theirs(m, w, q, r)
+                runs[f"forest {p}"] = lambda m=models[f"forest {p}"], b=batch: ours(m, b)
+            seconds = alternate(runs, args.repeats, WARMUP // 2)
             row = {"pairs": case, "window": WINDOW * n_windows, **{f"{name} ms/pair": 1000 * s / MICRO_BSZ for name, s in seconds.items()}}
             row["speedup fp32"] = seconds["original fp32"] / seconds["forest fp32"]
             row["speedup bf16"] = seconds["original bf16"] / seconds["forest bf16"]
-            row["speedup bf16 against fp32"] = seconds["original fp32"] / seconds["forest bf16"]
             rows.append(report(row))
     return rows
 
@@ -138,22 +163,14 @@ def time_scoring(args: argparse.Namespace, device: torch.device) -> dict:
     packed = pack_pairs(pairs)
     runs = {}
     for p in DTYPES:
-        model = build(args.shape, p, args.wkv_backend, device)
-
-        def original(m=model) -> None:
-            with torch.no_grad():
-                for prompt, *answers in pairs:
-                    for answer in answers:
-                        original_answer_logp(m, prompt, answer)
-
-        runs[f"original {p}"] = original
+        model = build("forest", args.shape, p, args.wkv_backend, device)
+        runs[f"original {p}"] = lambda m=model: score_original(m, pairs)
         runs[f"forest {p}"] = lambda m=model: score_pairs(m, packed, 4096)
-    seconds = alternate(runs, args.repeats)
+    seconds = alternate(runs, args.repeats, WARMUP)
     return report({
         **{f"{name} ms/pair": 1000 * s / len(pairs) for name, s in seconds.items()},
         "speedup fp32": seconds["original fp32"] / seconds["forest fp32"],
         "speedup bf16": seconds["original bf16"] / seconds["forest bf16"],
-        "speedup bf16 against fp32": seconds["original fp32"] / seconds["forest bf16"],
     })  # fmt: skip
 
 
@@ -163,7 +180,7 @@ def time_language_model(args: argparse.Namespace, device: torch.device) -> list[
     s = args.shape
     n_matrix = s.n_layer * (6 * s.n_embd**2 + 2 * s.n_embd * s.dim_ffn) + s.n_embd * s.vocab_size
     for p, dtype in DTYPES.items():
-        model = build(s, p, args.wkv_backend, device)
+        model = build("forest", s, p, args.wkv_backend, device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
         batch = collate([make_pairs((WINDOW + 1, 1, 1), 1, s.vocab_size)[0][0]], [], np.zeros((0, 2))).to(device)
         square = torch.randn(2048, 2048, dtype=dtype, device=device)
@@ -173,7 +190,7 @@ def time_language_model(args: argparse.Namespace, device: torch.device) -> list[
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        seconds = alternate({"step": step, "gemm": lambda a=square: [a @ a for _ in range(10)]}, 2 * args.repeats)
+        seconds = alternate({"step": step, "gemm": lambda a=square: [a @ a for _ in range(10)]}, 2 * args.repeats, WARMUP)
         gemm_rate, rate = 10 * 2 * 2048**3 / seconds["gemm"], 6 * n_matrix * WINDOW / seconds["step"]
         rows.append(report({
             "precision": p, "tokens/s": WINDOW / seconds["step"], "step ms": 1000 * seconds["step"], "GFLOP/s": rate / 1e9,
@@ -182,32 +199,62 @@ def time_language_model(args: argparse.Namespace, device: torch.device) -> list[
     return rows
 
 
+def against_stock(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Ours in bf16 against the original's way in fp32 with torch's default settings, in processes that take turns."""
+    rows = []
+    for job in ("256/200/150", "512/128/128", "scoring"):
+        times: dict[str, list[float]] = {"original fp32 stock": [], "forest fp32 tuned": [], "forest bf16 tuned": []}
+        for _ in range(args.repeats // 2):
+            for name, values in times.items():
+                values.append(_child("time", *name.split(), job))
+        seconds = {name: median(values) for name, values in times.items()}
+        row = {"job": job, **{f"{name} ms/pair": 1000 * s / MICRO_BSZ for name, s in seconds.items()}}
+        for name in ("forest fp32 tuned", "forest bf16 tuned"):
+            row[f"speedup {name} against original fp32 stock"] = seconds["original fp32 stock"] / seconds[name]
+        rows.append(report(row))
+    return rows
+
+
 def memory(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Peak memory above weights and gradients, each measured in a process of its own with the default allocator."""
+    """Peak memory above weights and gradients, each in a process of its own that gives freed memory back at once, so that it
+    counts what is in use (--cpu_malloc 0)."""
     rows = []
     for case in CASES:
         for precision in DTYPES:
             row: dict = {"pairs": case, "precision": precision}
             for way in ("original", "forest"):
-                command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", way, case, precision]
-                peaks = [json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]) for _ in range(3)]
-                row[f"{way} MB"] = median(peaks)
+                row[f"{way} MB"] = _child("memory", way, precision, "lean", case)
             row["forest / original"] = row["forest MB"] / row["original MB"]
             rows.append(report(row))
     return rows
 
 
-def memory_of(args: argparse.Namespace, device: torch.device) -> float:
-    way, case, precision = args.memory_of
-    model = build(args.shape, precision, args.wkv_backend, device)
-    pairs, refs = make_pairs(CASES[case], MICRO_BSZ, args.shape.vocab_size), np.full((MICRO_BSZ, 2), -2000.0)
-    small = make_pairs((2, 2, 2), 1, args.shape.vocab_size)
-    theirs(model, [], small, refs[:1])  # weights, gradients and compiled code are in place
+def _child(*job: str) -> float:
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", *job]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+
+def child(args: argparse.Namespace, device: torch.device) -> float:
+    """Median seconds of a micro-batch, or MB of one, of --child what way precision settings case."""
+    what, way, precision, settings, case = args.child
+    if settings != "stock":
+        tune_cpu(keep_memory=settings == "tuned")
+    model = build(way, args.shape, precision, args.wkv_backend, device)
+    pairs = make_pairs(CASES.get(case, CASES["256/200/150"]), MICRO_BSZ, args.shape.vocab_size)
+    refs = np.full((MICRO_BSZ, 2), -2000.0)
+    batch = collate([], pairs, refs).to(device)
+
+    def run() -> None:
+        if case == "scoring":
+            score_original(model, pairs) if way == "original" else score_pairs(model, pack_pairs(pairs), 4096)
+        else:
+            theirs(model, [], pairs, refs) if way == "original" else ours(model, batch)
+
+    if what == "time":
+        return alternate({way: run}, 2 if way == "original" else 4, 1 if way == "original" else WARMUP)[way]
+    theirs(model, [], make_pairs((2, 2, 2), 1, args.shape.vocab_size), refs[:1])  # weights, gradients and code are in place
     before = _reset_peak(device)
-    if way == "original":
-        theirs(model, [], pairs, refs)
-    else:
-        ours(model, collate([], pairs, refs).to(device))
+    run()
     return (_peak(device) - before) / 1e6
 
 
@@ -231,6 +278,11 @@ def report(row: dict) -> dict:
     return row
 
 
+PARTS = {
+    "language_model": time_language_model, "pairs": time_pairs, "scoring": time_scoring, "memory": memory, "against_stock": against_stock,
+}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--n_layer", type=int, default=12)
@@ -238,21 +290,21 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--wkv_backend", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--parts", nargs="+", default=["pairs", "scoring", "language_model", "memory"])
-    parser.add_argument("--memory_of", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.shape = ModelShape(args.n_layer, args.n_embd, args.n_embd, int(args.n_embd * 3.5) // 32 * 32, 65536)
     device = torch.device(args.device)
-    if args.memory_of:
-        print(memory_of(args, device))
+    if args.child:
+        print(child(args, device))
         return
     check_parity(args.wkv_backend, device)
     if device.type == "cpu":
         tune_cpu(keep_memory=True)
     print(machine())
-    parts = {"pairs": time_pairs, "scoring": time_scoring, "language_model": time_language_model, "memory": memory}
-    results = {name: parts[name](args, device) for name in args.parts}
-    save(f"step_{device.type}_L{args.n_layer}_D{args.n_embd}", {"shape": vars(args.shape), "micro_bsz": MICRO_BSZ, **results})
+    results = {name: PARTS[name](args, device) for name in args.parts}
+    suffix = "" if set(args.parts) == set(PARTS) else "_" + "_".join(args.parts)
+    save(f"step_{device.type}_L{args.n_layer}_D{args.n_embd}{suffix}", {"shape": vars(args.shape), "micro_bsz": MICRO_BSZ, **results})
 
 
 if __name__ == "__main__":

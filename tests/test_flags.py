@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.errors import InputError
 from rwkv_dpo.flags import NEUTRAL, build_parser, flag_table, parse_flags

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from rwkv_dpo.forest import ForestBuilder, build_step
 
 token_lists = st.lists(st.integers(0, 60), max_size=5)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from rwkv_dpo.linear_logprobs import linear_logprobs
 
 

@@ -3,7 +3,6 @@
 import math
 
 import torch
-
 from rwkv_dpo.losses import dpo_loss, l2wrap, mix
 
 

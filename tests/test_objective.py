@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from conftest import random_model
 from golden_weights import golden_weights, load_golden
-
 from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.forest import ForestBuilder, build_step
 from rwkv_dpo.losses import L2WRAP_FACTOR

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-
 from rwkv_dpo.schedule import Schedule, lr_at, weight_decay_at
 
 

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from conftest import random_model
-
 from rwkv_dpo.model.init import init_weights
 from rwkv_dpo.model.shape import ModelShape
 

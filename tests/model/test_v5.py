@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model
-
 from rwkv_dpo.forest import ForestBuilder
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape

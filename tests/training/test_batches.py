@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.corpus import Corpus
 from rwkv_dpo.data.pairs import pack_pairs

@@ -1,7 +1,6 @@
 """Parameter groups by name, and the rates they get."""
 
 import torch
-
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.training.optim import build_optimizer, lr_scale, set_rates
 

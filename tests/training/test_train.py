@@ -11,7 +11,6 @@ import pytest
 import torch
 import train
 from conftest import random_model
-
 from rwkv_dpo.data.pairs import pack_pairs, save_original, save_pairs
 from rwkv_dpo.errors import InputError
 from rwkv_dpo.model.checkpoint import save_weights

@@ -80,7 +80,7 @@ class RunConfig:
     precision: str = flag("fp16", "arithmetic; fp16 and bf16 keep fp32 master weights", ("fp32", "tf32", "fp16", "bf16"))
     grad_cp: int = flag(0, "1: recompute each block in the backward pass (less memory, more time)")
     wkv_backend: str = flag("auto", "implementation of the WKV recurrence", ("auto", "reference", "chunked", "cpu", "cuda"))
-    cpu_malloc: int = flag(1, "1: on a CPU keep freed memory for the next step (faster, up to half as much memory again); 0: give it back")
+    cpu_malloc: int = flag(1, "1: on a CPU keep freed memory for the next step (faster, up to half as much memory again); 0: give it back at once")
     enable_progress_bar: bool = flag(True, "show a progress bar")
 
     @property

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_dpo.forest import Forest, LayerState
+from rwkv_dpo.model.linear import Linear
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.wkv import WKV5
 
@@ -78,17 +79,6 @@ class Block(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
-
-
-class Linear(nn.Module):
-    """x @ weight.T in the dtype of x."""
-
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_out, n_in))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
 
 
 class LayerNorm(nn.Module):

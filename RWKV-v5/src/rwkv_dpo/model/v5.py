@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_dpo.forest import Forest
-from rwkv_dpo.model.rwkv import Linear, Mixes, run_levels
+from rwkv_dpo.model.linear import Linear
+from rwkv_dpo.model.rwkv import LayerNorm, Mixes, run_levels
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.wkv import WKV5
 
@@ -26,20 +27,27 @@ class TimeMix(nn.Module):
         self.value = Linear(shape.n_embd, shape.dim_att)
         self.gate = Linear(shape.n_embd, shape.dim_att)
         self.output = Linear(shape.dim_att, shape.n_embd)
-        self.ln_x = HeadNorm(shape)
+        self.ln_x = LayerNorm(shape.dim_att)
+        # Dividing the norm's input by head_size_divisor, as RWKV-LM does, is the same as multiplying eps by its square.
+        self.norm_eps = 1e-5 * shape.head_size_divisor**2
 
     def forward(self, x: Tensor, before: Tensor, forest: Forest, initial: Tensor | None, wkv: WKV5) -> tuple[Tensor, Tensor]:
         """x and the tokens before it [S, C] -> out [S, C], WKV states at the segments' ends [n, H, N, N]."""
-        r = self.receptance(token_mix(x, before, self.time_mix_r)).view(-1, self.n_head, self.head_size)
-        k = self.key(token_mix(x, before, self.time_mix_k)).view_as(r)
-        v = self.value(token_mix(x, before, self.time_mix_v)).view_as(r)
-        g = self.gate(token_mix(x, before, self.time_mix_g))
+        r = self.receptance(x, before, self.time_mix_r, prepare=token_mix).view(-1, self.n_head, self.head_size)
+        k = self.key(x, before, self.time_mix_k, prepare=token_mix).view_as(r)
+        v = self.value(x, before, self.time_mix_v, prepare=token_mix).view_as(r)
+        g = self.gate(x, before, self.time_mix_g, prepare=token_mix)
 
         def recur(rows: slice, cu_seqlens: Tensor, state0: Tensor | None):
             return wkv(r[rows], k[rows], v[rows], self.time_decay, self.time_faaaa, cu_seqlens, state0)
 
         y, ends = run_levels(forest, initial, recur)
-        return self.output(self.ln_x(y) * F.silu(g)), ends
+        return self.output(y, g, self.ln_x.weight, self.ln_x.bias, prepare=self.gated_norm), ends
+
+    def gated_norm(self, y: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Group norm with one group a head, times silu(g): y [S, H, N], g [S, H * N] -> [S, H * N]."""
+        normed = F.layer_norm(y, y.shape[-1:], eps=self.norm_eps).flatten(1)
+        return torch.addcmul(bias.to(y.dtype), normed, weight.to(y.dtype)) * F.silu(g)
 
 
 class ChannelMix(nn.Module):
@@ -52,29 +60,18 @@ class ChannelMix(nn.Module):
         self.value = Linear(shape.dim_ffn, shape.n_embd)
 
     def forward(self, x: Tensor, before: Tensor) -> Tensor:
-        k = F.relu(self.key(token_mix(x, before, self.time_mix_k))).square()
-        r = self.receptance(token_mix(x, before, self.time_mix_r))
-        return torch.sigmoid(r) * self.value(k)
-
-
-class HeadNorm(nn.Module):
-    """Group norm with one group a head, after division by head_size_divisor: the same as eps * head_size_divisor ** 2."""
-
-    def __init__(self, shape: ModelShape) -> None:
-        super().__init__()
-        self.eps = 1e-5 * shape.head_size_divisor**2
-        self.weight = nn.Parameter(torch.ones(shape.dim_att))
-        self.bias = nn.Parameter(torch.zeros(shape.dim_att))
-
-    def forward(self, y: Tensor) -> Tensor:
-        """[S, H, N] -> [S, H * N]"""
-        normed = F.layer_norm(y, y.shape[-1:], eps=self.eps).flatten(1)
-        return torch.addcmul(self.bias.to(y.dtype), normed, self.weight.to(y.dtype))
+        k = self.key(x, before, self.time_mix_k, prepare=token_mix)
+        r = self.receptance(x, before, self.time_mix_r, prepare=token_mix)
+        return torch.sigmoid(r) * self.value(k, prepare=relu_squared)
 
 
 def token_mix(x: Tensor, before: Tensor, mix: Tensor) -> Tensor:
     """mix * x + (1 - mix) * before, channel by channel."""
     return torch.lerp(before, x, mix.view(-1).to(x.dtype))
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    return F.relu(x).square()
 
 
 MIXES = Mixes(TimeMix, ChannelMix)
