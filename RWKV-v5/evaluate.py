@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare checkpoints: preference accuracy and margin on pairs, perplexity on a corpus, and an answer to a prompt.
 
-    evaluate.py --load_model base.pth tuned.pth --pairs testset.save --data_file default_text_document
+evaluate.py --load_model base.pth tuned.pth --pairs testset.save --data_file default_text_document
 """
 
 import argparse

@@ -19,13 +19,13 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "RWKV-v5" / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-v5" / "src"))
 
 from measure import alternate, machine, save
 from rwkv_dpo.data.pairs import pack_pairs
@@ -175,28 +175,28 @@ def time_scoring(args: argparse.Namespace, device: torch.device) -> dict:
 
 
 def time_language_model(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """A whole step (forward, backward, AdamW) on one window, against the rate of a large matrix product in the same run."""
-    rows = []
-    s = args.shape
+    """A whole step (forward, backward, AdamW) on one window, against the rate of a large matrix product in the same process."""
+    return [report(_child("language_model", "forest", precision, "tuned", "")) for precision in DTYPES]
+
+
+def language_model_child(args: argparse.Namespace, model: RWKV, precision: str) -> dict:
+    s, device = args.shape, model.head.weight.device
     n_matrix = s.n_layer * (6 * s.n_embd**2 + 2 * s.n_embd * s.dim_ffn) + s.n_embd * s.vocab_size
-    for p, dtype in DTYPES.items():
-        model = build("forest", s, p, args.wkv_backend, device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-        batch = collate([make_pairs((WINDOW + 1, 1, 1), 1, s.vocab_size)[0][0]], [], np.zeros((0, 2))).to(device)
-        square = torch.randn(2048, 2048, dtype=dtype, device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    batch = collate([make_pairs((WINDOW + 1, 1, 1), 1, s.vocab_size)[0][0]], [], np.zeros((0, 2))).to(device)
+    square = torch.randn(2048, 2048, dtype=DTYPES[precision], device=device)
 
-        def step(model=model, batch=batch, optimizer=optimizer) -> None:
-            objective(model, batch, BETA, 1.0)[0].backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    def step() -> None:
+        objective(model, batch, BETA, 1.0)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-        seconds = alternate({"step": step, "gemm": lambda a=square: [a @ a for _ in range(10)]}, 2 * args.repeats, WARMUP)
-        gemm_rate, rate = 10 * 2 * 2048**3 / seconds["gemm"], 6 * n_matrix * WINDOW / seconds["step"]
-        rows.append(report({
-            "precision": p, "tokens/s": WINDOW / seconds["step"], "step ms": 1000 * seconds["step"], "GFLOP/s": rate / 1e9,
-            "GEMM GFLOP/s": gemm_rate / 1e9, "share of the GEMM rate": rate / gemm_rate,
-        }))  # fmt: skip
-    return rows
+    seconds = alternate({"step": step, "gemm": lambda: [square @ square for _ in range(10)]}, 3 * args.repeats, WARMUP)
+    gemm_rate, rate = 10 * 2 * 2048**3 / seconds["gemm"], 6 * n_matrix * WINDOW / seconds["step"]
+    return {
+        "precision": precision, "tokens/s": WINDOW / seconds["step"], "step ms": 1000 * seconds["step"], "GFLOP/s": rate / 1e9,
+        "GEMM GFLOP/s": gemm_rate / 1e9, "share of the GEMM rate": rate / gemm_rate,
+    }  # fmt: skip
 
 
 def against_stock(args: argparse.Namespace, device: torch.device) -> list[dict]:
@@ -229,17 +229,19 @@ def memory(args: argparse.Namespace, device: torch.device) -> list[dict]:
     return rows
 
 
-def _child(*job: str) -> float:
+def _child(*job: str) -> Any:
     command = [sys.executable, __file__, *sys.argv[1:], "--child", *job]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
-def child(args: argparse.Namespace, device: torch.device) -> float:
-    """Median seconds of a micro-batch, or MB of one, of --child what way precision settings case."""
+def child(args: argparse.Namespace, device: torch.device) -> Any:
+    """One measurement in a process of its own, --child what way precision settings case: seconds, MB, or a row of results."""
     what, way, precision, settings, case = args.child
     if settings != "stock":
         tune_cpu(keep_memory=settings == "tuned")
     model = build(way, args.shape, precision, args.wkv_backend, device)
+    if what == "language_model":
+        return language_model_child(args, model, precision)
     pairs = make_pairs(CASES.get(case, CASES["256/200/150"]), MICRO_BSZ, args.shape.vocab_size)
     refs = np.full((MICRO_BSZ, 2), -2000.0)
     batch = collate([], pairs, refs).to(device)
@@ -296,7 +298,7 @@ def main() -> None:
     args.shape = ModelShape(args.n_layer, args.n_embd, args.n_embd, int(args.n_embd * 3.5) // 32 * 32, 65536)
     device = torch.device(args.device)
     if args.child:
-        print(child(args, device))
+        print(json.dumps(child(args, device)))
         return
     check_parity(args.wkv_backend, device)
     if device.type == "cpu":

@@ -50,7 +50,18 @@ def test_imports_point_down(path):
         elif name.startswith(("pytorch_lightning", "deepspeed", "wandb")):
             assert FLOOR[here] == 3, f"{here} imports {name}"
         elif here in STANDARD_ONLY:
-            assert name.split(".")[0] in ("argparse", "collections", "contextlib", "dataclasses", "functools", "hashlib", "math", "os", "pathlib", "typing")
+            assert name.split(".")[0] in (
+                "argparse",
+                "collections",
+                "contextlib",
+                "dataclasses",
+                "functools",
+                "hashlib",
+                "math",
+                "os",
+                "pathlib",
+                "typing",
+            )
 
 
 def test_every_module_has_a_floor_and_every_name_exists():

@@ -38,7 +38,11 @@ def test_levels_stand_one_after_the_other_and_cover_every_row():
     builder.add([4], child)
     builder.add([5, 6])
     forest, _ = builder.build()
-    assert [(level.first, level.last, level.start, level.end) for level in forest.levels] == [(0, 2, 0, 5), (2, 3, 5, 5), (3, 4, 5, 6)]
+    assert [(level.first, level.last, level.start, level.end) for level in forest.levels] == [
+        (0, 2, 0, 5),
+        (2, 3, 5, 5),
+        (3, 4, 5, 6),
+    ]
     assert forest.levels[1].cu_seqlens.tolist() == [0, 0]
     assert forest.tokens.tolist() == [1, 2, 3, 5, 6, 4]
     assert forest.last_rows.tolist() == [2, 4, 2, 5]  # an empty segment ends where its parent ended
@@ -57,7 +61,10 @@ def test_an_empty_forest_is_refused():
 answers = st.lists(st.integers(0, 3), min_size=1, max_size=6)
 
 
-@given(st.lists(st.tuples(answers, answers, answers), max_size=4), st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=5), max_size=3))
+@given(
+    st.lists(st.tuples(answers, answers, answers), max_size=4),
+    st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=5), max_size=3),
+)
 def test_every_answer_token_is_scored_after_its_own_prefix(pairs, windows):
     if not pairs and not windows:
         return

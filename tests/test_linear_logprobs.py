@@ -10,13 +10,14 @@ def plain(hidden, weight, targets):
     return torch.log_softmax(logits, 1).gather(1, targets[:, None]).squeeze(1), logits.amax(1)
 
 
+@pytest.mark.parametrize("n_columns", [53, 512])
 @pytest.mark.parametrize("n_rows", [0, 1, 2, 37])
 @pytest.mark.parametrize(("chunk_rows", "keep_bytes"), [(1024, 1 << 30), (5, 1 << 30), (5, 0), (5, 3 * 5 * 53 * 8)])
-def test_values_and_gradients_equal_the_plain_head(n_rows, chunk_rows, keep_bytes):
+def test_values_and_gradients_equal_the_plain_head(n_rows, n_columns, chunk_rows, keep_bytes):
     torch.manual_seed(n_rows)
     hidden = torch.randn(n_rows, 12, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(53, 12, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(53, (n_rows,))
+    weight = torch.randn(n_columns, 12, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(n_columns, (n_rows,))
     out = linear_logprobs(hidden, weight, targets, chunk_rows=chunk_rows, keep_bytes=keep_bytes)
     grads = [torch.randn_like(part) for part in out]
     expected = plain(hidden, weight, targets)
@@ -29,7 +30,10 @@ def test_values_and_gradients_equal_the_plain_head(n_rows, chunk_rows, keep_byte
 
 
 def test_one_result_may_go_unused():
-    hidden, weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    hidden, weight = (
+        torch.randn(3, 4, dtype=torch.float64, requires_grad=True),
+        torch.randn(7, 4, dtype=torch.float64, requires_grad=True),
+    )
     targets = torch.tensor([0, 6, 3])
     for i in (0, 1):
         got = torch.autograd.grad(linear_logprobs(hidden, weight, targets)[i].sum(), (hidden, weight))

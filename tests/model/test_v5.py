@@ -21,7 +21,11 @@ def package_model(model, folder):
     weights = dict(model.state_dict())
     if model.shape.n_layer == 1:
         # The package can't read a single layer, so it gets a second one that adds nothing to the residual stream.
-        weights |= {n.replace("blocks.0", "blocks.1"): torch.zeros_like(w) for n, w in weights.items() if n.startswith("blocks.0") and "ln0" not in n}
+        weights |= {
+            n.replace("blocks.0", "blocks.1"): torch.zeros_like(w)
+            for n, w in weights.items()
+            if n.startswith("blocks.0") and "ln0" not in n
+        }
     save_weights(weights, folder / "m.pth")
     return RWKV(model=str(folder / "m"), strategy="cpu fp32", verbose=False)
 

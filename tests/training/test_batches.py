@@ -26,7 +26,12 @@ def test_every_pair_is_seen_once_a_pass_over_any_number_of_ranks(world_size):
     config = replace(CONFIG, devices=world_size)
     steps = N_PAIRS // (config.micro_bsz * world_size)
     for first in (0, steps, 5 * steps):
-        seen = Counter(p for rank in range(world_size) for k in range(first, first + steps) for p in pairs_of(MicroBatches(config, None, PAIRS, rank)[k]))
+        seen = Counter(
+            p
+            for rank in range(world_size)
+            for k in range(first, first + steps)
+            for p in pairs_of(MicroBatches(config, None, PAIRS, rank)[k])
+        )
         assert seen == Counter(range(N_PAIRS))
 
 
@@ -55,7 +60,11 @@ def test_magic_prime_visits_its_windows_in_rwkv_lms_order():
     # 97 = 3 * 32 + 1 is no prime 3n + 2; 89 is. int(89 * 0.618...) = 55; sample ii starts at (55 * ii**3 mod 89) * 100.
     config = replace(CONFIG, magic_prime=89, my_pile_shift=7, micro_bsz=1)
     dataset = MicroBatches(config, CORPUS, None, 0)
-    assert [int(dataset[k].step.forest.tokens[0]) for k in range(3)] == [55 * 1 % 89 * 100 + 7, 55 * 8 % 89 * 100 + 7, 55 * 27 % 89 * 100 + 7]
+    assert [int(dataset[k].step.forest.tokens[0]) for k in range(3)] == [
+        55 * 1 % 89 * 100 + 7,
+        55 * 8 % 89 * 100 + 7,
+        55 * 27 % 89 * 100 + 7,
+    ]
 
 
 def test_epochs_continue_the_numbering_of_their_micro_batches():

@@ -169,7 +169,17 @@ def test_without_a_checkpoint_initial_weights_are_made_and_saved(data, tmp_path)
 
 def test_text_trains_with_the_vocabulary_found_in_it(data, tmp_path):
     (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 20)
-    run(data, tmp_path / "out", load_model=None, dpo=0, data_file=tmp_path / "text.txt", data_type="utf-8", n_layer=1, n_embd=32, head_size_a=32)
+    run(
+        data,
+        tmp_path / "out",
+        load_model=None,
+        dpo=0,
+        data_file=tmp_path / "text.txt",
+        data_type="utf-8",
+        n_layer=1,
+        n_embd=32,
+        head_size_a=32,
+    )
     assert final_weights(tmp_path / "out")["emb.weight"].shape[0] == len(set("to be or not to be, that is the question. "))
 
 
@@ -240,7 +250,11 @@ def test_the_original_command_runs_as_a_program_from_another_directory(data, tmp
     ]  # fmt: skip
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # A ddp run in this process leaves its address in the environment.
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"))}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MASTER_", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    }
     env = {**inherited, "PATH": path, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -62,7 +62,7 @@ class RunConfig:
     weight_decay_final: float = flag(-1.0, "weight decay at the last step; -1: constant")
     layerwise_lr: int = flag(1, "1: time_decay learns twice as fast; 0: one rate for all")
 
-    my_pile_stage: int = flag(0, "RWKV-LM's staged pre-training: 1 makes initial weights and stops, 2 and 3 go on from the newest checkpoint")
+    my_pile_stage: int = flag(0, "RWKV-LM's staged pre-training: 1 makes initial weights, 2 and 3 go on from the newest checkpoint")
     magic_prime: int = flag(0, "visit the corpus windows in RWKV-LM's magic_prime order; 0: seeded random order")
     my_pile_shift: int = flag(-1, "tokens by which magic_prime windows are shifted; -1: 0")
     my_pile_edecay: int = flag(0, "epochs at lr_init before the decay begins")
@@ -80,7 +80,7 @@ class RunConfig:
     precision: str = flag("fp16", "arithmetic; fp16 and bf16 keep fp32 master weights", ("fp32", "tf32", "fp16", "bf16"))
     grad_cp: int = flag(0, "1: recompute each block in the backward pass (less memory, more time)")
     wkv_backend: str = flag("auto", "implementation of the WKV recurrence", ("auto", "reference", "chunked", "cpu", "cuda"))
-    cpu_malloc: int = flag(1, "1: on a CPU keep freed memory for the next step (faster, up to half as much memory again); 0: give it back at once")
+    cpu_malloc: int = flag(1, "1: a CPU run keeps freed memory for the next step (faster, up to half as much again); 0: gives it back")
     enable_progress_bar: bool = flag(True, "show a progress bar")
 
     @property
@@ -135,11 +135,15 @@ class RunConfig:
     @property
     def schedule(self) -> Schedule:
         return Schedule(
-            lr_init=self.lr_init, lr_final=self.lr_final, warmup_steps=self.warmup_steps,
+            lr_init=self.lr_init,
+            lr_final=self.lr_final,
+            warmup_steps=self.warmup_steps,
             total_steps=self.first_step + (self.last_epoch - self.epoch_begin) * self.steps_per_epoch,
             hold_steps=self.my_pile_edecay * self.steps_per_epoch,
-            cosine_steps=self.exit_steps, blend_cosine=self.my_exit_tokens < 0,
-            weight_decay=self.weight_decay, weight_decay_final=self.weight_decay_final,
+            cosine_steps=self.exit_steps,
+            blend_cosine=self.my_exit_tokens < 0,
+            weight_decay=self.weight_decay,
+            weight_decay_final=self.weight_decay_final,
         )
 
 
@@ -148,7 +152,10 @@ _AT_LEAST_ONE = (
     "accumulate_grad_batches", "devices", "num_nodes", "ds_bucket_mb",
 )  # fmt: skip
 _SWITCHES = ("overwrite", "dpo", "load_partial", "layerwise_lr", "grad_cp", "cpu_malloc")
-_NOT_NEGATIVE = ("vocab_size", "dim_att", "dim_ffn", "epoch_begin", "epoch_save", "lr_init", "lr_final", "weight_decay", "magic_prime", "my_pile_edecay")
+_NOT_NEGATIVE = (
+    "vocab_size", "dim_att", "dim_ffn", "epoch_begin", "epoch_save", "lr_init", "lr_final", "weight_decay", "magic_prime",
+    "my_pile_edecay",
+)  # fmt: skip
 _BELOW_ONE = ("beta1", "beta2", "dropout")
 
 
@@ -194,6 +201,6 @@ def check(config: RunConfig) -> None:
     if c.my_pile_stage and not c.magic_prime:
         refuse(f"--my_pile_stage {c.my_pile_stage} needs --magic_prime")
     if c.my_pile_stage and PILE_EPOCH_WINDOWS % (c.micro_bsz * c.world_size):
-        refuse(f"--micro_bsz {c.micro_bsz} on {c.world_size} devices: with --my_pile_stage their product has to divide {PILE_EPOCH_WINDOWS}")
+        refuse(f"--micro_bsz {c.micro_bsz} on {c.world_size} devices: --my_pile_stage needs a product that divides {PILE_EPOCH_WINDOWS}")
     if c.strategy.startswith("deepspeed") and c.precision == "tf32" and c.accelerator == "cpu":
         refuse("--precision tf32 means nothing on a CPU with DeepSpeed; fp32, bf16 are accepted")

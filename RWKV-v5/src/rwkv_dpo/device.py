@@ -41,9 +41,9 @@ def tune_cpu(keep_memory: bool) -> None:
     done = []
     # By default glibc does a bit of both: it hands large blocks back and faults them in again every step, and keeps blocks
     # below 32 MB in a heap that fragments, half as much again on top of the tensors.
-    handled = "kept for the next step" if keep_memory else "given back at once"
-    if _set_malloc({_M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 64 << 20} if keep_memory else {_M_MMAP_THRESHOLD: 1 << 20}):
-        done.append(f"freed memory is {handled}")
+    keep = {_M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 64 << 20}
+    if _set_malloc(keep if keep_memory else {_M_MMAP_THRESHOLD: 1 << 20}):
+        done.append(f"freed memory is {'kept for the next step' if keep_memory else 'given back at once'}")
     if not _has_amx():
         # "medium" lets torch use oneDNN, twice as fast as the default here and exact in fp32. On a CPU with AMX it would
         # round to bf16.
@@ -55,7 +55,7 @@ def tune_cpu(keep_memory: bool) -> None:
 def _set_malloc(settings: dict[int, int]) -> bool:
     """False where the C library isn't glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all([mallopt(name, value) == 1 for name, value in settings.items()])
+    return mallopt is not None and all(mallopt(name, value) == 1 for name, value in settings.items())
 
 
 def _has_amx() -> bool:

@@ -46,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     for f in fields(RunConfig):
         kind = _boolean if f.type in (bool, "bool") else f.type
         choices = [c for c in f.metadata["choices"] if c]
-        parser.add_argument(f"--{f.name}", type=kind, metavar="|".join(choices) or f.name.upper(), help=f"{f.metadata['help']} [{f.default!r}]")
+        metavar = "|".join(choices) or f.name.upper()
+        parser.add_argument(f"--{f.name}", type=kind, metavar=metavar, help=f"{f.metadata['help']} [{f.default!r}]")
     for name in NEUTRAL:
         parser.add_argument(f"--{name}", type=int, help=argparse.SUPPRESS)
     return parser

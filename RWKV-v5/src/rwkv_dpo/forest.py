@@ -60,8 +60,12 @@ class Forest:
 
         levels = tuple(level._replace(parents=None if level.parents is None else move(level.parents)) for level in self.levels)
         return replace(
-            self, tokens=move(self.tokens), levels=levels, first_rows=move(self.first_rows),
-            before_first=move(self.before_first), last_rows=move(self.last_rows),
+            self,
+            tokens=move(self.tokens),
+            levels=levels,
+            first_rows=move(self.first_rows),
+            before_first=move(self.before_first),
+            last_rows=move(self.last_rows),
         )
 
 
@@ -116,7 +120,10 @@ class ForestBuilder:
         for depth in range(depths[-1] + 1):
             first, last = depths.index(depth), len(depths) - depths[::-1].index(depth)
             yield Level(
-                first, last, starts[first], starts[last],
+                first,
+                last,
+                starts[first],
+                starts[last],
                 cu_seqlens=torch.tensor(starts[first : last + 1], dtype=torch.int32) - starts[first],
                 parents=None if depth == 0 else torch.tensor(parents[first:last], dtype=torch.int64),
             )
@@ -144,8 +151,12 @@ class Step:
             return x.to(device, non_blocking=True)
 
         return replace(
-            self, forest=self.forest.to(device), scored_rows=move(self.scored_rows), targets=move(self.targets),
-            entry_rows=move(self.entry_rows), entry_answers=move(self.entry_answers),
+            self,
+            forest=self.forest.to(device),
+            scored_rows=move(self.scored_rows),
+            targets=move(self.targets),
+            entry_rows=move(self.entry_rows),
+            entry_answers=move(self.entry_answers),
         )
 
 
@@ -178,8 +189,13 @@ def build_step(windows: Sequence[np.ndarray], pairs: Sequence[Pair]) -> Step:
             n_scored += len(part_rows)
 
     return Step(
-        forest, _concatenate(rows), _concatenate(targets), n_window_rows,
-        _concatenate(entry_rows), _concatenate(entry_answers), n_pairs=len(pairs),
+        forest,
+        _concatenate(rows),
+        _concatenate(targets),
+        n_window_rows,
+        _concatenate(entry_rows),
+        _concatenate(entry_answers),
+        n_pairs=len(pairs),
     )
 
 

@@ -38,76 +38,99 @@ def linear_logprobs(
 
 
 class _LinearLogProbs(torch.autograd.Function):
+    """Logits of a chunk become exp(logit - row's largest) in place, which is all that the backward needs of them."""
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk_rows, keep_bytes):
         n_rows = hidden.shape[0]
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        logps, max_logits, log_sums = (torch.empty(n_rows, dtype=wide, device=hidden.device) for _ in range(3))
+        logps, max_logits, sums = (torch.empty(n_rows, dtype=wide, device=hidden.device) for _ in range(3))
         compute_weight = weight.to(hidden.dtype)
         needs_backward = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         kept, n_kept_bytes = [], 0
         for rows in _slices(0, n_rows, chunk_rows):
             logits = hidden[rows] @ compute_weight.T
-            for tile in _tiles(rows, hidden.device):
-                x = logits[tile.start - rows.start : tile.stop - rows.start].to(wide)
-                max_logits[tile] = x.amax(dim=1)
-                logps[tile] = x.gather(1, targets[tile, None]).squeeze(1)
-                log_sums[tile] = (x - max_logits[tile, None]).exp_().sum(dim=1).log_() + max_logits[tile]
             n_kept_bytes += logits.nbytes
-            kept.append(logits if needs_backward and n_kept_bytes <= keep_bytes else None)
-            del logits
-        logps -= log_sums
-        ctx.save_for_backward(hidden, weight, targets, log_sums)
-        ctx.kept, ctx.chunk_rows = kept, chunk_rows
+            keep = needs_backward and n_kept_bytes <= keep_bytes
+            for tile, part in _tiles(rows, logits):
+                x = part.to(wide)
+                max_logits[tile] = x.amax(dim=1)
+                logps[tile] = x.gather(1, targets[tile, None]).squeeze(1) - max_logits[tile]
+                exps = _exps(x, max_logits[tile])
+                sums[tile] = exps.sum(dim=1)
+                if keep:
+                    part.copy_(exps)
+            kept.append(logits if keep else None)
+            del logits, part
+        logps -= sums.log()
+        ctx.save_for_backward(hidden, compute_weight, targets, max_logits, sums)
+        ctx.kept, ctx.chunk_rows, ctx.weight_dtype = kept, chunk_rows, weight.dtype
         ctx.set_materialize_grads(False)
         return logps, max_logits
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps, grad_max_logits):
-        hidden, weight, targets, log_sums = ctx.saved_tensors
+        hidden, weight, targets, max_logits, sums = ctx.saved_tensors
         if grad_logps is None:
-            grad_logps = torch.zeros_like(log_sums)
+            grad_logps = torch.zeros_like(sums)
         if grad_max_logits is None:
-            grad_max_logits = torch.zeros_like(log_sums)
-        compute_weight = weight.to(hidden.dtype)
+            grad_max_logits = torch.zeros_like(sums)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = None
-        for rows, logits in zip(_slices(0, hidden.shape[0], ctx.chunk_rows), ctx.kept, strict=True):
-            if logits is None:
-                logits = hidden[rows] @ compute_weight.T
-            for tile in _tiles(rows, hidden.device):
-                part = logits[tile.start - rows.start : tile.stop - rows.start]
-                part.copy_(_grad_logits(part, targets[tile], log_sums[tile], grad_logps[tile], grad_max_logits[tile]))
+        for i, rows in enumerate(_slices(0, hidden.shape[0], ctx.chunk_rows)):
+            exps, ctx.kept[i] = ctx.kept[i], None
+            is_kept = exps is not None
+            if not is_kept:
+                exps = hidden[rows] @ weight.T
+            for tile, part in _tiles(rows, exps):
+                x = part.to(sums.dtype) if is_kept else _exps(part.to(sums.dtype), max_logits[tile])
+                part.copy_(_grad_logits(x, sums[tile], targets[tile], grad_logps[tile], grad_max_logits[tile]))
             if grad_hidden is not None:
-                torch.mm(logits, compute_weight, out=grad_hidden[rows])
+                torch.mm(exps, weight, out=grad_hidden[rows])
             if ctx.needs_input_grad[1]:
-                product = logits.T @ hidden[rows]
+                product = exps.T @ hidden[rows]
                 # Several chunks add up in the weight's own dtype: fp32 master weights get an fp32 sum.
-                grad_weight = product.to(weight.dtype) if grad_weight is None else grad_weight.add_(product)
-            del logits
+                grad_weight = product.to(ctx.weight_dtype) if grad_weight is None else grad_weight.add_(product)
+            del exps, part
         if grad_weight is None and ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight)
-        ctx.kept = None
+            grad_weight = torch.zeros(weight.shape, dtype=ctx.weight_dtype, device=weight.device)
         return grad_hidden, grad_weight, None, None, None
 
 
-def _grad_logits(logits: Tensor, targets: Tensor, log_sums: Tensor, grad_logps: Tensor, grad_max_logits: Tensor) -> Tensor:
-    """d(loss)/d(logits) of one tile: grad_logps * (onehot(target) - softmax), plus grad_max_logits at the largest logit."""
-    x = logits.to(log_sums.dtype)
+def _exps(logits: Tensor, max_logits: Tensor) -> Tensor:
+    return (logits - max_logits[:, None]).exp_()
+
+
+def _grad_logits(exps: Tensor, sums: Tensor, targets: Tensor, grad_logps: Tensor, grad_max_logits: Tensor) -> Tensor:
+    """d(loss)/d(logits) of one tile: grad_logps * (onehot(target) - softmax), plus grad_max_logits at the largest logit.
+    Works in place on exps = exp(logits - largest)."""
     # Only corpus rows pull at their largest logit. Looking costs nothing on a CPU; elsewhere it would wait for the device.
-    pulls = logits.device.type != "cpu" or bool(grad_max_logits.any())
-    largest = x.argmax(dim=1, keepdim=True) if pulls else None
-    grad = x.sub_(log_sums[:, None]).exp_().mul_(-grad_logps[:, None])
+    pulls = exps.device.type != "cpu" or bool(grad_max_logits.any())
+    largest = _argmax(exps) if pulls else None
+    grad = exps.mul_((-grad_logps / sums)[:, None])
     grad.scatter_add_(1, targets[:, None], grad_logps[:, None])
     if largest is not None:
         grad.scatter_add_(1, largest, grad_max_logits[:, None])
     return grad
 
 
+def _argmax(x: Tensor) -> Tensor:
+    """x.argmax(1, keepdim=True), by way of the largest of each 256 columns: torch's maximum is vectorized, its argmax is not."""
+    n_rows, n_columns = x.shape
+    if n_columns % 256:
+        return x.argmax(dim=1, keepdim=True)
+    blocks = x.view(n_rows, -1, 256)
+    block = blocks.amax(dim=2).argmax(dim=1)
+    within = blocks[torch.arange(n_rows, device=x.device), block].argmax(dim=1)
+    return (256 * block + within)[:, None]
+
+
 def _slices(start: int, stop: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
-def _tiles(rows: slice, device: torch.device) -> list[slice]:
-    return _slices(rows.start, rows.stop, CPU_TILE_ROWS if device.type == "cpu" else TILE_ROWS)
+def _tiles(rows: slice, chunk: Tensor) -> list[tuple[slice, Tensor]]:
+    """Cuts a chunk of rows into tiles: which rows of all each one holds, and its part of the chunk."""
+    tiles = _slices(rows.start, rows.stop, CPU_TILE_ROWS if chunk.device.type == "cpu" else TILE_ROWS)
+    return [(tile, chunk[tile.start - rows.start : tile.stop - rows.start]) for tile in tiles]

@@ -84,9 +84,7 @@ def pair_metrics(logps: Tensor, ref_logps: Tensor, terms: DPOTerms) -> dict[str,
 
 
 @torch.no_grad()
-def score_pairs(
-    model: RWKV, pairs: PairSet, batch_tokens: int, progress: Callable[[int], None] = lambda n: None
-) -> np.ndarray:
+def score_pairs(model: RWKV, pairs: PairSet, batch_tokens: int, progress: Callable[[int], None] = lambda n: None) -> np.ndarray:
     """Log-probabilities of both answers of every pair under `model`: float64 [pairs, 2], nats, each an fp32 sum.
 
     Pairs go through sorted by length in batches of up to batch_tokens tokens; `progress` is told how many each batch held.

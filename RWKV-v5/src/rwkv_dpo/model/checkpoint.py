@@ -27,10 +27,10 @@ _SIGNS = (
     ("blocks.0.att.time_first", "4"),
 )
 _MIXES: dict[str, Mixes] = {"5": v5.MIXES}
-# Which flag sets which number, for refusals by name.
-_FLAGS = {
-    "n_layer": "--n_layer", "n_embd": "--n_embd", "dim_att": "--dim_att", "dim_ffn": "--dim_ffn", "vocab_size": "--vocab_size",
-    "head_size": "--head_size_a",
+# Which flag sets which number of a ModelShape.
+SHAPE_FLAGS = {
+    "n_layer": "n_layer", "n_embd": "n_embd", "dim_att": "dim_att", "dim_ffn": "dim_ffn", "vocab_size": "vocab_size",
+    "head_size": "head_size_a",
 }  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def shape_of(weights: Weights, path: str | Path) -> ModelShape:
 def check_flags(shape: ModelShape, wanted: Mapping[str, int], path: str | Path) -> None:
     """Refuses numbers of `wanted` (by ModelShape field) that contradict the checkpoint, naming their flags."""
     wrong = [
-        f"{_FLAGS[field]} {value} (the file has {getattr(shape, field)})"
+        f"--{SHAPE_FLAGS[field]} {value} (the file has {getattr(shape, field)})"
         for field, value in wanted.items()
         if value != getattr(shape, field)
     ]

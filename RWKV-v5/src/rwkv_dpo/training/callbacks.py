@@ -92,8 +92,8 @@ class MetricsLog(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         if trainer.is_global_zero and self.epoch_losses:
             loss, epoch = float(np.mean(self.epoch_losses)), trainer.current_epoch
-            line = f"{self.config.epoch_begin + epoch} {loss:.6f} {math.exp(min(loss, 700)):.4f} {module.lr:.8f} {datetime.datetime.now()} {epoch}\n"
-            self._append("train_log.txt", line)
+            numbers = f"{loss:.6f} {math.exp(min(loss, 700)):.4f} {module.lr:.8f}"
+            self._append("train_log.txt", f"{self.config.epoch_begin + epoch} {numbers} {datetime.datetime.now()} {epoch}\n")
 
     def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.run is not None:
@@ -147,21 +147,23 @@ class ValidPairs(pl.Callback):
         )  # fmt: skip
 
 
+# The start's check looks at this many pairs.
+N_CHECKED = 8
+# Margins that rounding alone explains, in nats a pair: sums over hundreds of tokens in the arithmetic of the run.
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5.0, torch.float16: 1.0}
+
+
 class ReferenceCheck(pl.Callback):
     """Before the first step: do the pairs' reference log-probabilities come from the model that training starts from?"""
-
-    N_PAIRS = 8
-    # In nats a pair. Rounding alone gives less in fp32; sums over hundreds of tokens in 16 bits give this much.
-    TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5.0, torch.float16: 1.0}
 
     def __init__(self, pairs: PairSet) -> None:
         self.pairs = pairs
 
     def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         module.model.eval()
-        margins = margins_from_reference(module.model, self.pairs.select(range(min(self.N_PAIRS, len(self.pairs)))))
+        margins = margins_from_reference(module.model, self.pairs.select(range(min(N_CHECKED, len(self.pairs)))))
         module.model.train()
-        mean, tolerance = float(np.abs(margins).mean()), self.TOLERANCE[module.model.compute_dtype]
+        mean, tolerance = float(np.abs(margins).mean()), ROUNDING[module.model.compute_dtype]
         if not trainer.is_global_zero:
             return
         log.info("step 0: mean |margin| of %d pairs %.2e nats (0 when the model is the reference)", len(margins), mean)

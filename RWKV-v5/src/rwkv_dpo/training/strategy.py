@@ -63,7 +63,8 @@ def build_strategy(config: RunConfig, device: torch.device) -> str | Strategy:
         return DDPStrategy(gradient_as_bucket_view=True)
     stage, _, offload = config.strategy.removeprefix("deepspeed_stage_").partition("_")
     settings: dict[str, Any] = {
-        "stage": int(stage), "logging_batch_size_per_gpu": config.micro_bsz, "offload_optimizer": bool(offload), "offload_parameters": bool(offload) and stage == "3",
+        "stage": int(stage), "logging_batch_size_per_gpu": config.micro_bsz,
+        "offload_optimizer": bool(offload), "offload_parameters": bool(offload) and stage == "3",
         "allgather_bucket_size": config.ds_bucket_mb * 1_000_000, "reduce_bucket_size": config.ds_bucket_mb * 1_000_000,
     }  # fmt: skip
     if device.type == "cuda":

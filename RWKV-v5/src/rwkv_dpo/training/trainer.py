@@ -13,7 +13,7 @@ from rwkv_dpo.data.corpus import Corpus, open_corpus
 from rwkv_dpo.data.pairs import PairSet, load_pairs
 from rwkv_dpo.device import COMPUTE_DTYPES, pick_device, set_up
 from rwkv_dpo.errors import refuse
-from rwkv_dpo.model.checkpoint import check_flags, empty_model, load_into, read_weights, save_weights, shape_of, version_of
+from rwkv_dpo.model.checkpoint import SHAPE_FLAGS, check_flags, empty_model, load_into, read_weights, save_weights, shape_of, version_of
 from rwkv_dpo.model.init import init_weights
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
@@ -26,6 +26,7 @@ from rwkv_dpo.training.strategy import build_precision, build_strategy
 from rwkv_dpo.wkv import choose_backend
 
 log = logging.getLogger(__name__)
+
 
 def plan_stage(config: RunConfig) -> RunConfig:
     """RWKV-LM's staged pre-training spelled out: epochs of 40,320 windows; stages 2 and 3 continue from the newest checkpoint."""
@@ -81,8 +82,7 @@ def resolve_shape(config: RunConfig, given: frozenset[str]) -> tuple[ModelShape,
     if config.load_partial:
         return from_flags, weights
     shape = shape_of(weights, config.load_model)
-    flags = {"n_layer": "n_layer", "n_embd": "n_embd", "dim_att": "dim_att", "dim_ffn": "dim_ffn", "vocab_size": "vocab_size", "head_size_a": "head_size"}
-    wanted = {field: getattr(from_flags, field) for flag, field in flags.items() if flag in given and getattr(config, flag)}
+    wanted = {field: getattr(from_flags, field) for field, flag in SHAPE_FLAGS.items() if flag in given and getattr(config, flag)}
     check_flags(shape, wanted, config.load_model)
     return replace(shape, head_size_divisor=config.head_size_divisor), weights
 
@@ -147,7 +147,8 @@ def describe(config: RunConfig, shape: ModelShape, corpus: Corpus | None, pairs:
     data = [f"corpus {config.data_file or config.data_type}, {corpus.n_tokens:,} tokens"] if corpus else []
     data += [f"{len(pairs):,} pairs of {config.dpo_train_file}"] if pairs else []
     return (
-        f"RWKV-5 L{shape.n_layer} D{shape.n_embd} vocabulary {shape.vocab_size:,}, {config.precision} on {config.world_size} x {device.type}\n"
+        f"RWKV-5 L{shape.n_layer} D{shape.n_embd} vocabulary {shape.vocab_size:,}, "
+        f"{config.precision} on {config.world_size} x {device.type}\n"
         f"data: {'; '.join(data)}\n"
         f"epochs {config.epoch_begin} to {config.last_epoch - 1}, {config.total_steps} optimizer steps of "
         f"{config.micro_bsz} x {config.accumulate_grad_batches} x {config.world_size} samples, lr {config.lr_init:g} to {config.lr_final:g}"
