@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 from rwkv_dpo.atomic import atomic_write
 from rwkv_dpo.data.corpus import open_corpus
 from rwkv_dpo.data.pairs import load_pairs
-from rwkv_dpo.errors import InputError
+from rwkv_dpo.errors import run_script
+from rwkv_dpo.flags import OneLineParser
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load_model", nargs="+", required=True, help="checkpoints, a column each")
     parser.add_argument("--pairs", help="preference pairs (.save), scored by the first checkpoint or any other reference")
     parser.add_argument("--dpo_beta", type=float, default=0.1, help="for the reward margin (0.1)")
@@ -103,8 +104,4 @@ def print_table(reports: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

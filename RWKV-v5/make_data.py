@@ -15,7 +15,8 @@ import numpy as np
 from rwkv_dpo.data.binidx import write_binidx
 from rwkv_dpo.data.sources import read_documents
 from rwkv_dpo.data.tokenizer import DOCUMENT_END, WorldTokenizer
-from rwkv_dpo.errors import InputError
+from rwkv_dpo.errors import InputError, run_script
+from rwkv_dpo.flags import OneLineParser
 from rwkv_dpo.sampling import item_at, largest_magic_prime
 
 
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", metavar="INPUT", help=".jsonl, one document a line, or .txt, one document")
     parser.add_argument("passes", metavar="PASSES", type=int, nargs="?", default=1, help="times each document is written (1)")
     parser.add_argument("ctx_len", metavar="CTX_LEN", type=int, nargs="?", default=4096, help="for magic_prime (4096)")
@@ -67,8 +68,4 @@ def magic_prime(n_tokens: int, ctx_len: int) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"make_data.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

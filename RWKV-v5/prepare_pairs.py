@@ -20,7 +20,8 @@ from rwkv_dpo.data.prepare import Report, prepare, split_rows
 from rwkv_dpo.data.prompts import MODES
 from rwkv_dpo.data.sources import read_preferences
 from rwkv_dpo.data.tokenizer import WorldTokenizer
-from rwkv_dpo.errors import InputError, refuse
+from rwkv_dpo.errors import InputError, refuse, run_script
+from rwkv_dpo.flags import OneLineParser
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True, help="preferences, .json or .jsonl: prompt/chosen/rejected, or ShareGPT")
     parser.add_argument("--load_model", required=True, help="the reference: the .pth that training will start from")
     parser.add_argument("--out_dir", type=Path, default=Path(), help="where the files go (the current folder)")
@@ -135,8 +136,4 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"prepare_pairs.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from rwkv_dpo.errors import InputError
+from rwkv_dpo.errors import run_script
 from rwkv_dpo.flags import parse_flags
 
 
@@ -31,8 +31,4 @@ def keep_quiet() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(lambda: main(sys.argv[1:]))

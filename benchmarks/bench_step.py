@@ -28,9 +28,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-v5" / "src"))
 
 from measure import alternate, machine, save
-from rwkv_dpo.data.pairs import pack_pairs
+from rwkv_dpo.data.pairs import Pair, pack_pairs
 from rwkv_dpo.device import tune_cpu
-from rwkv_dpo.forest import Pair, build_step
+from rwkv_dpo.forest import build_step
 from rwkv_dpo.losses import dpo_loss, l2wrap
 from rwkv_dpo.model.checkpoint import empty_model
 from rwkv_dpo.model.linear import Linear
@@ -91,8 +91,8 @@ def original_answer_logp(model: RWKV, prompt: np.ndarray, answer: np.ndarray) ->
 def original_loss(model: RWKV, windows: list[np.ndarray], pairs: list[Pair], refs: np.ndarray) -> torch.Tensor:
     loss = torch.zeros((), device=model.head.weight.device)
     for (prompt, chosen, rejected), ref in zip(pairs, refs, strict=True):
-        logps = [original_answer_logp(model, prompt, answer).float()[None] for answer in (chosen, rejected)]
-        loss = loss + dpo_loss(*logps, *torch.from_numpy(ref).float().to(loss.device).split(1), BETA).losses.mean() / len(pairs)
+        logps = torch.stack([original_answer_logp(model, prompt, answer).float() for answer in (chosen, rejected)])[None]
+        loss = loss + dpo_loss(logps, torch.from_numpy(ref).float().to(loss.device)[None], BETA).losses.mean() / len(pairs)
     for window in windows:
         logits = original_logits(model, window[:-1])
         general = F.cross_entropy(logits, torch.from_numpy(window[1:]).to(logits.device))

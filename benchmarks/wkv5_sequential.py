@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from rwkv_dpo.wkv.build import load_library
-from rwkv_dpo.wkv.cuda import DTYPES, check_inputs
+from rwkv_dpo.wkv.checks import DTYPES, check_inputs
 from torch import Tensor
 
 SOURCE = Path(__file__).parent / "csrc" / "wkv5_sequential.cu"
@@ -33,7 +33,7 @@ def wkv5(
 
 def wkv5_with(library, r, k, v, time_decay, u, cu_seqlens, state0=None):
     """wkv5 by a build of csrc/wkv5_sequential.cu."""
-    check_inputs(r, k, v, time_decay, u, cu_seqlens, state0)
+    check_inputs("sequential", r, k, v, time_decay, u, cu_seqlens, state0)
     w = torch.exp(-torch.exp(time_decay.float()))
     bounds = _on_device(cu_seqlens.to(torch.int32).numpy().tobytes(), r.device)
     return _Sequential.apply(library, bounds, *(x.contiguous() for x in (r, k, v, w, u.float())), state0)

@@ -87,6 +87,6 @@ def test_faults_are_one_line_and_exit_2_and_nothing_half_written(source, argumen
     before = sorted(folder.iterdir())
     run = make_data(folder, *arguments)
     assert run.returncode == 2
-    assert run.stderr.startswith(f"make_data.py: error: {message}")
+    assert run.stderr.startswith(f"make_data.py: {message}")
     assert run.stderr.count("\n") == 1
     assert sorted(folder.iterdir()) == before

@@ -80,9 +80,11 @@ def full_forward_loss(model, windows, pairs, refs, beta, ratio):
         logps = F.log_softmax(logits(np.concatenate([prompt, answer])[:-1]), 1)[len(prompt) - 1 :]
         return logps.gather(1, torch.as_tensor(answer)[:, None]).sum()
 
-    dpo = torch.stack([
-        -F.logsigmoid(beta * (answer_logp(p, c) - answer_logp(p, r) - (ref[0] - ref[1]))) for (p, c, r), ref in zip(pairs, refs, strict=True)
-    ]).mean()  # fmt: skip
+    losses = []
+    for (prompt, chosen, rejected), ref in zip(pairs, refs, strict=True):
+        margin = answer_logp(prompt, chosen) - answer_logp(prompt, rejected) - (ref[0] - ref[1])
+        losses.append(-F.logsigmoid(beta * margin))
+    dpo = torch.stack(losses).mean()
     rows = torch.cat([logits(w[:-1]) for w in windows])
     general = F.cross_entropy(rows, torch.cat([torch.as_tensor(w[1:]) for w in windows]))
     pull = 0.5 * L2WRAP_FACTOR * rows.amax(1).square().sum() / len(rows)

@@ -109,5 +109,5 @@ def test_faults_are_one_line_and_exit_2(source, arguments, message):
     # The last of two equal flags wins.
     run = prepare_pairs(folder, "--source", source, "--load_model", "any.pth", *arguments)
     assert run.returncode == 2
-    assert run.stderr.startswith(f"prepare_pairs.py: error: {message}")
+    assert run.stderr.startswith(f"prepare_pairs.py: {message}")
     assert run.stderr.count("\n") == 1

@@ -1,6 +1,7 @@
 """RWKV-5 against the inference package `rwkv` (CPU, fp32), and forests against plain sequences (float64)."""
 
 import os
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_logits_agree_with_the_rwkv_package_whole_in_chunks_token_by_token_and_p
 
     for cuts in ([0, 1, 20, 20, 47], list(range(48))):
         state, pieces = None, []
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in pairwise(cuts):
             if start < end:
                 hidden, state = model(one_sequence(tokens[start:end]), state)
                 pieces.append(hidden)

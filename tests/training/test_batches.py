@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_windows_are_disjoint_across_ranks_within_a_pass():
     # 99 windows of 100 tokens a pass: 24 steps of 4 hold 96 of them.
     rows = [d[k].step.forest.tokens.view(2, 100) for k in range(24) for d in datasets]
     starts = sorted(int(window[0]) for batch in rows for window in batch)
-    assert all(b - a >= 100 for a, b in zip(starts, starts[1:], strict=False))
+    assert all(b - a >= 100 for a, b in pairwise(starts))
 
 
 def test_magic_prime_visits_its_windows_in_rwkv_lms_order():

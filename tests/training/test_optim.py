@@ -5,9 +5,13 @@ from rwkv_dpo.config import RunConfig
 from rwkv_dpo.training.optim import build_optimizer, lr_scale, set_rates
 
 NAMES = {
-    "blocks.0.att.time_decay": (2, 8), "blocks.0.att.time_faaaa": (2, 8), "blocks.0.att.time_mix_k": (1, 1, 16), "blocks.0.ln1.weight": (16,),
-    "blocks.0.att.key.weight": (16, 16), "emb.weight": (50, 16),
-}  # fmt: skip
+    "blocks.0.att.time_decay": (2, 8),
+    "blocks.0.att.time_faaaa": (2, 8),
+    "blocks.0.att.time_mix_k": (1, 1, 16),
+    "blocks.0.ln1.weight": (16,),
+    "blocks.0.att.key.weight": (16, 16),
+    "emb.weight": (50, 16),
+}
 
 
 def rates(**settings):

@@ -111,8 +111,9 @@ def test_the_same_flags_give_the_same_bytes(data, tmp_path):
 BASELINE: dict = {}
 
 CHANGES = [
-    {"random_seed": 5}, {"ctx_len": 11}, {"dpo": 0}, {"dpo_beta": 0.7}, {"dpo_general_corpus_ratio": 0.9}, {"dropout": 0.2}, {"epoch_steps": 5},
-    {"epoch_count": 1}, {"micro_bsz": 3}, {"accumulate_grad_batches": 2}, {"lr_init": 2e-3}, {"lr_final": 5e-4}, {"warmup_steps": 3},
+    {"random_seed": 5}, {"ctx_len": 11}, {"dpo": 0}, {"dpo_beta": 0.7}, {"dpo_general_corpus_ratio": 0.9}, {"dropout": 0.2},
+    {"epoch_steps": 5}, {"epoch_count": 1}, {"micro_bsz": 3}, {"accumulate_grad_batches": 2},
+    {"lr_init": 2e-3}, {"lr_final": 5e-4}, {"warmup_steps": 3},
     {"beta1": 0.5}, {"beta2": 0.9}, {"adam_eps": 1e-2}, {"weight_decay": 0.5}, {"weight_decay": 0.5, "weight_decay_final": 0.1},
     {"layerwise_lr": 0}, {"magic_prime": 317}, {"magic_prime": 317, "my_pile_shift": 3}, {"my_pile_edecay": 1}, {"my_exit": 0},
     {"my_exit_tokens": 72}, {"my_exit_tokens": -72}, {"precision": "bf16"}, {"head_size_divisor": 4}, {"epoch_begin": 1},
@@ -180,7 +181,10 @@ def test_text_trains_with_the_vocabulary_found_in_it(data, tmp_path):
         n_embd=32,
         head_size_a=32,
     )
-    assert final_weights(tmp_path / "out")["emb.weight"].shape[0] == len(set("to be or not to be, that is the question. "))
+    characters = sorted(set("to be or not to be, that is the question. "))
+    assert final_weights(tmp_path / "out")["emb.weight"].shape[0] == len(characters)
+    vocabulary = json.loads((tmp_path / "out" / "vocab.json").read_text(encoding="utf-16le"))
+    assert vocabulary == {str(i): character for i, character in enumerate(characters)}
 
 
 def test_staged_pretraining_starts_stops_and_continues_from_the_newest_checkpoint(data, tmp_path):
@@ -240,10 +244,12 @@ def test_the_original_command_runs_as_a_program_from_another_directory(data, tmp
     model = random_model(shape, torch.float32)
     save_weights({n: w.bfloat16() for n, w in model.state_dict().items()}, tmp_path / "base.pth")
     command = [
-        str(TRAIN), "--load_model", "./base.pth", "--wandb", "a project", "--proj_dir", "./models_2", "--ctx_len", "32", "--epoch_count", "2",
+        str(TRAIN), "--load_model", "./base.pth", "--wandb", "a project", "--proj_dir", "./models_2", "--ctx_len", "32",
+        "--epoch_count", "2",
         "--epoch_begin", "0", "--epoch_steps", "4", "--data_file", "./minipile", "--data_type", "binidx", "--vocab_size", "65536",
-        "--epoch_save", "1", "--micro_bsz", "1", "--n_layer", "2", "--n_embd", "64", "--pre_ffn", "0", "--head_qk", "0", "--lr_init", "5e-6",
-        "--lr_final", "1e-6", "--warmup_steps", "50", "--beta1", "0.9", "--beta2", "0.99", "--adam_eps", "1e-8", "--accelerator", "cpu",
+        "--epoch_save", "1", "--micro_bsz", "1", "--n_layer", "2", "--n_embd", "64", "--pre_ffn", "0", "--head_qk", "0",
+        "--lr_init", "5e-6", "--lr_final", "1e-6", "--warmup_steps", "50",
+        "--beta1", "0.9", "--beta2", "0.99", "--adam_eps", "1e-8", "--accelerator", "cpu",
         "--devices", "1", "--precision", "bf16", "--strategy", "deepspeed_stage_2", "--grad_cp", "0", "--accumulate_grad_batches", "2",
         "--enable_progress_bar", "True", "--ds_bucket_mb", "200", "--my_testing", "r3r4", "--dpo", "1", "--dpo_train_file",
         str(data / "train.save"), "--dpo_general_corpus_ratio", "0.8", "--dpo_beta", "0.02",
@@ -292,6 +298,7 @@ BAD = [
     ({"tiny_att_dim": 256}, "--tiny_att_dim 256"),
     ({"magic_prime": 100}, "--magic_prime 100"),
     ({"my_pile_stage": 2, "magic_prime": 317}, "rwkv-"),
+    ({"my_pile_stage": 1, "magic_prime": 317}, "--my_pile_stage 1 makes initial weights"),
     ({"grad_cp": 2}, "--grad_cp 2: 0 and 1"),
     ({"lr_init": "fast"}, "--lr_init: invalid float value: 'fast'"),
     ({"dpo_betta": 1}, r"--dpo_betta: unknown flag; did you mean --dpo_beta\?"),

@@ -182,7 +182,7 @@ def test_no_order_of_blocks_and_threads_changes_a_bit(library, head_size):
 
 
 def test_segments_lie_side_by_side_and_never_cross_a_sequence():
-    table = cuda._segments(cu_seqlens([0, 65, 0, 64]).numpy().tobytes(), 129, torch.device("cpu"))
+    table = cuda._segments(cu_seqlens([0, 65, 0, 64]).numpy().tobytes(), torch.device("cpu"))
     assert table.rows.tolist() == [[0, 64], [64, 1], [65, 64]]
     assert table.first.tolist() == [0, 0, 2, 2, 3]
 

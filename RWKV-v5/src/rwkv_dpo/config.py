@@ -198,6 +198,8 @@ def check(config: RunConfig) -> None:
         refuse("--dpo_train_file is needed with --dpo 1 and --dpo_general_corpus_ratio below 1")
     if c.my_pile_stage not in (0, 1, 2, 3):
         refuse(f"--my_pile_stage {c.my_pile_stage}: 0, 1, 2 and 3 are accepted")
+    if c.my_pile_stage == 1 and c.load_model not in ("", "0"):
+        refuse(f"--load_model {c.load_model}: --my_pile_stage 1 makes initial weights; leave it out")
     if c.my_pile_stage and not c.magic_prime:
         refuse(f"--my_pile_stage {c.my_pile_stage} needs --magic_prime")
     if c.my_pile_stage and PILE_EPOCH_WINDOWS % (c.micro_bsz * c.world_size):

@@ -1,5 +1,8 @@
 """The one error type for anything a user can put right: flags, files, rows, checkpoints."""
 
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -13,3 +16,12 @@ class InputError(ValueError):
 def refuse(message: str) -> NoReturn:
     """Raise InputError; lets a check read as one line."""
     raise InputError(message)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's main; an InputError becomes one line on standard error and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)

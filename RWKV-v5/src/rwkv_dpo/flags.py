@@ -4,6 +4,7 @@ import argparse
 import difflib
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 from rwkv_dpo.config import RunConfig, check
 from rwkv_dpo.errors import refuse
@@ -15,8 +16,11 @@ NEUTRAL: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports faults as InputError, so that every door prints them the same way."""
+class OneLineParser(argparse.ArgumentParser):
+    """Reports faults as InputError, so that every script prints them the same way; takes no abbreviations."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str):
         refuse(message)
@@ -38,9 +42,9 @@ def parse_flags(arguments: Sequence[str]) -> tuple[RunConfig, frozenset[str]]:
     return config, frozenset(values)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=_Formatter,
+def build_parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="train.py", argument_default=argparse.SUPPRESS, formatter_class=_Formatter,
         description="Trains an RWKV-5 model: ratio * language model + (1 - ratio) * Direct Preference Optimization.",
     )  # fmt: skip
     for f in fields(RunConfig):

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rwkv_dpo.data.pairs import Pair
+
 
 class LayerState(NamedTuple):
     """What n segments remember at their ends, in one layer."""
@@ -158,9 +160,6 @@ class Step:
             entry_rows=move(self.entry_rows),
             entry_answers=move(self.entry_answers),
         )
-
-
-Pair = tuple[np.ndarray, np.ndarray, np.ndarray]  # prompt, chosen, rejected: token ids
 
 
 def build_step(windows: Sequence[np.ndarray], pairs: Sequence[Pair]) -> Step:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# A matrix product over this many rows runs at full speed.
-CHUNK_ROWS = 1024
-# Up to this many bytes the forward keeps its logits (in the compute dtype) for the backward; rows beyond are computed again,
+# Rows computed together: each further chunk costs a pass over the gradient of the whole weight.
+CHUNK_ROWS = 2048
+# Up to this many bytes the forward keeps its chunks (in the compute dtype) for the backward; chunks beyond are computed again,
 # which costs a fourth matrix product on top of three.
 KEEP_BYTES = 512 << 20
+# Where memory matters more than time.
+LEAN = {"chunk_rows": 256, "keep_bytes": 0}
 # Rows of one softmax tile: on a CPU 16 rows of 65,536 fp32 logits are 4 MB, which stay in the cache between passes; on an
 # accelerator it takes more to fill the chip.
 CPU_TILE_ROWS, TILE_ROWS = 16, 256

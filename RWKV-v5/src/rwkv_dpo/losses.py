@@ -16,13 +16,13 @@ class DPOTerms(NamedTuple):
     rejected_rewards: Tensor  # [pairs]
 
 
-def dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor, beta: float) -> DPOTerms:
+def dpo_loss(logps: Tensor, ref_logps: Tensor, beta: float) -> DPOTerms:
     """The sigmoid loss of Rafailov et al. 2023 (arXiv:2305.18290, equation 7), one value a pair.
 
-    Every argument is [pairs]: sums of log-probabilities over the answer's tokens, in nats, under the policy and the reference.
+    logps, ref_logps [pairs, 2]: sums of log-probabilities over the tokens of the chosen and the rejected answer, in nats, under
+    the policy and the reference.
     """
-    chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
-    rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
+    chosen_rewards, rejected_rewards = (beta * (logps - ref_logps)).unbind(1)
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
     return DPOTerms(losses, chosen_rewards.detach(), rejected_rewards.detach())
 

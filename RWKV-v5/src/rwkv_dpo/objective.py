@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkv_dpo.data.pairs import PairSet
-from rwkv_dpo.forest import Pair, Step, build_step
-from rwkv_dpo.linear_logprobs import LogProbs, linear_logprobs
+from rwkv_dpo.data.pairs import Pair, PairSet
+from rwkv_dpo.forest import Step, build_step
+from rwkv_dpo.linear_logprobs import LEAN, LogProbs, linear_logprobs
 from rwkv_dpo.losses import DPOTerms, dpo_loss, l2wrap, mix
 from rwkv_dpo.model.rwkv import RWKV
 
@@ -31,11 +31,11 @@ def collate(windows: Sequence[np.ndarray], pairs: Sequence[Pair], ref_logps: np.
     return MicroBatch(build_step(windows, pairs), torch.from_numpy(ref_logps.reshape(-1, 2).astype(np.float32)), len(windows))
 
 
-def score_rows(model: RWKV, step: Step, keep_bytes: int | None = None) -> LogProbs:
+def score_rows(model: RWKV, step: Step) -> LogProbs:
     """Log-probabilities and largest logits of the step's scored rows: the one model call of a micro-batch."""
     hidden, _ = model(step.forest)
-    limits = {} if keep_bytes is None else {"keep_bytes": keep_bytes}
-    return linear_logprobs(hidden.index_select(0, step.scored_rows), model.head.weight, step.targets, **limits)
+    memory = LEAN if model.grad_cp else {}
+    return linear_logprobs(hidden.index_select(0, step.scored_rows), model.head.weight, step.targets, **memory)
 
 
 def answer_logps(logps: Tensor, step: Step) -> Tensor:
@@ -49,7 +49,7 @@ def objective(model: RWKV, batch: MicroBatch, beta: float, ratio: float) -> tupl
 
     A micro-batch without windows needs ratio 0, one without pairs ratio 1.
     """
-    rows = score_rows(model, batch.step, keep_bytes=0 if model.grad_cp else None)
+    rows = score_rows(model, batch.step)
     n = batch.step.n_window_rows
     metrics: dict[str, Tensor] = {}
     loss_general = loss_dpo = rows.logps.new_zeros(())
@@ -58,7 +58,7 @@ def objective(model: RWKV, batch: MicroBatch, beta: float, ratio: float) -> tupl
         metrics["loss_general"] = loss_general.detach()
     if batch.step.n_pairs:
         logps = answer_logps(rows.logps, batch.step)
-        terms = dpo_loss(*logps.unbind(1), *batch.ref_logps.to(logps.dtype).unbind(1), beta)
+        terms = dpo_loss(logps, batch.ref_logps.to(logps.dtype), beta)
         loss_dpo = terms.losses.mean()
         metrics |= pair_metrics(logps, batch.ref_logps, terms)
     loss = mix(loss_general, loss_dpo, ratio)
@@ -101,7 +101,9 @@ def score_pairs(model: RWKV, pairs: PairSet, batch_tokens: int, progress: Callab
 
 def token_batches(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
     """Cuts `order` into runs of at most batch_tokens tokens, each of at least one item."""
-    batches, current, n_tokens = [], [], 0
+    batches: list[np.ndarray] = []
+    current: list[int] = []
+    n_tokens = 0
     for i in order:
         if current and n_tokens + lengths[i] > batch_tokens:
             batches.append(np.array(current))

@@ -21,7 +21,7 @@ from rwkv_dpo.errors import InputError, refuse
 
 FORMAT = "rwkv_dpo pairs"
 VERSION = 1
-Pair = tuple[np.ndarray, np.ndarray, np.ndarray]
+Pair = tuple[np.ndarray, np.ndarray, np.ndarray]  # prompt, chosen, rejected: token ids
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ def generate(model: RWKV, tokenizer: WorldTokenizer, prompt: str, max_tokens: in
     """Continues `prompt` until a blank line, the end of a document, or max_tokens. temperature 0 takes the likeliest token."""
     device = model.head.weight.device
     generator = torch.Generator().manual_seed(seed)
-    tokens, state, answer = tokenizer.encode(prompt), None, []
+    tokens, state = tokenizer.encode(prompt), None
+    answer: list[int] = []
     while len(answer) < max_tokens:
         hidden, state = model(_sequence(tokens).to(device), state)
         logits = model.head(hidden[-1:])[0].float().cpu()

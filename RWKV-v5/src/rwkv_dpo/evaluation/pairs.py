@@ -14,7 +14,7 @@ def evaluate_pairs(model: RWKV, pairs: PairSet, beta: float, batch_tokens: int) 
     is the more probable one, reference aside."""
     logps = torch.from_numpy(score_pairs(model, pairs, batch_tokens))
     refs = torch.from_numpy(pairs.ref_logps)
-    metrics = pair_metrics(logps, refs, dpo_loss(*logps.unbind(1), *refs.unbind(1), beta))
+    metrics = pair_metrics(logps, refs, dpo_loss(logps, refs, beta))
     metrics["logps/accuracies"] = (logps[:, 0] > logps[:, 1]).double().mean()
     return {name: float(value) for name, value in metrics.items()}
 

@@ -204,7 +204,7 @@ def _for_the_bar(record: dict[str, Any]) -> dict[str, float]:
 def _start_wandb(config: RunConfig) -> Any:
     import wandb
 
-    offline = {"mode": "offline"} if wandb.api.api_key is None else {}
+    offline: dict[str, Any] = {"mode": "offline"} if wandb.api.api_key is None else {}
     if offline:
         log.warning("wandb: no account on this machine, logging offline; `wandb sync` uploads later")
     name = f"L{config.n_layer} D{config.n_embd} ctx{config.ctx_len} {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}"

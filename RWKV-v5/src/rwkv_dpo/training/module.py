@@ -44,7 +44,7 @@ class DPOModule(pl.LightningModule):
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             return  # its engine clips, and knows the norm after the step
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         # Scaling by 1 would read and write every gradient once more; on a GPU looking at the norm would stall instead.
         if self.grad_norm.device.type != "cpu" or self.grad_norm > CLIP_NORM:
             torch.nn.utils.clip_grads_with_norm_(parameters, CLIP_NORM, self.grad_norm)

@@ -1,6 +1,7 @@
 """AdamW and its parameter groups, with RWKV-LM's layer-wise learning rates."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def parameter_groups(parameters: Iterable[tuple[str, Tensor]], config: RunConfig
 def build_optimizer(parameters: Iterable[tuple[str, Tensor]], config: RunConfig, offload: bool) -> torch.optim.Optimizer:
     """offload: DeepSpeed keeps the optimizer's state in host memory and wants its own Adam for it."""
     groups = parameter_groups(parameters, config)
-    settings = {"lr": config.lr_init, "betas": (config.beta1, config.beta2), "eps": config.adam_eps}
+    settings: dict[str, Any] = {"lr": config.lr_init, "betas": (config.beta1, config.beta2), "eps": config.adam_eps}
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

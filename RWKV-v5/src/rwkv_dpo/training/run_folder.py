@@ -17,7 +17,7 @@ _INCIDENTAL = (
 )  # fmt: skip
 
 
-def prepare_folder(config: RunConfig) -> Path:
+def prepare_folder(config: RunConfig) -> None:
     """Makes the folder and writes config.json; refuses a folder that can't be written, or that holds another run.
 
     What a run that is repeated would write again is set aside under the next free number, never lost.
@@ -41,7 +41,12 @@ def prepare_folder(config: RunConfig) -> Path:
             _set_aside(folder / name)
     with atomic_write(folder / "config.json") as file:
         file.write(json.dumps(settings, indent=1).encode())
-    return folder
+
+
+def save_vocabulary(characters: str, path: Path) -> None:
+    """Token id -> character of a corpus of characters, as RWKV-LM's scripts read it: JSON in UTF-16LE."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(dict(enumerate(characters)), ensure_ascii=False).encode("utf-16le"))
 
 
 def newest_epoch(folder: Path) -> int | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.utilities import rank_zero_only
 
 from rwkv_dpo.config import PILE_EPOCH_WINDOWS, RunConfig
 from rwkv_dpo.data.corpus import Corpus, open_corpus
@@ -21,7 +22,7 @@ from rwkv_dpo.sampling import check_magic_prime
 from rwkv_dpo.training.batches import build_loader
 from rwkv_dpo.training.callbacks import Checkpoints, MetricsLog, ReferenceCheck, ValidPairs
 from rwkv_dpo.training.module import CLIP_NORM, DPOModule
-from rwkv_dpo.training.run_folder import newest_epoch, prepare_folder
+from rwkv_dpo.training.run_folder import newest_epoch, prepare_folder, save_vocabulary
 from rwkv_dpo.training.strategy import build_precision, build_strategy
 from rwkv_dpo.wkv import choose_backend
 
@@ -129,17 +130,28 @@ def train(config: RunConfig, given: frozenset[str]) -> None:
     corpus, pairs, valid = open_data(config, shape.vocab_size)
     if not shape.vocab_size and corpus is not None:
         shape = replace(shape, vocab_size=corpus.vocab_size)
+    torch.manual_seed(config.seed)  # for dropout
     model = build_model(config, shape, weights, device)
-    folder = prepare_folder(config)
-    if weights is None:
-        save_weights(model.state_dict(), folder / "rwkv-init.pth")
-        if config.my_pile_stage == 1:
-            log.info("wrote %s; now run with --my_pile_stage 2 or 3", folder / "rwkv-init.pth")
-            return
+    folder = Path(config.proj_dir)
+    begin_folder(config, model if weights is None else None, corpus)
+    if config.my_pile_stage == 1:
+        log.info("wrote %s; now run with --my_pile_stage 2 or 3", folder / "rwkv-init.pth")
+        return
     log.info("%s", describe(config, shape, corpus, pairs, device))
     trainer = build_trainer(config, folder, pairs, valid, device)
     loader = build_loader(config, corpus, pairs, trainer.global_rank, device.type == "cuda")
     trainer.fit(DPOModule(model, config), loader)
+
+
+@rank_zero_only
+def begin_folder(config: RunConfig, new_model: RWKV | None, corpus: Corpus | None) -> None:
+    """What a run writes before its first step."""
+    folder = Path(config.proj_dir)
+    prepare_folder(config)
+    if new_model is not None:
+        save_weights(new_model.state_dict(), folder / "rwkv-init.pth")
+    if corpus is not None and corpus.characters:
+        save_vocabulary(corpus.characters, folder / "vocab.json")
 
 
 def describe(config: RunConfig, shape: ModelShape, corpus: Corpus | None, pairs: PairSet | None, device: torch.device) -> str:

@@ -41,8 +41,9 @@ def _attempt(source: str, cflags: tuple[str, ...], cuda_cflags: tuple[str, ...])
 
     os.environ["PATH"] = _search_path()
     path = SOURCES / source
-    # The file's own text and flags name the build, so that an edited kernel or another checkout never meets a stale one.
-    digest = hashlib.sha256(path.read_bytes() + repr((cflags, cuda_cflags, _cpu_model())).encode()).hexdigest()[:12]
+    # The sources' text and the flags name the build, so that an edited kernel or another checkout never meets a stale one.
+    text = b"".join(part.read_bytes() for part in (path, *sorted(SOURCES.glob("*.cuh"))))
+    digest = hashlib.sha256(text + repr((cflags, cuda_cflags, _cpu_model())).encode()).hexdigest()[:12]
     name = f"rwkv_dpo_{path.stem}_{digest}"
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     folder = Path(root) / name

@@ -7,8 +7,8 @@ from functools import cache
 import torch
 from torch.autograd.function import once_differentiable
 
-from rwkv_dpo.errors import InputError
 from rwkv_dpo.wkv.build import BuildError, load_library, missing_tool
+from rwkv_dpo.wkv.checks import DTYPES, check_inputs
 
 # Tokens that advance the state together. 4 keeps the sums in registers; 8 was no faster.
 BLOCK = 4
@@ -16,8 +16,6 @@ BLOCK = 4
 # OpenMP is compiled for but not linked: its symbols resolve to the library that torch has loaded, so there is one thread pool.
 # No -ffast-math: it would switch off subnormal numbers for the whole process and NaN with them.
 CFLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", f"-DBLOCK={BLOCK}")
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class Call(ctypes.Structure):
@@ -51,22 +49,7 @@ def unusable_because(device: torch.device) -> str | None:
 
 def wkv5(r, k, v, time_decay, u, cu_seqlens, state0=None):
     """See rwkv_dpo.wkv for shapes. fp32 inside, on torch.get_num_threads() threads; the same result for any number of them."""
-    if r.dtype not in DTYPES or not r.dtype == k.dtype == v.dtype:
-        raise InputError(
-            f"WKV backend cpu takes r, k and v of one type among fp32, bf16 and fp16, not {r.dtype}, {k.dtype}, {v.dtype}; "
-            "float64 runs on --wkv_backend reference or chunked"
-        )
-    n_seqs, (n_tokens, n_heads, head_size) = cu_seqlens.numel() - 1, r.shape
-    if head_size % 8 or not 8 <= head_size <= 128:
-        raise InputError(f"WKV backend cpu: head size {head_size}; accepted are multiples of 8 up to 128")
-    # The kernel follows raw pointers: what does not fit must not reach it.
-    state_shape = (n_seqs, n_heads, head_size, head_size)
-    if not (k.shape == v.shape == r.shape and time_decay.shape == u.shape == r.shape[1:]) or (
-        state0 is not None and state0.shape != state_shape
-    ):
-        raise ValueError("r, k, v [S, H, N], time_decay, u [H, N] and state0 [n, H, N, N] do not fit together")
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != n_tokens or (cu_seqlens.diff() < 0).any():
-        raise ValueError(f"cu_seqlens {cu_seqlens.tolist()} does not cut {n_tokens} tokens into sequences")
+    check_inputs("cpu", r, k, v, time_decay, u, cu_seqlens, state0)
     return _Wkv5.apply(r, k, v, time_decay, u, cu_seqlens, state0)
 
 

@@ -13,14 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_dpo.errors import InputError
 from rwkv_dpo.wkv.build import BuildError, load_library, missing_tool
+from rwkv_dpo.wkv.checks import DTYPES, check_inputs
 
 # Tokens per segment. Half as many would double the parallelism and, with it, the 0.18 GB of states that 4096 tokens of 16 heads of
 # 64 move in a forward and backward.
 SEGMENT = 64
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class Layout(ctypes.Structure):
@@ -72,32 +70,10 @@ def wkv5_with(
     library: ctypes.CDLL, r: Tensor, k: Tensor, v: Tensor, time_decay: Tensor, u: Tensor, cu_seqlens: Tensor, state0: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """wkv5 by a build of csrc/wkv5_cuda.cu. Tests hand in one that runs on the CPU."""
-    check_inputs(r, k, v, time_decay, u, cu_seqlens, state0)
-    segments = _segments(cu_seqlens.to(torch.int32).numpy().tobytes(), len(r), r.device)
+    check_inputs("cuda", r, k, v, time_decay, u, cu_seqlens, state0)
+    segments = _segments(cu_seqlens.to(torch.int32).numpy().tobytes(), r.device)
     floats = (time_decay.float(), u.float(), None if state0 is None else state0.float())
     return _Wkv5.apply(library, segments, *(None if x is None else _aligned(x) for x in (r, k, v, *floats)))
-
-
-def check_inputs(
-    r: Tensor, k: Tensor, v: Tensor, time_decay: Tensor, u: Tensor, cu_seqlens: Tensor, state0: Tensor | None
-) -> None:
-    """Raw pointers follow, so that a wrong shape would be a wild read: ValueError instead.
-    InputError for a type or head size that these kernels do not offer."""
-    _, n_heads, head_size = r.shape
-    expected = {
-        "k": (k, r.shape), "v": (v, r.shape), "time_decay": (time_decay, r.shape[1:]), "u": (u, r.shape[1:]),
-        "state0": (state0, (cu_seqlens.numel() - 1, n_heads, head_size, head_size)),
-    }
-    for name, (x, shape) in expected.items():
-        if x is not None and (x.shape != torch.Size(shape) or x.device != r.device):
-            raise ValueError(f"{name} is {tuple(x.shape)} on {x.device}, beside r {tuple(r.shape)} on {r.device}")
-    if r.dtype not in DTYPES or not r.dtype == k.dtype == v.dtype:
-        raise InputError(
-            f"WKV backend cuda takes r, k and v of one type among fp32, bf16 and fp16, not {r.dtype}, {k.dtype}, {v.dtype}; "
-            "float64 runs on --wkv_backend reference or chunked"
-        )
-    if head_size % 8 or not 8 <= head_size <= 128:
-        raise InputError(f"WKV backend cuda: head size {head_size}; accepted are multiples of 8 up to 128")
 
 
 class _Wkv5(torch.autograd.Function):
@@ -162,11 +138,9 @@ def _aligned(x: Tensor) -> Tensor:
 
 # The layers of a model share their batch's table; a few more are kept for forests, where every level has its own.
 @lru_cache(maxsize=64)
-def _segments(cu_seqlens: bytes, n_tokens: int, device: torch.device) -> Segments:
+def _segments(cu_seqlens: bytes, device: torch.device) -> Segments:
     bounds = torch.frombuffer(bytearray(cu_seqlens), dtype=torch.int32).long()
     lengths = bounds.diff()
-    if bounds[0] != 0 or bounds[-1] != n_tokens or (lengths < 0).any():
-        raise ValueError(f"cu_seqlens {bounds.tolist()} must rise from 0 to the number of tokens, {n_tokens}")
     counts = (lengths + SEGMENT - 1) // SEGMENT
     first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     number = torch.arange(int(first[-1])) - first[:-1].repeat_interleave(counts)

@@ -1,0 +1,79 @@
+"""evaluate.py, and the numbers in its report."""
+
+import json
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+from rwkv_dpo.data.pairs import pack_pairs, save_pairs
+from rwkv_dpo.errors import InputError
+from rwkv_dpo.evaluation.pairs import evaluate_pairs, margins_from_reference
+from rwkv_dpo.model.checkpoint import save_weights
+from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.objective import score_pairs
+
+
+def test_metrics_of_known_scores(tiny_shape):
+    model = random_model(tiny_shape, torch.float32)
+    rng = np.random.default_rng(0)
+    pairs = pack_pairs([tuple(rng.integers(0, 61, n) for n in (3, 4, 5)) for _ in range(20)])
+    logps = score_pairs(model, pairs, 1000)
+    shifted = pairs.with_ref_logps(logps + np.where(np.arange(20)[:, None] < 15, [[-1.0, 1.0]], [[1.0, -1.0]]), "0" * 64, "fp32")
+    got = evaluate_pairs(model, shifted, beta=0.5, batch_tokens=1000)
+    assert got["rewards/accuracies"] == 0.75
+    assert got["rewards/margins"] == pytest.approx(0.5)  # (15 * 1 - 5 * 1) / 20
+    assert got["logps/accuracies"] == (logps[:, 0] > logps[:, 1]).mean()
+    assert margins_from_reference(model, shifted).tolist() == pytest.approx([2.0] * 15 + [-2.0] * 5, abs=1e-4)
+
+
+def test_the_report_compares_checkpoints(tmp_path, capsys):
+    shape = ModelShape(1, 32, 32, 96, 65536, head_size=32)
+    models = [random_model(shape, torch.float32, seed=i) for i in range(2)]
+    for i, model in enumerate(models):
+        save_weights(model.state_dict(), tmp_path / f"m{i}.pth")
+    pairs = pack_pairs([([1, 2], [3, 4], [5]), ([7], [8], [9, 10])])
+    save_pairs(tmp_path / "p.save", pairs.with_ref_logps(score_pairs(models[0], pairs, 99), "0" * 64, "fp32"))
+    np.arange(70, dtype="<u2").tofile(tmp_path / "c.bin")
+    arguments = [
+        "--load_model",
+        tmp_path / "m0.pth",
+        tmp_path / "m1.pth",
+        "--pairs",
+        tmp_path / "p.save",
+        "--data_file",
+        tmp_path / "c.bin",
+    ]
+    more = [
+        "--data_type",
+        "uint16",
+        "--ctx_len",
+        30,
+        "--prompt",
+        "Why?",
+        "--max_tokens",
+        3,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "r.json",
+    ]
+    evaluate.main(list(map(str, arguments + more)))
+    first, second = json.loads((tmp_path / "r.json").read_text())
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert second["corpus_loss"] != first["corpus_loss"]
+    table = capsys.readouterr().out
+    assert "m0.pth" in table
+    assert f"{np.exp(first['corpus_loss']):.2f}" in table
+    assert "answers:" in table
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--load_model", "none.pth"], r"none\.pth"),
+    (["--load_modle", "x"], "--load_model"),
+    (["--load_model", "x", "--precision", "int8"], "--precision"),
+])  # fmt: skip
+def test_faults_are_named(arguments, message):
+    with pytest.raises(InputError, match=message):
+        evaluate.main([*arguments, "--device", "cpu"])
