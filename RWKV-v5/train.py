@@ -15,14 +15,14 @@ from rwkv_dpo.flags import parse_flags
 
 def main(arguments: Sequence[str]) -> None:
     config, given = parse_flags(arguments)
-    keep_quiet()
     from rwkv_dpo.training.trainer import train  # torch and Lightning take seconds; --help and typing errors don't wait
 
+    keep_quiet()
     train(config, given)
 
 
 def keep_quiet() -> None:
-    """Our own lines, and only warnings of others that a user can act on."""
+    """Our own lines, and only warnings of others that a user can act on. After Lightning's import, which sets its own levels."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("pytorch_lightning", "lightning_fabric", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -36,6 +36,7 @@ from rwkv_dpo.model.checkpoint import empty_model
 from rwkv_dpo.model.linear import Linear
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.model.v5 import relu_squared
 from rwkv_dpo.objective import MicroBatch, collate, objective, score_pairs
 from rwkv_dpo.wkv import choose_backend
 
@@ -66,7 +67,7 @@ def build(way: str, shape: ModelShape, precision: str, backend: str, device: tor
 
 def plain_forward(module: Linear, *inputs: torch.Tensor, prepare: Callable[..., torch.Tensor] = lambda x: x) -> torch.Tensor:
     """A linear layer as the original writes it: autograd keeps whatever goes in."""
-    prepared = prepare(*inputs)
+    prepared = F.relu(inputs[0]).square() if prepare is relu_squared else prepare(*inputs)
     return F.linear(prepared, module.weight.to(prepared.dtype))
 
 
@@ -128,12 +129,20 @@ def check_parity(backend: str, device: torch.device) -> None:
 def ours(model: RWKV, batch: MicroBatch) -> None:
     ratio = RATIO if batch.n_windows and batch.step.n_pairs else float(batch.n_windows > 0)
     objective(model, batch, BETA, ratio)[0].backward()
-    model.zero_grad(set_to_none=False)
 
 
 def theirs(model: RWKV, windows: list[np.ndarray], pairs: list[Pair], refs: np.ndarray) -> None:
     original_loss(model, windows, pairs, refs).backward()
-    model.zero_grad(set_to_none=False)
+
+
+def step_of(model: RWKV, way: Callable[..., None], *data: object) -> Callable[[], None]:
+    """One way's forward and backward; gradients are dropped afterwards, as between the steps of a run."""
+
+    def run() -> None:
+        way(model, *data)
+        model.zero_grad(set_to_none=True)
+
+    return run
 
 
 def time_pairs(args: argparse.Namespace, device: torch.device) -> list[dict]:
@@ -147,8 +156,8 @@ def time_pairs(args: argparse.Namespace, device: torch.device) -> list[dict]:
             batch = collate(windows, pairs, refs).to(device)
             runs = {}
             for p in DTYPES:
-                runs[f"original {p}"] = lambda m=models[f"original {p}"], w=windows, q=pairs, r=refs: theirs(m, w, q, r)
-                runs[f"forest {p}"] = lambda m=models[f"forest {p}"], b=batch: ours(m, b)
+                runs[f"original {p}"] = step_of(models[f"original {p}"], theirs, windows, pairs, refs)
+                runs[f"forest {p}"] = step_of(models[f"forest {p}"], ours, batch)
             seconds = alternate(runs, args.repeats, WARMUP // 2)
             row = {"pairs": case, "window": WINDOW * n_windows, **{f"{name} ms/pair": 1000 * s / MICRO_BSZ for name, s in seconds.items()}}
             row["speedup fp32"] = seconds["original fp32"] / seconds["forest fp32"]
@@ -251,6 +260,8 @@ def child(args: argparse.Namespace, device: torch.device) -> Any:
             score_original(model, pairs) if way == "original" else score_pairs(model, pack_pairs(pairs), 4096)
         else:
             theirs(model, [], pairs, refs) if way == "original" else ours(model, batch)
+            if what == "time":
+                model.zero_grad(set_to_none=True)
 
     if what == "time":
         return alternate({way: run}, 2 if way == "original" else 4, 1 if way == "original" else WARMUP)[way]

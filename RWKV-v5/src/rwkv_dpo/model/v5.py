@@ -6,6 +6,7 @@ r receptance, k key, v value, g gate, w decay, u bonus of the current token.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from rwkv_dpo.forest import Forest
 from rwkv_dpo.model.linear import Linear
@@ -71,7 +72,23 @@ def token_mix(x: Tensor, before: Tensor, mix: Tensor) -> Tensor:
 
 
 def relu_squared(x: Tensor) -> Tensor:
-    return F.relu(x).square()
+    return _ReluSquared.apply(x)
+
+
+class _ReluSquared(torch.autograd.Function):
+    """relu(x) ** 2 in five passes over the widest activation, forward and backward, where autograd takes ten."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        positive = F.relu(x)
+        return positive.mul_(positive)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return F.relu(x).mul_(2).mul_(grad)
 
 
 MIXES = Mixes(TimeMix, ChannelMix)
