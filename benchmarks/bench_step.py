@@ -292,8 +292,12 @@ def report(row: dict) -> dict:
 
 
 PARTS = {
-    "language_model": time_language_model, "pairs": time_pairs, "scoring": time_scoring, "memory": memory, "against_stock": against_stock,
-}  # fmt: skip
+    "pairs": time_pairs,
+    "against_stock": against_stock,
+    "scoring": time_scoring,
+    "language_model": time_language_model,
+    "memory": memory,
+}
 
 
 def main() -> None:

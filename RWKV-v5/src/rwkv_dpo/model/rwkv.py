@@ -117,14 +117,15 @@ class _Shift(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_before, grad_last):
         first_rows, before_first, last_rows = ctx.saved_tensors
-        grad_before = grad_before.clone()
-        grad_first = grad_before[first_rows]
-        grad_before[first_rows] = 0
-        grad = grad_before.new_zeros(ctx.n_rows + ctx.n_roots, grad_before.shape[1])
-        grad[: ctx.n_rows - 1] = grad_before[1:]
-        grad.index_add_(0, before_first, grad_first)
-        grad.index_add_(0, last_rows, grad_last)
-        return grad[: ctx.n_rows], grad[ctx.n_rows :], None, None, None
+        n_rows = ctx.n_rows
+        # Entry j + 1 is the gradient of row j; entry 0 takes what would go before the first row.
+        grad = grad_before.new_empty(1 + n_rows + ctx.n_roots, grad_before.shape[1])
+        grad[:n_rows] = grad_before
+        grad[first_rows] = 0
+        grad[n_rows:] = 0
+        grad.index_add_(0, before_first + 1, grad_before.index_select(0, first_rows))
+        grad.index_add_(0, last_rows + 1, grad_last)
+        return grad[1 : n_rows + 1], grad[n_rows + 1 :], None, None, None
 
 
 def _row(x: Tensor, handed_in: Tensor, rows: Tensor) -> Tensor:
@@ -134,17 +135,20 @@ def _row(x: Tensor, handed_in: Tensor, rows: Tensor) -> Tensor:
 
 
 def run_levels(
-    forest: Forest, initial: Tensor | None, recur: Callable[[slice, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+    forest: Forest, initial: Tensor | None, inputs: tuple[Tensor, ...], recur: Callable[..., tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """Runs a recurrence level by level, children from the end states of their parents.
+    """Runs a recurrence over inputs [S, ...] level by level, children from the end states of their parents.
 
-    recur(rows, cu_seqlens, state0) -> (y [rows, ...], ends [segments, ...]). Returns y [S, ...] and ends [n, ...].
+    recur(*inputs of the level's rows, cu_seqlens, state0) -> (y [rows, ...], ends [segments, ...]).
+    Returns y [S, ...] and ends [n, ...].
     """
     ys: list[Tensor] = []
     ends: list[Tensor] = []
-    for level in forest.levels:
+    # A split's backward is one concatenation, where slices would each make a gradient of all rows.
+    parts = zip(*(x.split([level.end - level.start for level in forest.levels]) for x in inputs), strict=True)
+    for level, rows in zip(forest.levels, parts, strict=True):
         state0 = initial if level.parents is None else torch.cat(ends).index_select(0, level.parents)
-        y, end = recur(slice(level.start, level.end), level.cu_seqlens, state0)
+        y, end = recur(*rows, level.cu_seqlens, state0)
         ys.append(y)
         ends.append(end)
     return (ys[0], ends[0]) if len(ys) == 1 else (torch.cat(ys), torch.cat(ends))

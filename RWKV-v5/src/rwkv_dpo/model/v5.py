@@ -39,10 +39,10 @@ class TimeMix(nn.Module):
         v = self.value(x, before, self.time_mix_v, prepare=token_mix).view_as(r)
         g = self.gate(x, before, self.time_mix_g, prepare=token_mix)
 
-        def recur(rows: slice, cu_seqlens: Tensor, state0: Tensor | None):
-            return wkv(r[rows], k[rows], v[rows], self.time_decay, self.time_faaaa, cu_seqlens, state0)
+        def recur(r: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, state0: Tensor | None) -> tuple[Tensor, Tensor]:
+            return wkv(r, k, v, self.time_decay, self.time_faaaa, cu_seqlens, state0)
 
-        y, ends = run_levels(forest, initial, recur)
+        y, ends = run_levels(forest, initial, (r, k, v), recur)
         return self.output(y, g, self.ln_x.weight, self.ln_x.bias, prepare=self.gated_norm), ends
 
     def gated_norm(self, y: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
