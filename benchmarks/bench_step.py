@@ -209,17 +209,17 @@ def language_model_child(args: argparse.Namespace, model: RWKV, precision: str) 
 
 
 def against_stock(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Ours in bf16 against the original's way in fp32 with torch's default settings, in processes that take turns."""
+    """With torch's default settings on the original's side: the original's way as it would run, in processes that take turns."""
     rows = []
-    for job in ("256/200/150", "512/128/128", "scoring"):
-        times: dict[str, list[float]] = {"original fp32 stock": [], "forest fp32 tuned": [], "forest bf16 tuned": []}
-        for _ in range(args.repeats // 2):
+    for job in (*CASES, "scoring"):
+        times: dict[str, list[float]] = {name: [] for name in ("original fp32 stock", "forest fp32 stock", "forest bf16 tuned")}
+        for _ in range(max(args.repeats // 2, 1)):
             for name, values in times.items():
                 values.append(_child("time", *name.split(), job))
         seconds = {name: median(values) for name, values in times.items()}
         row = {"job": job, **{f"{name} ms/pair": 1000 * s / MICRO_BSZ for name, s in seconds.items()}}
-        for name in ("forest fp32 tuned", "forest bf16 tuned"):
-            row[f"speedup {name} against original fp32 stock"] = seconds["original fp32 stock"] / seconds[name]
+        row["speedup fp32, stock both"] = seconds["original fp32 stock"] / seconds["forest fp32 stock"]
+        row["speedup bf16 tuned against fp32 stock"] = seconds["original fp32 stock"] / seconds["forest bf16 tuned"]
         rows.append(report(row))
     return rows
 
@@ -264,7 +264,7 @@ def child(args: argparse.Namespace, device: torch.device) -> Any:
                 model.zero_grad(set_to_none=True)
 
     if what == "time":
-        return alternate({way: run}, 2 if way == "original" else 4, 1 if way == "original" else WARMUP)[way]
+        return alternate({way: run}, 2 if settings == "stock" else 4, 1 if settings == "stock" else WARMUP)[way]
     theirs(model, [], make_pairs((2, 2, 2), 1, args.shape.vocab_size), refs[:1])  # weights, gradients and code are in place
     before = _reset_peak(device)
     run()
@@ -319,9 +319,8 @@ def main() -> None:
     if device.type == "cpu":
         tune_cpu(keep_memory=True)
     print(machine())
-    results = {name: PARTS[name](args, device) for name in args.parts}
-    suffix = "" if set(args.parts) == set(PARTS) else "_" + "_".join(args.parts)
-    save(f"step_{device.type}_L{args.n_layer}_D{args.n_embd}{suffix}", {"shape": vars(args.shape), "micro_bsz": MICRO_BSZ, **results})
+    for name in args.parts:
+        save(f"step_{device.type}_L{args.n_layer}_D{args.n_embd}", {name: PARTS[name](args, device)})
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     table = [time_shape(flags.device, flags.repeats, *shape) for shape in SHAPES[flags.device]]
     notes = {"unit": "ms, forward plus backward, median", "repeats": flags.repeats, "load_average_before": round(load, 2)}
-    measure.save(f"wkv_{flags.device}", {**notes, "table": table})
+    measure.save(f"wkv_{flags.device}", {"forward plus backward": {**notes, "table": table}})
 
 
 def refuse_unless_parity_holds() -> None:

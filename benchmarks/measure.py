@@ -51,11 +51,13 @@ def machine() -> dict[str, object]:
     }
 
 
-def save(name: str, results: dict[str, object]) -> Path:
+def save(name: str, results: dict[str, object]) -> None:
+    """Writes the parts of `results` into results/NAME.json, each with what it was measured on; other parts stay as they are."""
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
+    parts = json.loads(path.read_text()) if path.exists() else {}
+    parts |= {part: {"machine": machine(), "measured": measured} for part, measured in results.items()}
+    path.write_text(json.dumps(parts, indent=1) + "\n")
     print(f"wrote {path.relative_to(RESULTS.parent.parent)}")
-    return path
 
 
 def _cpu_name() -> str:
