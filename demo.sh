@@ -14,7 +14,7 @@ run=(--accelerator cpu --precision fp32 --random_seed 1 --overwrite 1 --epoch_sa
 
 step "1/4 Train a small RWKV-5 from scratch on default_text_document"
 python "$root/RWKV-v5/train.py" --dpo 0 "${corpus[@]}" "${run[@]}" --proj_dir "$out/base" --n_layer 4 --n_embd 128 \
-    --micro_bsz 4 --epoch_steps 60 --epoch_count 6 --lr_init 3e-3 --lr_final 3e-4 --warmup_steps 20
+    --micro_bsz 4 --epoch_steps 60 --epoch_count 5 --lr_init 3e-3 --lr_final 3e-4 --warmup_steps 20
 
 step "2/4 Build preference pairs, scored by that model"
 python "$root/RWKV-v5/prepare_pairs.py" --source "$root/RWKV-v5/demo/preferences.jsonl" --load_model "$out/base/rwkv-final.pth" \
@@ -23,7 +23,7 @@ python "$root/RWKV-v5/prepare_pairs.py" --source "$root/RWKV-v5/demo/preferences
 step "3/4 Direct Preference Optimization, with the corpus mixed in"
 python "$root/RWKV-v5/train.py" --load_model "$out/base/rwkv-final.pth" "${corpus[@]}" "${run[@]}" --proj_dir "$out/dpo" \
     --dpo 1 --dpo_train_file "$out/pairs/trainset.save" --dpo_valid_file "$out/pairs/validset.save" \
-    --dpo_beta 0.1 --dpo_general_corpus_ratio 0.8 --micro_bsz 4 --epoch_steps 84 --epoch_count 2 --lr_init 2e-4 --lr_final 5e-5 --warmup_steps 10
+    --dpo_beta 0.1 --dpo_general_corpus_ratio 0.8 --micro_bsz 4 --epoch_steps 84 --epoch_count 2 --lr_init 2.5e-4 --lr_final 5e-5 --warmup_steps 10
 
 step "4/4 Before and after, on prompts that neither run has seen"
 python "$root/RWKV-v5/evaluate.py" --load_model "$out/base/rwkv-final.pth" "$out/dpo/rwkv-final.pth" --pairs "$out/pairs/testset.save" \

@@ -2,61 +2,122 @@
 """Make a binidx corpus (PREFIX.bin, PREFIX.idx) of text, in RWKV World tokens.
 
     make_data.py demo.jsonl 3 4096     three passes over the documents, each newly shuffled; magic_prime for --ctx_len 4096
+
+Every document ends with token 0. While it works, it takes as much disk again as one pass, beside the corpus.
 """
 
 import argparse
+import glob
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
 import numpy as np
-from rwkv_dpo.data.binidx import write_binidx
-from rwkv_dpo.data.sources import read_documents
+from rwkv_dpo.data.binidx import read_binidx, write_binidx
+from rwkv_dpo.data.documents import open_documents
+from rwkv_dpo.data.files import stop
+from rwkv_dpo.data.spool import Spool, open_spool
 from rwkv_dpo.data.tokenizer import DOCUMENT_END, WorldTokenizer
-from rwkv_dpo.errors import InputError, run_script
+from rwkv_dpo.errors import InputError, refuse, run_script
 from rwkv_dpo.flags import OneLineParser
 from rwkv_dpo.sampling import item_at, largest_magic_prime
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_flags(arguments)
-    documents = tokenized(args.input, args.field, args.split_blank_lines)
-    n_documents, n_tokens = write_binidx(args.out, in_shuffled_passes(documents, args.passes, args.seed))
-    print(f"{args.out}.bin, {args.out}.idx: {n_documents} documents, {n_tokens} tokens in {args.passes} passes of {len(documents)}")
+    skip = Skip()
+    on_fault = stop if args.on_error == "stop" else skip
+    texts = FirstAndLast(open_documents(args.input, args.field, args.split_blank_lines, args.split, on_fault))
+    with open_spool(f"{args.out}.bin", texts) as spool:
+        if not len(spool):
+            refuse(f"{args.input}: no document with text in it")
+        passes = ShuffledPasses(spool, args.passes, args.seed)
+        n_documents, n_tokens = write_binidx(args.out, passes)
+    verify(args.out, {passes.first_at: texts.first, passes.last_at: texts.last})
+    print(f"{args.out}.bin, {args.out}.idx: {n_documents} documents, {n_tokens} tokens in {args.passes} passes of {passes.n}")
+    if skip.n:
+        print(f"{skip.n} rows skipped")
     print(f"--my_exit_tokens {n_tokens} --magic_prime {magic_prime(n_tokens, args.ctx_len)} --ctx_len {args.ctx_len}")
 
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", metavar="INPUT", help=".jsonl, one document a line, or .txt, one document")
+    kinds = ".txt, .jsonl, .json, .parquet or .csv, each also as .gz; a folder or a 'glob' of those; or a Hub id, OWNER/NAME"
+    parser.add_argument("input", metavar="INPUT", help=kinds)
     parser.add_argument("passes", metavar="PASSES", type=int, nargs="?", default=1, help="times each document is written (1)")
     parser.add_argument("ctx_len", metavar="CTX_LEN", type=int, nargs="?", default=4096, help="for magic_prime (4096)")
     parser.add_argument("--out", metavar="PREFIX", help="where to write (default: INPUT's name, in the current folder)")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffles (0)")
-    parser.add_argument("--field", default="text", help="the .jsonl field that holds the text (text)")
+    parser.add_argument("--field", default="text", help="the field of a row that holds the text (text)")
     parser.add_argument("--split_blank_lines", action="store_true", help="a blank line in a .txt ends a document")
+    parser.add_argument("--split", default="train", help="of a Hub data set (train)")
+    parser.add_argument("--on_error", choices=("stop", "skip"), default="stop", help="at a row that cannot be read (stop)")
     args = parser.parse_args(arguments)
     if args.passes < 1 or args.ctx_len < 1:
-        raise InputError(f"PASSES {args.passes}, CTX_LEN {args.ctx_len}: both are at least 1")
-    args.out = args.out or Path(args.input).stem
+        refuse(f"PASSES {args.passes}, CTX_LEN {args.ctx_len}: both are at least 1")
+    args.out = args.out or default_prefix(args.input)
     return args
 
 
-def tokenized(path: str, field: str, split_blank_lines: bool) -> list[np.ndarray]:
-    """uint16 tokens of every document that is not empty, each closed by the document end."""
-    tokenizer = WorldTokenizer()
-    texts = read_documents(path, field, split_blank_lines)
-    documents = [np.array([*tokenizer.encode(text), DOCUMENT_END], dtype=np.uint16) for text in texts if text]
-    if not documents:
-        raise InputError(f"{path}: no document with text in it")
-    return documents
+def default_prefix(source: str) -> str:
+    if glob.has_magic(source) and not Path(source).exists():
+        refuse(f"--out: needed, because INPUT is the pattern {source}")
+    name = Path(source).resolve().name
+    return name if Path(source).is_dir() else Path(name.removesuffix(".gz")).stem
 
 
-def in_shuffled_passes(documents: list[np.ndarray], n_passes: int, seed: int) -> Iterator[np.ndarray]:
-    for index in range(n_passes * len(documents)):
-        yield documents[item_at(index, len(documents), seed)]
+class Skip:
+    """Tells of the rows that are left out, and counts them."""
+
+    n = 0
+
+    def __call__(self, fault: InputError) -> None:
+        self.n += 1
+        print(f"skipped: {fault}", file=sys.stderr)
+
+
+class FirstAndLast:
+    """Passes texts on; afterwards `first` and `last` are those it met first and last."""
+
+    first = last = ""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = texts
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            self.first = self.first or text
+            self.last = text
+            yield text
+
+
+class ShuffledPasses:
+    """Every document of a spool once a pass, each pass in a new order; afterwards `first_at` and `last_at` are where the spool's
+    first and last document came in the last pass."""
+
+    first_at = last_at = 0
+
+    def __init__(self, spool: Spool, n_passes: int, seed: int) -> None:
+        self.n = len(spool)
+        self._spool, self._n_passes, self._seed = spool, n_passes, seed
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for index in range(self._n_passes * self.n):
+            item = item_at(index, self.n, self._seed)
+            self.first_at = index if item == 0 else self.first_at
+            self.last_at = index if item == self.n - 1 else self.last_at
+            yield self._spool[item]
+
+
+def verify(prefix: str, texts: dict[int, str]) -> None:
+    """Read the corpus back: document i has to decode to texts[i]."""
+    corpus, tokenizer = read_binidx(prefix), WorldTokenizer()
+    for i, text in texts.items():
+        tokens = corpus.document(i).tolist()
+        if tokens[-1] != DOCUMENT_END or tokenizer.decode(tokens) != text:
+            refuse(f"{prefix}.bin: document {i + 1} reads back as another text; the disk, or the tokenizer, is at fault")
 
 
 def magic_prime(n_tokens: int, ctx_len: int) -> int:

@@ -2,10 +2,10 @@
 """Make pair files of a preference data set: trainset.save, validset.save, testset.save and report.json.
 
     prepare_pairs.py --source preferences.json --load_model base.pth --out_dir pairs --ctx_len 4096
+    prepare_pairs.py --source HuggingFaceH4/ultrafeedback_binarized --split train_prefs --limit 1000 --load_model base.pth
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from rwkv_dpo.atomic import atomic_write
 from rwkv_dpo.data.pairs import PairSet, check_pairs, file_sha256, save_original, save_pairs
 from rwkv_dpo.data.prepare import Report, prepare, split_rows
-from rwkv_dpo.data.prompts import MODES
-from rwkv_dpo.data.sources import read_preferences
+from rwkv_dpo.data.prompts import load_templates
+from rwkv_dpo.data.report import as_table, length_percentiles, reference_summary, write_report
+from rwkv_dpo.data.sources import FORMATS, ON_ERROR, read_preferences
 from rwkv_dpo.data.tokenizer import WorldTokenizer
 from rwkv_dpo.errors import InputError, refuse, run_script
 from rwkv_dpo.flags import OneLineParser
@@ -26,25 +26,35 @@ from rwkv_dpo.flags import OneLineParser
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_flags(arguments)
-    preferences = read_preferences(args.source, args.limit)
+    preferences = read_preferences(args.source, args.limit, args.split, args.format, args.on_error)
     prepared = prepare(preferences, WorldTokenizer(), args.ctx_len, args.templates, args.seed)
-    tell(prepared.report)
+    lengths = length_percentiles(prepared.pairs)
+    tell_dropped(prepared.report)
+    print(as_table(counts=prepared.report.counts(), lengths=lengths), flush=True)
     if not len(prepared.pairs):
         refuse(f"{args.source}: no usable pair among its {prepared.report.n_read} rows")
     pairs = score(prepared.pairs, args)
     rows = split_rows(prepared.prompt_keys, args.valid_ratio, args.test_ratio, args.seed)
     files = write_splits(args.out_dir, pairs, rows, save_original if args.original_format else save_pairs)
-    write_report(args.out_dir / "report.json", {"pairs": dict(pairs.header), "reference": reference_summary(pairs), "files": files})
+    reference = reference_summary(pairs)
+    print(as_table(reference=reference, files=files))
+    report = {"pairs": dict(pairs.header), "dropped_rows": prepared.report.dropped_rows(), "lengths": lengths}
+    write_report(args.out_dir / "report.json", {**report, "reference": reference, "files": files})
 
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, help="preferences, .json or .jsonl: prompt/chosen/rejected, or ShareGPT")
+    parser.add_argument("--source", required=True, help=".json, .jsonl, .parquet or .csv, also .gz, a folder, a glob, or a Hub id")
+    parser.add_argument("--split", default="", help="of a Hub data set (train)")
+    parser.add_argument("--format", choices=FORMATS, default="auto", help="the form of the rows (auto: told by their columns)")
+    parser.add_argument("--on_error", choices=ON_ERROR, default="stop", help="malformed rows: stop, or skip and count them (stop)")
     parser.add_argument("--load_model", required=True, help="the reference: the .pth that training will start from")
     parser.add_argument("--out_dir", type=Path, default=Path(), help="where the files go (the current folder)")
     parser.add_argument("--limit", type=int, default=0, help="read only this many rows (0: all)")
     parser.add_argument("--ctx_len", type=int, default=4096, help="tokens of prompt + answer that are kept (4096)")
-    parser.add_argument("--templates", choices=MODES, default="mix", help="mix: the original's three for single turns; chat: one")
+    parser.add_argument(
+        "--templates", default="mix", help="mix: the original's three for single turns; chat: one; or your .txt or .json file (mix)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of template and split draws (0)")
     parser.add_argument("--valid_ratio", type=float, default=0.1, help="share of prompts in validset.save (0.1)")
     parser.add_argument("--test_ratio", type=float, default=0.1, help="share of prompts in testset.save (0.1)")
@@ -66,6 +76,7 @@ def check_flags(args: argparse.Namespace) -> None:
         refuse(f"--valid_ratio {args.valid_ratio} --test_ratio {args.test_ratio}: neither below 0, together below 1")
     if not Path(args.load_model).is_file():
         refuse(f"--load_model {args.load_model}: no such file")
+    load_templates(args.templates)
     try:
         args.out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -75,12 +86,13 @@ def check_flags(args: argparse.Namespace) -> None:
         refuse(f"--out_dir {args.out_dir}: cannot be written to")
 
 
-def tell(report: Report) -> None:
-    for where, reason in report.refused:
-        print(f"{where}: dropped: {reason}")
-    counts = report.counts()
-    print(f"{counts['read']} rows read, {counts['kept']} kept, dropped: {counts['dropped'] or 'none'}")
-    print(f"cut: {counts['cut_prompts']} prompts, {counts['cut_answers']} pairs' answers, {counts['cut_tokens']} tokens in all")
+def tell_dropped(report: Report) -> None:
+    n_dropped = report.counts()["dropped"]
+    for reason, places in report.dropped_rows().items():
+        for where in places:
+            print(f"{where}: dropped: {reason}")
+        if n_more := n_dropped[reason] - len(places):
+            print(f"... and {n_more} more: {reason}")
 
 
 def score(pairs: PairSet, args: argparse.Namespace) -> PairSet:
@@ -120,19 +132,7 @@ def write_splits(
         path = out_dir / f"{name}set.save"
         save(path, pairs.select(chosen_rows))
         files[path.name] = {"pairs": len(chosen_rows), "sha256": file_sha256(path)}
-        print(f"{path}: {len(chosen_rows)} pairs")
     return files
-
-
-def reference_summary(pairs: PairSet) -> dict[str, float]:
-    """Means in nats, and the share of pairs whose chosen answer the reference finds likelier already."""
-    chosen, rejected = pairs.ref_logps.T
-    return {"mean_chosen": chosen.mean(), "mean_rejected": rejected.mean(), "ranked_right": float((chosen > rejected).mean())}
-
-
-def write_report(path: Path, report: dict[str, Any]) -> None:
-    with atomic_write(path) as file:
-        file.write(json.dumps(report, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from rwkv_dpo.data.tokenizer import VOCAB_SIZE, WorldTokenizer
 SCRIPT = Path(__file__).resolve().parents[1] / "RWKV-v5" / "prepare_pairs.py"
 
 
-def prepare_pairs(folder, *arguments):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], cwd=folder, capture_output=True, text=True, check=False)
+def prepare_pairs(folder, *arguments, env=None):
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -43,22 +44,37 @@ def save_tiny_model(path, vocab_size=VOCAB_SIZE):
     return path
 
 
+def load_splits(folder):
+    return [load_pairs(folder / f"{name}set.save", VOCAB_SIZE) for name in ("train", "valid", "test")]
+
+
 def test_splits_and_report_tell_what_was_done(source):
     folder = source.parent
     model = save_tiny_model(folder / "tiny.pth")
     common = ("--source", source, "--load_model", model, "--device", "cpu", "--wkv_backend", "reference", "--ctx_len", 64)
     run = prepare_pairs(folder, *common, "--out_dir", "out", "--valid_ratio", 0.3)
     assert run.returncode == 0, run.stderr
-    assert "row 8: dropped: empty answer\nrow 10: dropped: duplicate\n40 rows read, 38 kept" in run.stdout
+    told = [line.split() for line in run.stdout.splitlines()]
+    assert told[:2] == [["row", "8:", "dropped:", "empty", "answer"], ["row", "10:", "dropped:", "duplicate"]]
+    for line in ("rows read 40", "kept 38", "dropped 2", "duplicate 1"):
+        assert line.split() in told
 
     report = json.loads((folder / "out" / "report.json").read_text())
     assert report["pairs"]["counts"]["dropped"] == {"empty answer": 1, "duplicate": 1}
+    assert report["dropped_rows"] == {"empty answer": ["row 8"], "duplicate": ["row 10"]}
+    assert report["lengths"]["prompt"]["max"] == max(
+        len(pairs.pair(i)[0]) for pairs in load_splits(folder / "out") for i in range(len(pairs))
+    )
     assert report["pairs"]["reference_sha256"] == file_sha256(model)
-    sets = [load_pairs(folder / "out" / f"{name}set.save", VOCAB_SIZE) for name in ("train", "valid", "test")]
+    sets = load_splits(folder / "out")
+    logps = np.concatenate([pairs.ref_logps for pairs in sets])
+    assert report["reference"]["chosen"]["mean"] == pytest.approx(logps[:, 0].mean())
+    assert report["reference"]["ranked_right"] == pytest.approx(np.mean(logps[:, 0] > logps[:, 1]))
     assert sum(map(len, sets)) == 38
     assert all(len(pairs) > 0 for pairs in sets)
     for pairs, name in zip(sets, ("train", "valid", "test"), strict=True):
         path = folder / "out" / f"{name}set.save"
+        assert [path.name, str(len(pairs)), "pairs", "sha256", file_sha256(path)] in told
         assert report["files"][path.name] == {"pairs": len(pairs), "sha256": file_sha256(path)}
         assert pairs.header["reference_sha256"] == file_sha256(model)
         assert pairs.is_scored
@@ -72,6 +88,29 @@ def test_splits_and_report_tell_what_was_done(source):
     rows = pickle.loads((folder / "original" / "trainset.save").read_bytes())  # noqa: S301 - written by the line above
     assert [row[0] for row in rows] == [sets[0].pair(i)[0].tolist() for i in range(len(sets[0]))]
     assert [row[3:] for row in rows] == [tuple(logps) for logps in sets[0].ref_logps.tolist()]
+
+
+def test_malformed_rows_are_skipped_when_asked_and_a_users_template_is_used(tmp_path):
+    lines = ['{"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}', "{", '{"prompt": "p", "chosen": "c"}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    (tmp_path / "own.txt").write_text("## {prompt} ##\n")
+    model = save_tiny_model(tmp_path / "tiny.pth")
+    common = ("--source", "rows.*", "--load_model", model, "--device", "cpu", "--wkv_backend", "reference", "--valid_ratio", 0)
+    run = prepare_pairs(tmp_path, *common, "--test_ratio", 0, "--on_error", "skip", "--templates", "own.txt", "--format", "plain")
+    assert run.returncode == 0, run.stderr
+    assert "rows.jsonl: line 2: not JSON: Expecting property name" in run.stdout
+    train = load_splits(tmp_path)[0]
+    assert WorldTokenizer().decode(train.pair(0)[0].tolist()) == "## Hi ##"
+    assert train.header["counts"]["dropped"] == {"malformed": 2}
+
+
+def test_a_hub_id_that_cannot_be_reached_is_named(source):
+    (source.parent / "any.pth").write_bytes(b"")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(source.parent)}
+    run = prepare_pairs(source.parent, "--source", "owner/name", "--load_model", "any.pth", env=environment)
+    assert run.returncode == 2
+    assert run.stderr.startswith("prepare_pairs.py: owner/name: ")
+    assert run.stderr.count("\n") == 1
 
 
 def test_a_model_with_a_smaller_vocabulary_is_refused(source):
@@ -92,7 +131,11 @@ def test_it_starts_as_a_program():
     [
         (["--load_model", "none.pth"], "--load_model none.pth: no such file"),
         (["--source", "none.json"], "none.json: cannot be read: No such file or directory"),
-        (["--source", "bad.json"], "bad.json: row 1: has the fields 'prompt'; a row has"),
+        (["--source", "bad.json"], "bad.json: row 1: has the columns 'prompt'; a row has"),
+        (["--split", "train"], "--split train: "),
+        (["--templates", "own"], "--templates own: accepted are mix, chat"),
+        (["--format", "parquet"], "argument --format: invalid choice"),
+        (["--source", "*.jsonl"], "*.jsonl: matches no file"),
         (["--source", "empty.json"], "empty.json: no usable pair among its 0 rows"),
         (["--ctx_len", "1"], "--ctx_len 1: at least 2 is accepted"),
         (["--batch_tokens", "0"], "--batch_tokens 0: at least 1 is accepted"),

@@ -1,7 +1,9 @@
 """binidx: Megatron's bytes, and every way a file can be broken."""
 
+import os
 import struct
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -51,6 +53,61 @@ def test_the_originals_corpus_reads_and_rewrites_to_the_same_bytes(tmp_path):
 def test_a_token_too_large_for_the_dtype_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(InputError, match=r"document 2 has a token that uint16 cannot hold"):
         write_binidx(tmp_path / "a", [np.array([1]), np.array([65536])])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_crash_at_any_step_of_the_swap_leaves_an_old_a_new_or_a_refused_corpus(tmp_path):
+    """Both corpora have the same number of tokens: their sizes in bytes tell nothing."""
+    old, new = ([np.array(tokens) for tokens in lists] for lists in ([[1], [2, 3]], [[4, 5], [6]]))
+
+    def meets():
+        try:
+            corpus = read_binidx(tmp_path / "a")
+        except InputError:
+            return "refused"
+        return [corpus.document(i).tolist() for i in range(len(corpus))]
+
+    met = []
+
+    def watched(step):
+        def call(path, *more, **options):
+            met.append(meets())
+            return step(path, *more, **options)
+
+        return call
+
+    write_binidx(tmp_path / "a", old)
+    with mock.patch("os.unlink", watched(os.unlink)), mock.patch("os.replace", watched(os.replace)):
+        write_binidx(tmp_path / "a", new)
+    assert meets() == [[4, 5], [6]]
+    assert all(one in ([[1], [2, 3]], "refused", [[4, 5], [6]]) for one in met)
+    assert "refused" in met
+
+
+@pytest.mark.parametrize("ending", ["bin", "idx"])
+def test_a_full_disk_leaves_the_old_corpus_whole(tmp_path, monkeypatch, ending):
+    write_binidx(tmp_path / "a", documents())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    fsync = os.fsync
+
+    def full(descriptor):
+        if f".a.{ending}." in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    if not os.path.exists("/proc/self/fd"):
+        pytest.skip("needs /proc to know which file is flushed")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"a.(bin|idx): cannot be written: No space left on device"):
+        write_binidx(tmp_path / "a", [np.array([9])])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_document_longer_than_its_size_can_say_is_refused(tmp_path, monkeypatch):
+    # Two thousand million tokens are not made for a test.
+    monkeypatch.setattr("rwkv_dpo.data.binidx._LARGEST_SIZE", 3)
+    with pytest.raises(InputError, match=r"a.bin: document 2 has 4 tokens, more than 3"):
+        write_binidx(tmp_path / "a", [np.arange(3), np.arange(4)])
     assert list(tmp_path.iterdir()) == []
 
 

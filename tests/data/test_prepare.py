@@ -5,8 +5,8 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rwkv_dpo.data.forms import Dropped, Preference
 from rwkv_dpo.data.prepare import prepare, prompt_key, split_rows
-from rwkv_dpo.data.sources import Preference
 from rwkv_dpo.data.tokenizer import WorldTokenizer
 
 
@@ -51,6 +51,32 @@ def test_unusable_rows_are_named_with_their_reasons_and_counted(tokenizer):
     assert report.counts() == {
         "read": 7, "kept": 2, "cut_prompts": 0, "cut_answers": 0, "cut_tokens": 0,
         "dropped": {"empty answer": 2, "identical answers": 1, "empty prompt": 1, "duplicate": 1},
+    }  # fmt: skip
+
+
+def test_rows_that_were_dropped_in_reading_are_counted_with_the_others(tokenizer):
+    rows = [Dropped("row 1", "tie"), preference(2), *(Dropped(f"row {i}", "malformed") for i in range(3, 10))]
+    report = prepare(rows, tokenizer, 64, "mix", seed=0).report
+    assert report.counts()["dropped"] == {"tie": 1, "malformed": 7}
+    assert (report.n_read, report.n_kept) == (9, 1)
+    assert report.dropped_rows(2) == {"tie": ["row 1"], "malformed": ["row 3", "row 4"]}
+
+
+def test_a_prompt_is_dropped_only_when_no_token_of_its_last_turn_fits(tokenizer):
+    n_cue = len(tokenizer.encode("\n\nAssistant:"))
+    rows = [preference(1, prompt="word " * 50 + "end", chosen="other " * 50)]
+    # Beside a long answer a prompt keeps half of ctx_len.
+    for ctx_len, dropped in ((2 * n_cue, {"prompt does not fit": 1}), (2 * n_cue + 2, {})):
+        assert prepare(rows, tokenizer, ctx_len, "chat", seed=0).report.counts()["dropped"] == dropped
+
+
+def test_the_header_carries_a_users_template(tokenizer, tmp_path):
+    (tmp_path / "own.txt").write_text("# {prompt}\n")
+    prepared = prepare([preference(1)], tokenizer, 64, str(tmp_path / "own.txt"), seed=0)
+    assert tokenizer.decode(prepared.pairs.pair(0)[0].tolist()) == "# Why?"
+    assert prepared.pairs.header["templates"] == {
+        "name": "own.txt", "single": {"# {prompt}": 1.0}, "system": "System", "user": "User", "assistant": "Assistant",
+        "answer": " {answer}\n\n",
     }  # fmt: skip
 
 

@@ -5,7 +5,9 @@
     documents when each document is one sequence, as json2binidx writes them)
 """
 
+import os
 import struct
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ DTYPES: dict[int, type] = {
     1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float32, 7: np.float64, 8: np.uint16,
 }  # fmt: skip
 _HEADER = struct.Struct("<9sQBQQ")
+_LARGEST_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -79,22 +82,30 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
 def write_binidx(prefix: str | Path, documents: Iterable[np.ndarray], dtype: type = np.uint16) -> tuple[int, int]:
     """Write PREFIX.bin and PREFIX.idx, streaming and atomically; returns the numbers of documents and of tokens.
 
-    Each document is an integer array [T]. InputError for a token that `dtype` cannot hold.
+    Each document is an integer array [T]. InputError for a token that `dtype` cannot hold. Memory holds 4 bytes a document
+    while they come, and some 30 at the end, when the index is written.
     """
     code = next(code for code, known in DTYPES.items() if known == dtype)
     stored = np.dtype(dtype).newbyteorder("<")
-    sizes: list[int] = []
-    # The index takes its name last: until then a reader meets the old pair, or a pair whose sizes disagree.
+    sizes = array("i")
     with atomic_write(f"{prefix}.idx") as index_file, atomic_write(f"{prefix}.bin") as bin_file:
         for document in documents:
-            tokens = document.astype(stored)
-            if not np.array_equal(tokens, document):
+            tokens = document.astype(stored, copy=False)
+            if tokens is not document and not np.array_equal(tokens, document):
                 raise InputError(f"{prefix}.bin: document {len(sizes) + 1} has a token that {stored.name} cannot hold")
+            if len(tokens) > _LARGEST_SIZE:
+                raise InputError(f"{prefix}.bin: document {len(sizes) + 1} has {len(tokens)} tokens, more than {_LARGEST_SIZE}")
             bin_file.write(tokens.tobytes())
             sizes.append(len(tokens))
-        ends = np.cumsum(sizes, dtype=np.int64)
-        index_file.write(_HEADER.pack(MAGIC, VERSION, code, len(sizes), len(sizes) + 1))
+        n, ends = len(sizes), np.cumsum(sizes, dtype=np.int64)
+        index_file.write(_HEADER.pack(MAGIC, VERSION, code, n, n + 1))
         index_file.write(np.asarray(sizes, "<i4").tobytes())
         index_file.write(((ends - sizes) * stored.itemsize).astype("<i8").tobytes())
-        index_file.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
-    return len(sizes), int(ends[-1]) if sizes else 0
+        index_file.write(np.arange(n + 1, dtype="<i8").tobytes())
+        for file in (bin_file, index_file):
+            file.flush()
+            os.fsync(file.fileno())
+        # Two names cannot move at once. Without the old index a reader meets the old pair, the new pair or, after a crash
+        # right here, a corpus that it refuses; never the tokens of one under the sizes of the other.
+        Path(f"{prefix}.idx").unlink(missing_ok=True)
+    return n, int(ends[-1]) if n else 0

@@ -4,17 +4,18 @@ No draw depends on the order of the rows or on other rows: the same prompt gets 
 whatever file it stands in.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from rwkv_dpo.data import tokenizer as world
+from rwkv_dpo.data.forms import Dropped, Preference
 from rwkv_dpo.data.pairs import Pair, PairSet, cut_pair, pack_pairs
-from rwkv_dpo.data.prompts import render, seeded_fraction
-from rwkv_dpo.data.sources import Preference
+from rwkv_dpo.data.prompts import MODES, Templates, load_templates, render, seeded_fraction
 
 SPLITS = ("train", "valid", "test")
 
@@ -41,6 +42,13 @@ class Report:
             "cut_tokens": self.n_cut_tokens,
         }
 
+    def dropped_rows(self, n: int = 5) -> dict[str, list[str]]:
+        """The first n rows that were left out for each reason."""
+        places: dict[str, list[str]] = {}
+        for where, reason in self.refused:
+            places.setdefault(reason, []).append(where)
+        return {reason: rows[:n] for reason, rows in places.items()}
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -52,22 +60,27 @@ class Prepared:
 
 
 def prepare(
-    preferences: Iterable[Preference], tokenizer: world.WorldTokenizer, ctx_len: int, templates: str, seed: int
+    preferences: Iterable[Preference | Dropped], tokenizer: world.WorldTokenizer, ctx_len: int, templates: str, seed: int
 ) -> Prepared:
-    """Make pairs of at most ctx_len tokens, prompt + longer answer. `templates` is a mode of prompts.render.
+    """Make pairs of at most ctx_len tokens, prompt + longer answer. `templates` is what prompts.load_templates takes.
 
     A row is refused, with its reason, when its prompt or an answer is empty, its answers are the same (before or after the cut),
-    or it repeats an earlier row.
+    no token of its last turn fits, or it repeats an earlier row.
     """
+    written = load_templates(templates)
     report = Report()
     kept: list[Pair] = []
     prompt_keys: list[str] = []
     seen: set[bytes] = set()
     for preference in preferences:
         report.n_read += 1
-        pair, n_prompt_cut, n_answers_cut = _tokenize(preference, tokenizer, ctx_len, templates, seed)
-        content = b"/".join(row.tobytes() for row in pair)
-        reason = "duplicate" if content in seen else _unusable_because(preference, pair, n_answers_cut)
+        if isinstance(preference, Dropped):
+            report.refused.append((preference.where, preference.reason))
+            continue
+        pair, n_prompt_cut, n_answers_cut, n_cue = _tokenize(preference, tokenizer, ctx_len, written, seed)
+        content = hashlib.blake2b(b"/".join(row.tobytes() for row in pair), digest_size=16).digest()
+        is_prompt_lost = n_prompt_cut > 0 and len(pair[0]) <= n_cue
+        reason = "duplicate" if content in seen else _unusable_because(preference, pair, is_prompt_lost, n_answers_cut)
         if reason:
             report.refused.append((preference.where, reason))
             continue
@@ -78,7 +91,13 @@ def prepare(
         report.n_cut_answers += n_answers_cut > 0
         report.n_cut_tokens += n_prompt_cut + n_answers_cut
     report.n_kept = len(kept)
-    header = {"tokenizer": world.NAME, "templates": templates, "ctx_len": ctx_len, "seed": seed, "counts": report.counts()}
+    header = {
+        "tokenizer": world.NAME,
+        "templates": templates if templates in MODES else asdict(written),
+        "ctx_len": ctx_len,
+        "seed": seed,
+        "counts": report.counts(),
+    }
     return Prepared(pack_pairs(kept, header=header), prompt_keys, report)
 
 
@@ -98,21 +117,23 @@ def split_rows(prompt_keys: Sequence[str], valid_ratio: float, test_ratio: float
 
 
 def _tokenize(
-    preference: Preference, tokenizer: world.WorldTokenizer, ctx_len: int, templates: str, seed: int
-) -> tuple[Pair, int, int]:
-    """The cut pair, and how many tokens its prompt and its answers lost."""
+    preference: Preference, tokenizer: world.WorldTokenizer, ctx_len: int, templates: Templates, seed: int
+) -> tuple[Pair, int, int, int]:
+    """The cut pair, how many tokens its prompt and its answers lost, and the tokens of the prompt's cue."""
     texts = render(preference, templates, seed)
-    prompt, chosen, rejected = (np.asarray(tokenizer.encode(text), dtype=np.int32) for text in texts)
+    prompt, chosen, rejected, cue = (np.asarray(tokenizer.encode(text), dtype=np.int32) for text in texts)
     prompt, chosen, rejected, n_prompt_cut, n_chosen_cut, n_rejected_cut = cut_pair(prompt, chosen, rejected, ctx_len)
-    return (prompt, chosen, rejected), n_prompt_cut, n_chosen_cut + n_rejected_cut
+    return (prompt, chosen, rejected), n_prompt_cut, n_chosen_cut + n_rejected_cut, len(cue)
 
 
-def _unusable_because(preference: Preference, pair: Pair, n_answers_cut: int) -> str | None:
+def _unusable_because(preference: Preference, pair: Pair, is_prompt_lost: bool, n_answers_cut: int) -> str | None:
     _, chosen, rejected = pair
     if not preference.turns[-1].strip():
         return "empty prompt"
     if not len(chosen) or not len(rejected):
         return "empty answer"
+    if is_prompt_lost:
+        return "prompt does not fit"
     if np.array_equal(chosen, rejected):
         return "identical answers after the cut" if n_answers_cut else "identical answers"
     return None

@@ -1,26 +1,70 @@
 """How a preference is written as text: what stands before, between and after the turns."""
 
 import hashlib
+import json
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from rwkv_dpo.data.sources import Preference
+from rwkv_dpo.data.forms import Preference
+from rwkv_dpo.errors import InputError, refuse
 
-MODES = ("mix", "chat")
-# The original's single-turn prompts and how often each is drawn.
-TEMPLATES = (
-    ("User: {prompt}\n\nAssistant:", 0.8),
-    ("Question: {prompt}\n\nAnswer:", 0.1),
-    ("Input: {prompt}\n\nResponse:", 0.1),
-)
+
+@dataclass(frozen=True)
+class Templates:
+    """single: how a dialogue of one turn without a system message is written, and how often each way is drawn ({prompt} is the
+    turn); without any, and for all other dialogues, each message begins with its speaker's name. answer: how answers are written.
+    """
+
+    name: str
+    single: Mapping[str, float] = field(default_factory=dict)
+    system: str = "System"
+    user: str = "User"
+    assistant: str = "Assistant"
+    answer: str = " {answer}\n\n"
+
+
+MODES = {
+    # The original's three.
+    "mix": Templates(
+        "mix", {"User: {prompt}\n\nAssistant:": 0.8, "Question: {prompt}\n\nAnswer:": 0.1, "Input: {prompt}\n\nResponse:": 0.1}
+    ),
+    "chat": Templates("chat"),
+}
 
 
 class Rendered(NamedTuple):
-    """The texts of one pair; prompt + chosen and prompt + rejected read on without a seam."""
+    """The texts of one pair; prompt + chosen and prompt + rejected read on without a seam. `cue` is how the prompt ends, after the
+    last user turn."""
 
     prompt: str
     chosen: str
     rejected: str
+    cue: str
+
+
+def load_templates(name: str) -> Templates:
+    """The templates of a name in MODES, or of a user's file. InputError, naming the file, when it is no such file.
+
+    .txt: how a single turn is written, with {prompt} in it; a last line end does not count. .json: an object with any of the fields
+    of Templates but the name; what it leaves out is as in "chat".
+
+        {"single": {"Q: {prompt}\\nA:": 3, "{prompt}\\n": 1}, "user": "Human", "assistant": "Bot", "answer": " {answer}\\n\\n"}
+    """
+    if name in MODES:
+        return MODES[name]
+    path = Path(name)
+    if path.suffix not in (".txt", ".json"):
+        refuse(f"--templates {name}: accepted are {', '.join(MODES)}, and a .txt or .json file")
+    try:
+        text = path.read_text("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"--templates {name}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--templates {name}: not UTF-8: {error.reason} at byte {error.start}") from error
+    return _checked(path.name, {"single": {text.removesuffix("\n"): 1.0}} if path.suffix == ".txt" else _parsed(text, name), name)
 
 
 def clean(text: str) -> str:
@@ -28,24 +72,24 @@ def clean(text: str) -> str:
     return re.sub(r"[\r\n]+", "\n", text.strip())
 
 
-def render(preference: Preference, mode: str, seed: int) -> Rendered:
-    """Write a preference out.
+def render(preference: Preference, templates: Templates, seed: int) -> Rendered:
+    """Write a preference out. An answer is empty when its text is.
 
-    mode "mix": a single turn without a system message in a template drawn from TEMPLATES, anything else as chat; "chat":
-    everything as chat. An answer is empty when its text is.
-
-    >>> render(Preference("row 1", "", ("Hi",), "Hello!", "Go away."), "chat", seed=0)
-    Rendered(prompt='User: Hi\\n\\nAssistant:', chosen=' Hello!\\n\\n', rejected=' Go away.\\n\\n')
+    >>> render(Preference("row 1", "", ("Hi",), "Hello!", "Go away."), MODES["chat"], seed=0)
+    Rendered(prompt='User: Hi\\n\\nAssistant:', chosen=' Hello!\\n\\n', rejected=' Go away.\\n\\n', cue='\\n\\nAssistant:')
     """
     system = clean(preference.system)
     turns = [clean(turn) for turn in preference.turns]
-    if mode == "mix" and not system and len(turns) == 1:
-        prompt = _draw_template(turns[0], seed).format(prompt=turns[0])
+    if templates.single and not system and len(turns) == 1:
+        before, _, cue = _draw(templates.single, turns[0], seed).partition("{prompt}")
+        prompt = before + turns[0] + cue
     else:
-        lines = [f"System: {system}"] if system else []
-        lines += [f"{('User', 'Assistant')[i % 2]}: {turn}" for i, turn in enumerate(turns)]
-        prompt = "\n\n".join([*lines, "Assistant:"])
-    return Rendered(prompt, _answer(preference.chosen), _answer(preference.rejected))
+        names = templates.user, templates.assistant
+        lines = [f"{templates.system}: {system}"] if system else []
+        lines += [f"{names[i % 2]}: {turn}" for i, turn in enumerate(turns)]
+        cue = f"\n\n{templates.assistant}:"
+        prompt = "\n\n".join(lines) + cue
+    return Rendered(prompt, _answer(preference.chosen, templates), _answer(preference.rejected, templates), cue)
 
 
 def seeded_fraction(purpose: str, seed: int, text: str) -> float:
@@ -55,15 +99,42 @@ def seeded_fraction(purpose: str, seed: int, text: str) -> float:
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
-def _draw_template(prompt: str, seed: int) -> str:
-    fraction = seeded_fraction("template", seed, prompt)
-    for template, weight in TEMPLATES:
-        if fraction < weight:
+def _draw(single: Mapping[str, float], prompt: str, seed: int) -> str:
+    point = seeded_fraction("template", seed, prompt) * sum(single.values())
+    for template, weight in single.items():
+        if point < weight:
             return template
-        fraction -= weight
-    return TEMPLATES[-1][0]
+        point -= weight
+    # Only rounding leads here.
+    return template
 
 
-def _answer(text: str) -> str:
+def _answer(text: str, templates: Templates) -> str:
     cleaned = clean(text)
-    return f" {cleaned}\n\n" if cleaned else ""
+    return templates.answer.replace("{answer}", cleaned) if cleaned else ""
+
+
+def _parsed(text: str, name: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--templates {name}: not JSON: {error}") from error
+    return settings if isinstance(settings, dict) else refuse(f"--templates {name}: expected an object, found {type(settings).__name__}")
+
+
+def _checked(file_name: str, settings: dict[str, Any], name: str) -> Templates:
+    accepted = ("single", "system", "user", "assistant", "answer")
+    if unknown := settings.keys() - set(accepted):
+        refuse(f"--templates {name}: unknown field {min(unknown)!r}; accepted are {', '.join(accepted)}")
+    single = settings.get("single", {})
+    if not isinstance(single, dict) or not all(isinstance(weight, int | float) and 0 < weight < 1e9 for weight in single.values()):
+        refuse(f"--templates {name}: field 'single' is an object of templates and their weights, which are above 0")
+    for template in single:
+        if template.count("{prompt}") != 1:
+            refuse(f"--templates {name}: {template!r} has {{prompt}} {template.count('{prompt}')} times; expected once")
+    for key in accepted[1:]:
+        if key in settings and not (isinstance(settings[key], str) and settings[key].strip()):
+            refuse(f"--templates {name}: field '{key}' is {settings[key]!r}; expected text")
+    if settings.get("answer", "{answer}").count("{answer}") != 1:
+        refuse(f"--templates {name}: field 'answer' is {settings['answer']!r}; expected {{answer}} in it, once")
+    return Templates(file_name, **settings)

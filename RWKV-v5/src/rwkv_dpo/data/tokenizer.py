@@ -47,6 +47,8 @@ class WorldTokenizer:
         for line in Path(self._encoder.vocab_filepath).read_text("utf-8").split("\n"):
             if line:
                 number, literal = line.rsplit(" ", 1)[0].split(" ", 1)
-                token = ast.literal_eval(literal)
+                # Most literals are plain; evaluating all of them would take most of the time that a small job has.
+                is_plain = literal[0] != "b" and "\\" not in literal
+                token = literal[1:-1] if is_plain else ast.literal_eval(literal)
                 table[int(number)] = token.encode() if isinstance(token, str) else token
         return table

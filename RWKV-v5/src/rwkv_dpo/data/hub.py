@@ -1,0 +1,31 @@
+"""Data sets of the Hugging Face Hub, read as a stream through the package `datasets`."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from rwkv_dpo.data.files import Row, ending
+from rwkv_dpo.errors import InputError
+
+
+def is_hub_id(source: str | Path, file_endings: tuple[str, ...]) -> bool:
+    """Whether `source` reads as OWNER/NAME and is not a file, nor named like one."""
+    is_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)) is not None
+    return is_name and ending(source) not in file_endings and not Path(source).exists()
+
+
+def open_hub_rows(name: str, split: str) -> Iterator[tuple[str, Row]]:
+    """("row 3", row) of every row of that split, counted from 1. InputError when it cannot be fetched."""
+    # Here, not above: it takes seconds to import, and local files do without.
+    import datasets
+
+    n = 0
+    try:
+        for n, row in enumerate(datasets.load_dataset(name, split=split, streaming=True), start=1):
+            yield f"row {n}", row
+    # What `datasets` raises for a missing network, a missing data set, a missing split and a file it cannot read.
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{name}: no such file or folder here, and split {split!r} of it cannot be read from the Hub after row {n}: {reason}"
+        ) from error

@@ -1,0 +1,207 @@
+"""Every form of row tells the same dialogue; what is no preference is dropped or refused by name."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rwkv_dpo.data.forms import FORMS, Dropped, Preference, recognised, to_preference
+from rwkv_dpo.data.prepare import prepare
+from rwkv_dpo.data.prompts import MODES, render
+from rwkv_dpo.data.tokenizer import WorldTokenizer
+from rwkv_dpo.errors import InputError
+
+
+def said(*turns, names=("role", "content")):
+    return [dict(zip(names, turn, strict=True)) for turn in turns]
+
+
+def asked(*texts, user="user", assistant="assistant"):
+    return [((user, assistant)[i % 2], text) for i, text in enumerate(texts)]
+
+
+def ultrafeedback(turns, chosen, rejected):
+    lead = asked(*turns)
+    answers = (said(*lead, ("assistant", answer)) for answer in (chosen, rejected))
+    return dict(zip(("prompt", "chosen", "rejected"), (turns[0], *answers), strict=True))
+
+
+def trl_explicit(turns, chosen, rejected):
+    answers = (said(("assistant", answer)) for answer in (chosen, rejected))
+    return dict(zip(("prompt", "chosen", "rejected"), (said(*asked(*turns)), *answers), strict=True))
+
+
+def trl_implicit(turns, chosen, rejected):
+    return {key: value for key, value in ultrafeedback(turns, chosen, rejected).items() if key != "prompt"}
+
+
+def trl_repeated(turns, chosen, rejected):
+    return ultrafeedback(turns, chosen, rejected) | {"prompt": said(*asked(*turns))}
+
+
+def sharegpt(turns, chosen, rejected):
+    names = ("from", "value")
+    return {
+        "conversations": said(*asked(*turns, user="human", assistant="gpt"), names=names),
+        "chosen": said(("gpt", chosen), names=names)[0],
+        "rejected": said(("gpt", rejected), names=names)[0],
+    }
+
+
+def hh(turns, chosen, rejected):
+    lead = "".join(f"\n\n{role}: {text}" for role, text in asked(*turns, user="Human", assistant="Assistant"))
+    return {"chosen": f"{lead}\n\nAssistant: {chosen}", "rejected": f"{lead}\n\nAssistant: {rejected}"}
+
+
+def hh_with_prompt(turns, chosen, rejected):
+    whole = hh(turns, "", "")["chosen"].rstrip(" ")
+    return {"prompt": whole, "chosen": " " + chosen, "rejected": " " + rejected}
+
+
+def plain(turns, chosen, rejected):
+    return {"prompt": turns[0], "chosen": chosen, "reject": rejected}
+
+
+WRITERS = {
+    ultrafeedback: "ultrafeedback", trl_explicit: "trl", trl_implicit: "trl", trl_repeated: "trl", sharegpt: "sharegpt", hh: "hh",
+    hh_with_prompt: "hh", plain: "plain",
+}  # fmt: skip
+
+# Not texts that a form itself would read as the start of another turn.
+TEXT = st.text(max_size=40).filter(lambda text: not re.search("Human:|Assistant:", text))
+ODD = st.sampled_from(["", " ", "\n\n", "\u2028", "\x00", "\ufeff", "e\u0301\u200d", "👩‍👧", "العربية", "{prompt}", "\\", "長い" * 3000])
+DIALOGUES = st.lists(TEXT | ODD, min_size=1, max_size=5).filter(lambda turns: len(turns) % 2 == 1)
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+@settings(deadline=None, max_examples=40)
+@given(turns=DIALOGUES, chosen=TEXT | ODD, rejected=TEXT | ODD)
+def test_every_form_tells_the_same_dialogue(write, turns, chosen, rejected):
+    if write is plain:
+        turns = turns[:1]
+    row = write(turns, chosen, rejected)
+    told = to_preference(row, "row 1")
+    if not row.get("rejected", row.get("reject")):
+        assert told == Dropped("row 1", "no rejected answer")
+    elif not row["chosen"]:
+        assert told == Dropped("row 1", "empty answer")
+    else:
+        # A form may add or take outer space, which writing out removes.
+        assert render(told, MODES["chat"], 0) == render(Preference("", "", tuple(turns), chosen, rejected), MODES["chat"], 0)
+        assert told == to_preference(row, "row 1", WRITERS[write])
+
+
+@settings(deadline=None, max_examples=25)
+@given(rows=st.lists(st.tuples(st.sampled_from(list(WRITERS)), DIALOGUES, TEXT | ODD, TEXT | ODD), max_size=8), ctx_len=st.integers(2, 64))
+def test_rows_of_all_forms_become_pairs_or_are_counted(rows, ctx_len):
+    preferences = [to_preference(write(*dialogue), f"row {i}") for i, (write, *dialogue) in enumerate(rows)]
+    prepared = prepare(preferences, WorldTokenizer(), ctx_len, "mix", seed=0)
+    counts = prepared.report.counts()
+    assert counts["read"] == len(rows) == counts["kept"] + sum(counts["dropped"].values())
+    assert len(prepared.pairs) == counts["kept"]
+
+
+@settings(deadline=None)
+@given(st.dictionaries(
+    st.sampled_from(["prompt", "chosen", "rejected", "reject", "conversations", "system", "score_chosen", "score_rejected"]),
+    st.recursive(
+        st.none() | st.integers() | st.text(st.characters(), max_size=9) | st.just("\ud800"),
+        lambda inner: st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value"]), inner | st.sampled_from(["user", "gpt"]), max_size=4),
+        max_leaves=8,
+    ),
+), st.sampled_from(["auto", *FORMS]))  # fmt: skip
+def test_rows_of_any_content_are_read_dropped_or_refused_in_one_line(row, form):
+    try:
+        told = to_preference(row, "row 1", form)
+    except InputError as error:
+        told = error
+    assert isinstance(told, Preference | Dropped) or "\n" not in str(told)
+
+
+def test_system_messages_are_kept_wherever_they_stand():
+    system = ("system", "Be kind.")
+    whole = {name: said(system, ("user", "Hi"), ("assistant", name)) for name in ("chosen", "rejected")}
+    rows = [
+        whole,
+        whole | {"prompt": "Hi"},
+        {"prompt": said(system, ("user", "Hi")), **{name: said(("assistant", name)) for name in ("chosen", "rejected")}},
+        {"system": "Be kind.", "prompt": "Hi", "chosen": "chosen", "rejected": "rejected"},
+        {"conversations": said(system, ("user", "Hi")), "chosen": said(("gpt", "chosen")), "rejected": said(("gpt", "rejected"))[0]},
+    ]
+    for row in rows:
+        assert to_preference(row, "row 1") == Preference("row 1", "Be kind.", ("Hi",), "chosen", "rejected")
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "prompt"), [
+    ("The sky is blue.", "The sky is green.", "The sky is "),
+    ("The sky is blue.", "The sky is black.", "The sky is "),
+    ("The sky is", "The sky is grey", "The sky is"),
+    ("天空是蓝色", "天空是绿色", "天空是"),
+    ("Yes.", "No.", ""),
+])  # fmt: skip
+def test_an_implicit_prompt_of_text_ends_with_a_whole_word(chosen, rejected, prompt):
+    told = to_preference({"chosen": chosen, "rejected": rejected}, "row 1")
+    assert told == Preference("row 1", "", (prompt,), chosen.removeprefix(prompt), rejected.removeprefix(prompt))
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ({"score_chosen": 7, "score_rejected": 7.0}, "tie"),
+    ({"score_chosen": "7", "score_rejected": "7.0"}, "tie"),
+    ({"score_chosen": 7, "score_rejected": 6}, None),
+    ({"score_chosen": None, "score_rejected": None}, None),
+    ({"score_chosen": "", "score_rejected": ""}, None),
+    ({"rejected": None}, "no rejected answer"),
+    ({"rejected": ""}, "no rejected answer"),
+    ({"chosen": None}, "empty answer"),
+])  # fmt: skip
+def test_rows_without_a_preference_are_dropped_by_reason(change, reason):
+    told = to_preference({"prompt": "p", "chosen": "c", "rejected": "r"} | change, "row 1")
+    assert told == (Dropped("row 1", reason) if reason else Preference("row 1", "", ("p",), "c", "r"))
+
+
+def test_dialogues_that_part_before_their_last_answer_are_dropped():
+    long, short = hh(["1", "2", "3"], "4", "5")["chosen"], hh(["1"], "other", "")["chosen"]
+    for chosen, rejected in ((long, short), (short, long)):
+        assert to_preference({"chosen": chosen, "rejected": rejected}, "row 1") == Dropped("row 1", "answers of several turns")
+
+
+U, A = ("user", "u"), ("assistant", "a")
+DIALOGUE = {"chosen": said(U, A), "rejected": said(U, ("assistant", "b"))}
+PLAIN = {"prompt": "p", "chosen": "c", "rejected": "r"}
+
+
+@pytest.mark.parametrize(("row", "fault"), [
+    ({}, "has the columns none; a row has prompt text, chosen and rejected messages (ultrafeedback), or "),
+    ({"question": "q", "chosen": "c"}, "has the columns 'question', 'chosen'; a row has"),
+    (PLAIN | {"chosen": 3}, "field 'chosen' is a int; expected text"),
+    (PLAIN | {"prompt": ["p"]}, "field 'prompt' is a list; expected text"),
+    (PLAIN | {"prompt": "\ud800"}, "field 'prompt' has a lone surrogate at character 0"),
+    (PLAIN | {"score_chosen": "good", "score_rejected": 1}, "fields 'score_chosen' and 'score_rejected' are 'good' and 1; expected"),
+    (DIALOGUE | {"chosen": said(U)}, "field 'chosen' ends with a message from the user; expected the assistant"),
+    (DIALOGUE | {"rejected": said(U, A, U)}, "field 'rejected' ends with a message from the user; expected the assistant"),
+    (DIALOGUE | {"rejected": said(("user", "v"), A)}, "fields 'chosen' and 'rejected' have different prompts: they part at message 1"),
+    (DIALOGUE | {"prompt": "v"}, "field 'prompt' is none of the user's messages in 'chosen'"),
+    ({"prompt": "p"} | dict.fromkeys(["chosen", "rejected"], said(("system", "s"), A)), "message 2 of the dialogue is from the system"),
+    (DIALOGUE | {"rejected": "r"}, "field 'rejected' is a str; expected a list of messages"),
+    (DIALOGUE | {"rejected": ["r"]}, "field 'rejected': message 1: expected a role and content, or from and value"),
+    (DIALOGUE | {"chosen": said(U, ("tool", "t"), A)}, "field 'chosen': message 2: is from 'tool'; accepted are human, user"),
+    (DIALOGUE | {"chosen": said(U, (["assistant"], "a"))}, "field 'chosen': message 2: is from ['assistant']"),
+    (DIALOGUE | {"chosen": said(U, ("assistant", [{"type": "image"}]))}, "field 'chosen': message 2: field 'content' is a list; expected"),
+    ({"conversations": said(U, A), "chosen": said(A)[0], "rejected": said(A)[0]}, "message 3 of the dialogue is from the assistant; exp"),
+    ({"conversations": [], "chosen": said(A)[0], "rejected": said(A)[0]}, "message 1 of the dialogue is from the assistant; expected"),
+    ({"conversations": said(U, U), "chosen": said(A)[0], "rejected": said(A)[0]}, "message 2 of the dialogue is from the user; expec"),
+    ({"conversations": "hi", "chosen": said(A)[0], "rejected": said(A)[0]}, "field 'conversations' is a str; expected a list of messages"),
+    (hh(["h"], "a", "b") | {"rejected": "b"}, "field 'rejected' has no Human: and Assistant: turns"),
+])  # fmt: skip
+def test_a_bad_row_is_refused_with_its_field(row, fault):
+    with pytest.raises(InputError, match=re.escape(fault)):
+        to_preference(row, "row 1")
+
+
+def test_a_named_form_is_honoured_or_refused():
+    row = hh(["h"], "a", "b")
+    assert recognised(row) == "hh"
+    assert to_preference(row, "row 1", "trl").turns == ("\n\nHuman: h\n\nAssistant: ",)
+    with pytest.raises(InputError, match=r"has the columns 'chosen', 'rejected'; --format prompt, chosen and rejected \(or reject\)"):
+        to_preference(row, "row 1", "plain")

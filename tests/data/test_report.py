@@ -1,0 +1,61 @@
+"""What preparation tells, against figures counted by hand."""
+
+import json
+
+import numpy as np
+import pytest
+from rwkv_dpo.data.pairs import pack_pairs
+from rwkv_dpo.data.report import as_table, length_percentiles, reference_summary, write_report
+
+
+def test_percentiles_are_lengths_that_occur():
+    pairs = pack_pairs([([1] * n, [5] * 3 + [6] * n, [5] * min(n, 3) + [7]) for n in range(1, 101)])
+    assert length_percentiles(pairs) == {
+        "prompt": {"p50": 50, "p90": 90, "p99": 99, "max": 100},
+        "chosen": {"p50": 53, "p90": 93, "p99": 102, "max": 103},
+        "rejected": {"p50": 4, "p90": 4, "p99": 4, "max": 4},
+        "common_prefix": {"p50": 3, "p90": 3, "p99": 3, "max": 3},
+    }
+
+
+def test_a_percentile_is_not_put_between_two_lengths():
+    pairs = pack_pairs([([1] * n, [2], [3]) for n in (1, 10)])
+    assert length_percentiles(pairs)["prompt"] == {"p50": 1, "p90": 10, "p99": 10, "max": 10}
+
+
+def test_an_answer_that_the_other_one_begins_with_is_common_as_a_whole():
+    assert length_percentiles(pack_pairs([([1], [2, 3], [2, 3, 4])]))["common_prefix"]["max"] == 2
+
+
+def test_no_pairs_have_no_percentiles():
+    assert length_percentiles(pack_pairs([])) == {}
+
+
+def test_the_reference_is_summed_up_per_answer_and_per_token():
+    pairs = pack_pairs([([1], [2, 3], [4]), ([1], [2, 3, 4, 5], [4, 4])], np.array([[-2.0, -3.0], [-7.0, -6.0]]))
+    assert reference_summary(pairs) == {
+        "chosen": {"mean": -4.5, "std": 2.5, "min": -7.0, "max": -2.0, "mean_per_token": -1.5},
+        "rejected": {"mean": -4.5, "std": 1.5, "min": -6.0, "max": -3.0, "mean_per_token": -3.0},
+        "ranked_right": 0.5,
+    }
+
+
+def test_the_table_has_every_figure_of_the_report():
+    pairs = pack_pairs([([1] * 1234, [2, 3], [4])], np.array([[-2.0, -3.0]]))
+    counts = {"read": 1300, "kept": 1, "dropped": {"tie": 1299}, "cut_prompts": 17, "cut_answers": 18, "cut_tokens": 19}
+    table = as_table(counts, length_percentiles(pairs), reference_summary(pairs), {"trainset.save": {"pairs": 1, "sha256": "ab12"}})
+    cells = [line.split() for line in table.splitlines()]
+    for expected in ("rows read 1,300", "kept 1", "dropped 1,299", "tie 1,299", "prompts cut 17", "pairs with an answer cut 18",
+                     "tokens cut 19", "prompt 1,234 1,234 1,234 1,234", "chosen -2.00 0.00 -2.00 -2.00 -1.00",
+                     "ranked right by the reference 100.0%", "trainset.save 1 pairs sha256 ab12"):  # fmt: skip
+        assert expected.split() in cells
+
+
+def test_the_report_is_json(tmp_path):
+    write_report(tmp_path / "report.json", {"name": "Größe", "n": 1})
+    assert json.loads((tmp_path / "report.json").read_text("utf-8")) == {"name": "Größe", "n": 1}
+
+
+@pytest.mark.parametrize("parts", [{}, {"lengths": {}}, {"counts": None}])
+def test_parts_that_are_not_there_take_no_line(parts):
+    assert as_table(**parts) == ""
