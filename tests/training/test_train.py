@@ -216,6 +216,8 @@ def test_a_folder_of_another_run_is_refused_unless_overwritten(data, tmp_path):
     run(data, tmp_path)
     with pytest.raises(InputError, match=r"other settings: --dpo_beta 0.3 \(was 0.1\)"):
         run(data, tmp_path, dpo_beta=0.3)
+    with pytest.raises(InputError, match=r"other settings: --load_model .*rwkv-final.pth \(was .*model.pth\)"):
+        run(data, tmp_path, load_model=tmp_path / "rwkv-final.pth")
     run(data, tmp_path)  # the same run again: its old metrics are set aside
     assert (tmp_path / "metrics.1.jsonl").exists()
     assert len(run(data, tmp_path, dpo_beta=0.3, overwrite=1)) == 8

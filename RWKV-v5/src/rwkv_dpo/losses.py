@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,7 +42,3 @@ def mix(loss_general: Tensor, loss_dpo: Tensor, ratio: float) -> Tensor:
     if ratio == 1:
         return loss_general
     return ratio * loss_general + (1 - ratio) * loss_dpo
-
-
-def perplexity(mean_nll: float) -> float:
-    return float(torch.exp(torch.tensor(mean_nll, dtype=torch.float64)))

@@ -10,11 +10,10 @@ from rwkv_dpo.atomic import atomic_write
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.errors import refuse
 
-# Settings that may differ between a run and its repetition or continuation without making it another run.
-_INCIDENTAL = (
-    "overwrite", "wandb", "enable_progress_bar", "cpu_malloc", "wkv_backend", "accelerator", "load_model", "epoch_begin", "epoch_count",
-    "my_pile_stage", "my_exit", "warmup_steps",
-)  # fmt: skip
+# Settings that leave a run's result as it is.
+_INCIDENTAL = ("overwrite", "wandb", "enable_progress_bar", "cpu_malloc", "wkv_backend", "accelerator")
+# Settings that a continuation of a run changes.
+_CONTINUATION = ("load_model", "epoch_begin", "epoch_count", "my_pile_stage", "my_exit", "warmup_steps")
 
 
 def prepare_folder(config: RunConfig) -> None:
@@ -32,7 +31,9 @@ def prepare_folder(config: RunConfig) -> None:
     settings = asdict(config)
     before = _read_config(folder / "config.json")
     if before is not None and not config.overwrite:
-        known = {name: value for name, value in before.items() if name not in _INCIDENTAL}
+        continues = config.epoch_begin > 0 or config.my_pile_stage >= 2
+        free = _INCIDENTAL + _CONTINUATION if continues else _INCIDENTAL
+        known = {name: value for name, value in before.items() if name not in free}
         changed = [f"--{name} {settings.get(name)} (was {value})" for name, value in known.items() if settings.get(name) != value]
         if changed:
             refuse(f"--proj_dir {folder} holds a run with other settings: {', '.join(changed[:5])}; --overwrite 1 goes on all the same")
