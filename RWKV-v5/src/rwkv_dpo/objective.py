@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rwkv_dpo.data.pairs import Pair, PairSet
 from rwkv_dpo.forest import Step, build_step
-from rwkv_dpo.linear_logprobs import LEAN, LogProbs, linear_logprobs
+from rwkv_dpo.linear_logprobs import LogProbs
 from rwkv_dpo.losses import DPOTerms, dpo_loss, l2wrap, mix
 from rwkv_dpo.model.rwkv import RWKV
 
@@ -34,8 +34,7 @@ def collate(windows: Sequence[np.ndarray], pairs: Sequence[Pair], ref_logps: np.
 def score_rows(model: RWKV, step: Step) -> LogProbs:
     """Log-probabilities and largest logits of the step's scored rows: the one model call of a micro-batch."""
     hidden, _ = model(step.forest)
-    memory = LEAN if model.grad_cp else {}
-    return linear_logprobs(hidden.index_select(0, step.scored_rows), model.head.weight, step.targets, **memory)
+    return model.head(hidden.index_select(0, step.scored_rows), step.targets, lean=model.grad_cp)
 
 
 def answer_logps(logps: Tensor, step: Step) -> Tensor:

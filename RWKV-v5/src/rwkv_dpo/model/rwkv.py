@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_dpo.forest import Forest, LayerState
-from rwkv_dpo.model.linear import Linear
+from rwkv_dpo.linear_logprobs import LEAN, LogProbs, linear_logprobs
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.wkv import WKV5
 
@@ -34,13 +34,13 @@ class RWKV(nn.Module):
         self.emb = nn.Embedding(shape.vocab_size, shape.n_embd)
         self.blocks = nn.ModuleList(Block(shape, mixes, layer, dropout) for layer in range(shape.n_layer))
         self.ln_out = LayerNorm(shape.n_embd)
-        self.head = Linear(shape.n_embd, shape.vocab_size)
+        self.head = Head(shape.n_embd, shape.vocab_size)
 
     def forward(self, forest: Forest, initial: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
         """Hidden rows [S, C] after the last norm, and every layer's state at the end of each of the n segments.
 
         initial: what the roots continue from, n_roots rows in each tensor; None for the beginning of time.
-        Logits are `head(hidden)`; in training, linear_logprobs(hidden, head.weight, ...) never makes them all.
+        Logits are `head(hidden)`; in training, `head(hidden, targets)` never makes them all.
         """
         x = self.emb(forest.tokens).to(self.compute_dtype)
         states = []
@@ -52,6 +52,19 @@ class RWKV(nn.Module):
                 x, state = block(*arguments)
             states.append(state)
         return self.ln_out(x), states
+
+
+class Head(nn.Module):
+    def __init__(self, n_embd: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, n_embd))
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, lean: bool = False) -> Tensor | LogProbs:
+        """Logits of hidden rows [R, C], or with targets [R] their log-probabilities, which never makes all the logits; lean: with
+        the least memory. Both in one forward: DeepSpeed's ZeRO-3 gathers a module's weights for its forward only."""
+        if targets is None:
+            return F.linear(hidden, self.weight.to(hidden.dtype))
+        return linear_logprobs(hidden, self.weight, targets, **(LEAN if lean else {}))
 
 
 class Block(nn.Module):

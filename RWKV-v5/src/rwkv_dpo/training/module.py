@@ -8,7 +8,7 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from rwkv_dpo.config import RunConfig
-from rwkv_dpo.model.rwkv import RWKV
+from rwkv_dpo.model.rwkv import RWKV, Block
 from rwkv_dpo.objective import MicroBatch, objective
 from rwkv_dpo.training.optim import build_optimizer, set_rates
 
@@ -26,6 +26,13 @@ class DPOModule(pl.LightningModule):
         self.n_tokens = 0
         self.grad_norm = torch.zeros(())
         self.lr = self.weight_decay = 0.0
+
+    def setup(self, stage: str) -> None:
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            from deepspeed.utils import set_z3_leaf_modules
+
+            # ZeRO-3 gathers weights module by module, but within a block a layer uses its neighbours': gather blocks whole.
+            set_z3_leaf_modules(self.model, [Block])
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         loss, self.metrics = objective(self.model, batch, self.config.dpo_beta, self.config.ratio)
