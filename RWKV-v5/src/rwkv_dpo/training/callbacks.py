@@ -24,13 +24,13 @@ log = logging.getLogger(__name__)
 
 
 class MetricsLog(pl.Callback):
-    """One JSON line (and one wandb record) an optimizer step, averaged over micro-batches and ranks; the progress bar; and
-    the original's train_log.txt, a line an epoch."""
+    """One JSON line (and one wandb record) an optimizer step, averaged over the pairs, or the windows' tokens, of its
+    micro-batches on all ranks; the progress bar; and the original's train_log.txt, a line an epoch."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
         self.pairs_seen = config.epoch_begin * config.epoch_steps * config.micro_bsz * config.world_size * config.uses_pairs
-        self.sums: dict[str, torch.Tensor] = {}
+        self.sums: dict[str, torch.Tensor] = {}  # by metric: the weighted sum and the sum of the weights
         self.n_micro = self.n_tokens = self.steps_done = 0
         self.epoch_losses: list[float] = []
         self.run: Any = None
@@ -48,7 +48,8 @@ class MetricsLog(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         for name, value in module.metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + value
+            weight = {"loss": 1, "loss_general": batch.step.n_window_rows}.get(name, batch.step.n_pairs)
+            self.sums[name] = self.sums.get(name, 0) + weight * torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])
         self.n_micro += 1
         self.n_tokens += module.n_tokens
         if trainer.global_step == self.steps_done:
@@ -61,11 +62,11 @@ class MetricsLog(pl.Callback):
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             module.grad_norm = torch.as_tensor(trainer.strategy.deepspeed_engine.get_global_grad_norm() or 0.0)
         names = list(self.sums)
-        means = torch.stack([self.sums[name].float() for name in names]) / self.n_micro
-        tokens = torch.tensor(float(self.n_tokens), device=means.device)
+        sums = torch.stack(list(self.sums.values()))
+        tokens = torch.tensor(float(self.n_tokens), device=sums.device)
         if trainer.world_size > 1:
-            means = trainer.strategy.reduce(means, reduce_op="mean")
-            tokens = trainer.strategy.reduce(tokens, reduce_op="sum")
+            sums, tokens = (trainer.strategy.reduce(x, reduce_op="sum") for x in (sums, tokens))
+        means = sums[:, 0] / sums[:, 1]
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         self.pairs_seen += self.n_micro * c.micro_bsz * c.world_size * c.uses_pairs
