@@ -1,6 +1,7 @@
 """Sampling: every item once per pass, whoever draws it."""
 
 import itertools
+import random
 from collections import Counter
 
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rwkv_dpo.errors import InputError
 from rwkv_dpo.sampling import (
+    LengthOrder,
     check_magic_prime,
+    deal,
     global_index,
     item_at,
     largest_magic_prime,
@@ -152,3 +155,57 @@ def test_a_corpus_without_a_magic_prime_is_refused():
     assert largest_magic_prime(30, 10) == 2
     with pytest.raises(InputError, match=r"--magic_prime: 29 tokens are too few"):
         largest_magic_prime(29, 10)
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=200), seed=st.integers(0, 99), pass_number=st.integers(0, 9))
+def test_a_pass_in_length_order_holds_each_item_once(lengths, seed, pass_number):
+    order, n = LengthOrder(lengths, seed), len(lengths)
+    assert sorted(order.item_at(pass_number * n + i) for i in range(n)) == list(range(n))
+
+
+@pytest.mark.parametrize("n", [1023, 1024, 1025, 2500])
+def test_passes_longer_than_a_block_hold_each_item_once(n):
+    order = LengthOrder([i % 97 for i in range(n)], seed=2)
+    assert sorted(order.item_at(i) for i in range(n)) == list(range(n))
+    assert [order.item_at(i) for i in range(n)] != [order.item_at(n + i) for i in range(n)]
+
+
+@given(n=st.integers(1, 80), world_size=st.integers(1, 5), micro_bsz=st.integers(1, 4), first_step=st.integers(0, 99))
+def test_steps_take_the_same_sequence_whatever_the_ranks(n, world_size, micro_bsz, first_step):
+    order, n_step = LengthOrder([(7 * i) % 31 for i in range(n)], seed=4), world_size * micro_bsz
+    for step in (first_step, first_step + 1):
+        ranks = [order.rank_items(step, rank, world_size, micro_bsz) for rank in range(world_size)]
+        assert [len(items) for items in ranks] == [micro_bsz] * world_size
+        assert sorted(itertools.chain(*ranks)) == sorted(order.item_at(i) for i in range(step * n_step, (step + 1) * n_step))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_one_pass_in_length_order_on_any_number_of_ranks_holds_every_item_once(world_size):
+    n = 2048
+    order = LengthOrder(log_normal_lengths(n), seed=1)
+    steps, ranks = range(n // (2 * world_size)), range(world_size)
+    seen = [item for step in steps for rank in ranks for item in order.rank_items(step, rank, world_size, 2)]
+    assert sorted(seen) == list(range(n))
+
+
+def test_a_deal_worked_out_by_hand():
+    # 9 and 8, then 5 to the hand with 8 and 1 to the hand with 9.
+    assert deal([0, 1, 2, 3], [5, 9, 1, 8], 2) == [[1, 2], [3, 0]]
+
+
+def log_normal_lengths(n: int) -> list[int]:
+    generator = random.Random(5)
+    return [1 + int(generator.lognormvariate(5, 0.8)) for _ in range(n)]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("micro_bsz", [1, 4])
+def test_the_slowest_rank_has_at_most_15_percent_more_tokens_than_the_mean(world_size, micro_bsz):
+    lengths = log_normal_lengths(4999)
+    order = LengthOrder(lengths, seed=1)
+    n_steps = 3 * len(lengths) // (world_size * micro_bsz)
+    excesses = []
+    for step in range(n_steps):
+        tokens = [sum(lengths[item] for item in order.rank_items(step, rank, world_size, micro_bsz)) for rank in range(world_size)]
+        excesses.append(max(tokens) * world_size / sum(tokens) - 1)
+    assert sum(excesses) / n_steps < 0.15

@@ -76,6 +76,8 @@ class RunConfig:
         "auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "deepspeed_stage_2_offload",
         "deepspeed_stage_3_offload",
     ))  # fmt: skip
+    balance: str = flag("tokens", "deal pairs so that all devices have equally many tokens, by taking pairs of like length together; "
+                        "none: in seeded random order", ("none", "tokens"))  # fmt: skip
     ds_bucket_mb: int = flag(200, "size of DeepSpeed's communication buckets, MB")
     precision: str = flag("fp16", "arithmetic; fp16 and bf16 keep fp32 master weights", ("fp32", "tf32", "fp16", "bf16"))
     grad_cp: int = flag(0, "1: recompute each block in the backward pass (less memory, more time)")

@@ -7,11 +7,15 @@ a run on any number of ranks sees the same samples per pass. Nothing is stored: 
 import functools
 import hashlib
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rwkv_dpo.errors import InputError
 
 _ROUNDS = 8
 _MASK = 2**64 - 1
+# Samples that are sorted by length together, and that stay together: enough for neighbours to be alike, few enough to mix.
+BLOCK, RUN = 1024, 32
 
 
 def global_index(step: int, slot: int, rank: int, world_size: int, micro_bsz: int) -> int:
@@ -46,6 +50,50 @@ def permuted(position: int, n: int, seed: int) -> int:
         position = left << half_bits | right
         if position < n:
             return position
+
+
+@dataclass(frozen=True, eq=False)
+class LengthOrder:
+    """A global sequence in which neighbours are alike in length, so that the ranks of a step have equally much to do.
+
+    The order of `item_at`, block by block: a block is sorted by length and cut into runs, and the runs are shuffled. Every pass
+    holds each item once, and the sequence knows nothing of ranks: a resumed run on other ranks continues it.
+    """
+
+    lengths: Sequence[int]
+    seed: int
+
+    def item_at(self, index: int) -> int:
+        pass_number, position = divmod(index, len(self.lengths))
+        return _block(self, pass_number, position // BLOCK)[position % BLOCK]
+
+    def rank_items(self, step: int, rank: int, world_size: int, micro_bsz: int) -> list[int]:
+        """The micro_bsz items of `rank` in micro-batch `step`, which takes the next world_size * micro_bsz of the sequence."""
+        n = world_size * micro_bsz
+        return deal([self.item_at(i) for i in range(step * n, (step + 1) * n)], self.lengths, world_size)[rank]
+
+
+@functools.lru_cache(maxsize=4)
+def _block(order: LengthOrder, pass_number: int, number: int) -> tuple[int, ...]:
+    n, first = len(order.lengths), number * BLOCK
+    items = [item_at(pass_number * n + i, n, order.seed) for i in range(first, min(first + BLOCK, n))]
+    items.sort(key=order.lengths.__getitem__)
+    # What does not fill a run goes last, where it puts no other run out of step.
+    n_runs = len(items) // RUN
+    starts = [RUN * permuted(i, n_runs, _number("runs", order.seed, pass_number, number)) for i in range(n_runs)]
+    return tuple(item for start in [*starts, RUN * n_runs] for item in items[start : start + RUN])
+
+
+def deal(items: Sequence[int], lengths: Sequence[int], world_size: int) -> list[list[int]]:
+    """Items, as many for each rank, with sums of lengths as even as a greedy deal makes them: the longest first, a round at a
+    time, the longest of a round to the rank that has least."""
+    ordered = sorted(items, key=lengths.__getitem__, reverse=True)
+    hands: list[list[int]] = [[] for _ in range(world_size)]
+    for first in range(0, len(ordered), world_size):
+        poorest_first = sorted(hands, key=lambda hand: sum(lengths[item] for item in hand))
+        for hand, item in zip(poorest_first, ordered[first : first + world_size], strict=True):
+            hand.append(item)
+    return hands
 
 
 def n_windows(n_tokens: int, ctx_len: int) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -10,7 +11,7 @@ from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.corpus import Corpus
 from rwkv_dpo.data.pairs import PairSet
 from rwkv_dpo.objective import MicroBatch, collate
-from rwkv_dpo.sampling import global_index, item_at, magic_prime_start, window_start
+from rwkv_dpo.sampling import LengthOrder, global_index, item_at, magic_prime_start, window_start
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,17 @@ class MicroBatches(Dataset):
         if self.corpus is not None:
             windows = [self.corpus.window(self._window_start(self.corpus, i), c.ctx_len + 1) for i in samples]
         if self.pairs is not None:
-            rows = [item_at(i, len(self.pairs), c.seed) for i in samples]
+            if c.balance == "tokens":
+                rows = self._length_order.rank_items(k, self.rank, c.world_size, c.micro_bsz)
+            else:
+                rows = [item_at(i, len(self.pairs), c.seed) for i in samples]
             pairs, ref_logps = [self.pairs.pair(row) for row in rows], self.pairs.ref_logps[rows]
         return collate(windows, pairs, ref_logps)
+
+    @cached_property
+    def _length_order(self) -> LengthOrder:
+        assert self.pairs is not None
+        return LengthOrder(np.diff(self.pairs.offsets[::3]).tolist(), self.config.seed)
 
     def _window_start(self, corpus: Corpus, sample: int) -> int:
         c = self.config
