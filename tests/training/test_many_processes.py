@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def data(tmp_path_factory):
     return folder
 
 
-def launch(data, proj_dir, launcher=(sys.executable,), node=None, **changes) -> subprocess.Popen:
+def launch(data, proj_dir, launcher=(sys.executable,), variables=None, **changes) -> subprocess.Popen:
     values = {
         "load_model": data / "model.pth", "proj_dir": proj_dir, "data_file": data / "corpus.bin", "data_type": "uint16", "ctx_len": 12,
         "dpo_train_file": data / "train.save", "dpo_general_corpus_ratio": 0.5, "dpo_beta": 0.1, "accelerator": "cpu", "precision": "fp32",
@@ -44,9 +45,9 @@ def launch(data, proj_dir, launcher=(sys.executable,), node=None, **changes) -> 
     }  # fmt: skip
     flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
     # A ddp run in this process would leave its address in the environment.
-    ranks = ("MASTER_", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "RANK", "GROUP_RANK", "PL_")
+    ranks = ("MASTER_", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "RANK", "GROUP_RANK", "PL_", "SLURM_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ranks)}
-    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **(variables or {})}
     return subprocess.Popen(
         [*launcher, str(TRAIN), *flags], cwd=data, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -88,3 +89,24 @@ def assert_same(one, many):
 def test_two_processes_of_one_sample_train_as_one_process_of_two(data, tmp_path, one_process, changes):
     finish(launch(data, tmp_path / "out", devices=2, **changes))
     assert_same(one_process, result(tmp_path / "out"))
+
+
+def torchrun(node: int, port: str) -> dict:
+    agent = ("-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1")
+    return {"launcher": (sys.executable, *agent, "--master_addr", "127.0.0.1", "--master_port", port)}
+
+
+def srun(node: int, port: str) -> dict:
+    """What Slurm's srun, which is not here, puts into the environment of a task; see its manual page."""
+    job = {"NTASKS": 2, "NNODES": 2, "NTASKS_PER_NODE": 1, "PROCID": node, "NODEID": node, "LOCALID": 0, "JOB_ID": 1, "JOB_NAME": "train"}
+    return {"variables": {**{f"SLURM_{k}": str(v) for k, v in job.items()}, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}}
+
+
+@pytest.mark.parametrize("node_of", [torchrun, srun])
+def test_two_nodes_train_as_one_process_and_the_first_alone_writes(data, tmp_path, one_process, node_of):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    finish(*(launch(data, tmp_path / f"node{i}", num_nodes=2, strategy="ddp", **node_of(i, port)) for i in range(2)))
+    assert_same(one_process, result(tmp_path / "node0"))
+    assert not (tmp_path / "node1").exists()
