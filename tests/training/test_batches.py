@@ -22,9 +22,10 @@ def pairs_of(batch):
     return [t - 100 for t in tokens if 100 <= t < 100 + N_PAIRS and t != 0]
 
 
+@pytest.mark.parametrize("balance", ["none", "tokens"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_every_pair_is_seen_once_a_pass_over_any_number_of_ranks(world_size):
-    config = replace(CONFIG, devices=world_size)
+def test_every_pair_is_seen_once_a_pass_over_any_number_of_ranks(world_size, balance):
+    config = replace(CONFIG, devices=world_size, balance=balance)
     steps = N_PAIRS // (config.micro_bsz * world_size)
     for first in (0, steps, 5 * steps):
         seen = Counter(
@@ -41,6 +42,15 @@ def test_two_ranks_of_one_pair_see_what_one_rank_of_two_sees():
     two = replace(CONFIG, micro_bsz=1, devices=2)
     ranks = [[pairs_of(MicroBatches(two, None, PAIRS, rank)[k])[0] for rank in range(2)] for k in range(9)]
     assert one == ranks
+
+
+def test_ranks_get_pairs_of_like_length():
+    lengths = np.random.default_rng(0).permutation(np.repeat([10, 100], 64))
+    pairs = pack_pairs([(np.ones(n), [2], [3]) for n in lengths], np.zeros((128, 2)))
+    config = replace(CONFIG, micro_bsz=1, devices=2)
+    tokens = [[MicroBatches(config, None, pairs, rank)[k].step.forest.tokens.numel() for rank in range(2)] for k in range(64)]
+    assert all(a == b for a, b in tokens)
+    assert {a for a, _ in tokens} == {10, 100}
 
 
 def test_reference_scores_travel_with_their_pairs():
