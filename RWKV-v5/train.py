@@ -22,8 +22,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def keep_quiet() -> None:
-    """Our own lines, and only warnings of others that a user can act on. After Lightning's import, which sets its own levels."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    """Our own lines, once and not from every rank, and only warnings of others that a user can act on. After Lightning's import,
+    which sets its own levels and knows the rank."""
+    from pytorch_lightning.utilities import rank_zero_only
+
+    rank = rank_zero_only.rank  # type: ignore[attr-defined]  # Lightning sets it when it is imported
+    logging.basicConfig(level=logging.WARNING if rank else logging.INFO, format="%(message)s")
     for name in ("pytorch_lightning", "lightning_fabric", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*handles gradient clipping internally.*", ".*is deprecated.*"):

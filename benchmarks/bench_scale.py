@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--micro_bsz", type=int, default=2)
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--steps", type=int, default=6, help=f"optimizer steps of a run, of which the first {WARMUP} don't count")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1, help="how often each run is made")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     args = parser.parse_args()
     tests = ["-q", "tests/training/test_many_processes.py", "-k", "ddp"]
