@@ -10,6 +10,7 @@ from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from typing_extensions import override
 
 from rwkv_dpo.config import RunConfig
+from rwkv_dpo.errors import refuse
 
 
 class ScaledFloat16(MixedPrecision):
@@ -71,4 +72,9 @@ def build_strategy(config: RunConfig, device: torch.device) -> str | Strategy:
         return DeepSpeedStrategy(**settings)
     # DeepSpeed asks for its accelerator by this variable alone.
     os.environ["DS_ACCELERATOR"] = "cpu"
+    if config.precision == "fp16":
+        from deepspeed.accelerator import get_accelerator
+
+        if not get_accelerator().is_fp16_supported():
+            refuse(f"--precision fp16: DeepSpeed can't compute in it on this CPU; --strategy {config.strategy} takes fp32 and bf16")
     return CPUDeepSpeedStrategy(process_group_backend="gloo", **settings)
