@@ -3,6 +3,8 @@
 
     prepare_pairs.py --source preferences.json --load_model base.pth --out_dir pairs --ctx_len 4096
     prepare_pairs.py --source HuggingFaceH4/ultrafeedback_binarized --split train_prefs --limit 1000 --load_model base.pth
+
+Scoring is the long part. Started again with the same flags, a run that was killed goes on from reference.journal in --out_dir.
 """
 
 import argparse
@@ -10,12 +12,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from rwkv_dpo.data.pairs import PairSet, check_pairs, file_sha256, save_original, save_pairs
-from rwkv_dpo.data.prepare import Report, prepare, split_rows
+from rwkv_dpo.data.pairs import save_original, save_pairs
+from rwkv_dpo.data.prepare import Report, prepare, split_rows, write_splits
 from rwkv_dpo.data.prompts import load_templates
 from rwkv_dpo.data.report import as_table, length_percentiles, reference_summary, write_report
 from rwkv_dpo.data.sources import FORMATS, ON_ERROR, read_preferences
@@ -33,13 +34,20 @@ def main(arguments: list[str] | None = None) -> None:
     print(as_table(counts=prepared.report.counts(), lengths=lengths), flush=True)
     if not len(prepared.pairs):
         refuse(f"{args.source}: no usable pair among its {prepared.report.n_read} rows")
-    pairs = score(prepared.pairs, args)
+    # Here, not above: --help and a mistyped flag need no PyTorch.
+    from rwkv_dpo.evaluation.reference import discard_journal, score_with_checkpoint
+
+    pairs = score_with_checkpoint(
+        prepared.pairs, args.load_model, args.out_dir, device=args.device, precision=args.precision, batch_tokens=args.batch_tokens,
+        wkv_backend=args.wkv_backend, progress=progress_line(len(prepared.pairs)),
+    )  # fmt: skip
     rows = split_rows(prepared.prompt_keys, args.valid_ratio, args.test_ratio, args.seed)
     files = write_splits(args.out_dir, pairs, rows, save_original if args.original_format else save_pairs)
     reference = reference_summary(pairs)
     print(as_table(reference=reference, files=files))
     report = {"pairs": dict(pairs.header), "dropped_rows": prepared.report.dropped_rows(), "lengths": lengths}
     write_report(args.out_dir / "report.json", {**report, "reference": reference, "files": files})
+    discard_journal(args.out_dir)
 
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
@@ -95,23 +103,6 @@ def tell_dropped(report: Report) -> None:
             print(f"... and {n_more} more: {reason}")
 
 
-def score(pairs: PairSet, args: argparse.Namespace) -> PairSet:
-    """The pairs with the log-probabilities of their answers under --load_model."""
-    # Here, not above: --help and a mistyped flag need no PyTorch.
-    from rwkv_dpo.device import COMPUTE_DTYPES, pick_device, set_up
-    from rwkv_dpo.model.checkpoint import load_model
-    from rwkv_dpo.objective import score_pairs
-
-    device = pick_device(args.device, "--device")
-    set_up(device, args.precision)
-    model = load_model(
-        args.load_model, device=device, compute_dtype=COMPUTE_DTYPES[args.precision], wkv_backend=args.wkv_backend
-    )
-    check_pairs(pairs, args.load_model, model.shape.vocab_size)
-    ref_logps = score_pairs(model, pairs, args.batch_tokens, progress_line(len(pairs)))
-    return pairs.with_ref_logps(ref_logps, file_sha256(args.load_model), args.precision)
-
-
 def progress_line(n_pairs: int) -> Callable[[int], None]:
     n_done = 0
 
@@ -121,18 +112,6 @@ def progress_line(n_pairs: int) -> Callable[[int], None]:
         print(f"\rreference: {n_done}/{n_pairs} pairs", end="\n" if n_done == n_pairs else "", file=sys.stderr, flush=True)
 
     return advance
-
-
-def write_splits(
-    out_dir: Path, pairs: PairSet, rows: dict[str, list[int]], save: Callable[[Path, PairSet], None]
-) -> dict[str, dict[str, Any]]:
-    """Write one file per split; returns each file's number of pairs and fingerprint."""
-    files = {}
-    for name, chosen_rows in rows.items():
-        path = out_dir / f"{name}set.save"
-        save(path, pairs.select(chosen_rows))
-        files[path.name] = {"pairs": len(chosen_rows), "sha256": file_sha256(path)}
-    return files
 
 
 if __name__ == "__main__":

@@ -62,14 +62,15 @@ answers = st.lists(st.integers(0, 3), min_size=1, max_size=6)
 
 
 @given(
-    st.lists(st.tuples(answers, answers, answers), max_size=4),
+    st.lists(st.tuples(answers | st.just([1, 2]), answers, answers), max_size=4),
     st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=5), max_size=3),
+    st.booleans(),
 )
-def test_every_answer_token_is_scored_after_its_own_prefix(pairs, windows):
+def test_every_answer_token_is_scored_after_its_own_prefix(pairs, windows, share_prompts):
     if not pairs and not windows:
         return
     arrays = [tuple(np.array(part) for part in pair) for pair in pairs]
-    step = build_step([np.array(w) for w in windows], arrays)
+    step = build_step([np.array(w) for w in windows], arrays, share_prompts)
     prefixes = _prefixes(step.forest)
 
     scored = [(prefixes[row], target) for row, target in zip(step.scored_rows.tolist(), step.targets.tolist(), strict=True)]

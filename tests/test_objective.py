@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from conftest import random_model
 from golden_weights import golden_weights, load_golden
+from hypothesis import given
+from hypothesis import strategies as st
 from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.forest import ForestBuilder, build_step
 from rwkv_dpo.losses import L2WRAP_FACTOR
 from rwkv_dpo.model.checkpoint import empty_model, load_into, shape_of
-from rwkv_dpo.objective import answer_logps, collate, corpus_loss, objective, score_pairs, score_rows, token_batches
+from rwkv_dpo.objective import answer_logps, collate, corpus_loss, objective, score_pairs, score_rows, scoring_batches, token_batches
 from rwkv_dpo.wkv import BACKENDS, choose_backend, reference
 
 # What the issue asks for; fp32 rounding over two layers stays near 1e-6.
@@ -166,3 +168,52 @@ def test_token_batches_respect_the_limit_and_lose_nothing():
     assert np.concatenate(batches).tolist() == order.tolist()
     assert all(lengths[batch].sum() <= 8 or len(batch) == 1 for batch in batches)
     assert token_batches(order[:0], lengths, 8) == []
+
+
+# Three pairs of one prompt, two of them with the same chosen answer and one with an answer that another continues; and one alone.
+SHARING = [
+    ([5, 6, 7], [9, 10, 11], [12]),
+    ([1, 2], [3], [4, 4]),
+    ([5, 6, 7], [9, 10, 11], [9, 13]),
+    ([5, 6, 7], [9, 10], [12, 1, 1]),
+]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 12, 20, 1000])
+def test_shared_prompts_score_as_two_full_forwards_a_pair(tiny_shape, batch_tokens):
+    model = random_model(tiny_shape)
+    pairs = pack_pairs([tuple(map(np.array, pair)) for pair in SHARING])
+    scores = score_pairs(model, pairs, batch_tokens)
+    for (prompt, *answers), row in zip(SHARING, scores, strict=True):
+        for answer, score in zip(answers, row, strict=True):
+            builder = ForestBuilder()
+            builder.add(prompt + answer[:-1])
+            logps = F.log_softmax(model.head(model(builder.build()[0])[0]), 1)[len(prompt) - 1 :]
+            assert score == pytest.approx(logps.gather(1, torch.tensor(answer)[:, None]).sum().item(), rel=1e-9)
+
+
+def test_a_shared_prompt_is_computed_once_and_so_is_what_answers_have_in_common():
+    pairs = [tuple(map(np.array, pair)) for pair in SHARING]
+    step = build_step([], pairs, share_prompts=True)
+    # The prompts; 9, which three answers begin with; 10 and 12, before which answers part or go on; 1 of the last and 4.
+    assert sorted(step.forest.tokens.tolist()) == sorted([5, 6, 7, 1, 2, 9, 10, 12, 1, 4])
+    assert build_step([], pairs).forest.tokens.numel() > step.forest.tokens.numel()
+
+
+@given(
+    st.lists(st.tuples(*[st.lists(st.integers(0, 2), min_size=1, max_size=5)] * 3), max_size=12),
+    st.integers(1, 40),
+)
+def test_scoring_batches_hold_every_pair_once_within_the_limit_and_keep_prompts_together(rows, batch_tokens):
+    pairs = pack_pairs(rows)
+    batches = scoring_batches(pairs, batch_tokens)
+    assert sorted(row for batch in batches for row in batch.tolist()) == list(range(len(rows)))
+    counts = []
+    for batch in batches:
+        prompts = {tuple(rows[row][0]) for row in batch}
+        counts.append(sum(map(len, prompts)) + sum(len(answer) for row in batch for answer in rows[row][1:]))
+        assert counts[-1] <= batch_tokens or len(batch) == 1
+    for prompt in {tuple(row[0]) for row in rows}:
+        sharing = [row for row in rows if tuple(row[0]) == prompt]
+        if len(prompt) + sum(len(answer) for row in sharing for answer in row[1:]) <= batch_tokens:
+            assert sum(any(tuple(rows[row][0]) == prompt for row in batch) for batch in batches) == 1

@@ -135,7 +135,7 @@ class ForestBuilder:
 class Step:
     """One micro-batch: corpus windows and preference pairs as a forest, and which rows score what.
 
-    Scored rows come windows first. A pair's row that lies in its trunk may count for both answers, so sequence
+    Scored rows come windows first. A row before which answers haven't parted counts for all of them, so sequence
     log-probabilities are sums over (entry_rows, entry_answers): scored row entry_rows[e] counts towards answer
     entry_answers[e]. Answers are numbered 2 * pair for the chosen one, 2 * pair + 1 for the rejected one.
     """
@@ -162,30 +162,29 @@ class Step:
         )
 
 
-def build_step(windows: Sequence[np.ndarray], pairs: Sequence[Pair]) -> Step:
+def build_step(windows: Sequence[np.ndarray], pairs: Sequence[Pair], share_prompts: bool = False) -> Step:
     """Windows are [T + 1] token ids (inputs and next tokens); pairs need a prompt and answers of at least one token.
 
-    A pair's trunk is the longest common prefix of prompt + chosen and prompt + rejected; the last token of an answer is
-    only ever a target.
+    What both full sequences of a pair, prompt + chosen and prompt + rejected, begin with is its trunk; the last token of an answer is
+    only ever a target. share_prompts: pairs with the same prompt share one trunk, and whatever else their answers have in common.
     """
     builder = ForestBuilder()
     window_handles = [builder.add(window[:-1]) for window in windows]
-    plans = [_add_pair(builder, pair) for pair in pairs]
+    parts = [part for rows in _trees(pairs, share_prompts) for part in _add_tree(builder, pairs, rows)]
     forest, starts = builder.build()
 
     rows = [starts[handle] + np.arange(window.size - 1) for handle, window in zip(window_handles, windows, strict=True)]
     targets = [window[1:] for window in windows]
     n_window_rows = n_scored = sum(len(r) for r in rows)
     entry_rows, entry_answers = [], []
-    for i, plan in enumerate(plans):
-        for part in plan:
-            part_rows = [starts[handle] + offset for handle, offset in part.places]
-            rows.append(np.array(part_rows, dtype=np.int64))
-            targets.append(part.targets)
-            for answer in part.answers:
-                entry_rows.append(np.arange(n_scored, n_scored + len(part_rows)))
-                entry_answers.append(np.full(len(part_rows), 2 * i + answer))
-            n_scored += len(part_rows)
+    for part in parts:
+        part_rows = [starts[handle] + offset for handle, offset in part.places]
+        rows.append(np.array(part_rows, dtype=np.int64))
+        targets.append(part.targets)
+        for answer in part.answers:
+            entry_rows.append(np.arange(n_scored, n_scored + len(part_rows)))
+            entry_answers.append(np.full(len(part_rows), answer))
+        n_scored += len(part_rows)
 
     return Step(
         forest,
@@ -199,30 +198,57 @@ def build_step(windows: Sequence[np.ndarray], pairs: Sequence[Pair]) -> Step:
 
 
 class _Scored(NamedTuple):
-    """Rows that score some tokens of one or both answers of a pair."""
+    """Rows that score some tokens of one or more answers."""
 
     places: list[tuple[int, int]]  # (segment handle, offset in it) of each row
     targets: np.ndarray
-    answers: tuple[int, ...]  # 0 chosen, 1 rejected
+    answers: list[int]  # as a Step numbers them
 
 
-def _add_pair(builder: ForestBuilder, pair: Pair) -> list[_Scored]:
-    prompt, *answers = pair
-    full = [np.concatenate([prompt, answer]) for answer in answers]
-    shortest = min(sequence.size for sequence in full)
-    differs = np.flatnonzero(full[0][:shortest] != full[1][:shortest])
-    fork = int(differs[0]) if differs.size else shortest
-    trunk = builder.add(full[0][:fork])
-    # What the answers have in common beyond the prompt is scored once and counts for both.
-    common = [(trunk, offset) for offset in range(prompt.size - 1, fork - 1)]
-    scored = [_Scored(common, full[0][prompt.size : fork], answers=(0, 1))]
-    for i, sequence in enumerate(full):
-        remainder = sequence[fork:]
-        if remainder.size:
-            child = builder.add(remainder[:-1], parent=trunk)
-            places = [(trunk, fork - 1)] + [(child, offset) for offset in range(remainder.size - 1)]
-            scored.append(_Scored(places, remainder, answers=(i,)))
+class _Branch(NamedTuple):
+    """Sequences that agree up to token `depth` and in that token too."""
+
+    answers: list[int]
+    depth: int
+    before: tuple[int, int]  # where the token before `depth` is: (segment handle, offset in it)
+
+
+def _trees(pairs: Sequence[Pair], share_prompts: bool) -> list[list[int]]:
+    """The numbers of the pairs of each tree."""
+    if not share_prompts:
+        return [[i] for i in range(len(pairs))]
+    trees: dict[bytes, list[int]] = {}
+    for i, (prompt, _, _) in enumerate(pairs):
+        trees.setdefault(np.asarray(prompt, dtype=np.int64).tobytes(), []).append(i)
+    return list(trees.values())
+
+
+def _add_tree(builder: ForestBuilder, pairs: Sequence[Pair], rows: list[int]) -> list[_Scored]:
+    """Adds pairs with the same prompt: what sequences have in common is one segment, and where they part each way is a child."""
+    n_prompt = pairs[rows[0]][0].size
+    full = {2 * i + a: np.concatenate([pairs[i][0], pairs[i][1 + a]]) for i in rows for a in (0, 1)}
+    scored = []
+    branches = [_Branch(list(full), 0, (-1, 0))]
+    for answers, depth, before in branches:  # which grows meanwhile
+        first = full[answers[0]]
+        end = min(_n_common(first, full[answer]) for answer in answers)
+        going_on: dict[int, list[int]] = {}
+        for answer in answers:
+            if full[answer].size > end:
+                going_on.setdefault(int(full[answer][end]), []).append(answer)
+        segment = builder.add(first[depth : end if going_on else end - 1], before[0])
+        places = [before, *((segment, offset) for offset in range(end - depth - 1))]
+        n_unscored = max(n_prompt - depth, 0)
+        scored.append(_Scored(places[n_unscored:], first[depth + n_unscored : end], answers))
+        branches += [_Branch(others, end, (segment, end - depth - 1)) for others in going_on.values()]
     return scored
+
+
+def _n_common(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens both begin with."""
+    shortest = min(a.size, b.size)
+    differs = np.flatnonzero(a[:shortest] != b[:shortest])
+    return int(differs[0]) if differs.size else shortest
 
 
 def _concatenate(parts: list[np.ndarray]) -> Tensor:

@@ -82,20 +82,41 @@ def pair_metrics(logps: Tensor, ref_logps: Tensor, terms: DPOTerms) -> dict[str,
     return {name: value.mean() for name, value in values.items()}
 
 
-@torch.no_grad()
 def score_pairs(model: RWKV, pairs: PairSet, batch_tokens: int, progress: Callable[[int], None] = lambda n: None) -> np.ndarray:
     """Log-probabilities of both answers of every pair under `model`: float64 [pairs, 2], nats, each an fp32 sum.
 
-    Pairs go through sorted by length in batches of up to batch_tokens tokens; `progress` is told how many each batch held.
+    Pairs go through in the batches of scoring_batches; `progress` is told how many each batch held.
     """
-    device = model.head.weight.device
-    lengths = np.array([sum(part.size for part in pairs.pair(i)) for i in range(len(pairs))])
     result = np.full((len(pairs), 2), np.nan)
-    for batch in token_batches(np.argsort(lengths, kind="stable"), lengths, batch_tokens):
-        step = build_step([], [pairs.pair(i) for i in batch]).to(device)
-        result[batch] = answer_logps(score_rows(model, step).logps, step).double().cpu().numpy()
-        progress(len(batch))
+    for rows in scoring_batches(pairs, batch_tokens):
+        result[rows] = score_batch(model, pairs, rows)
+        progress(len(rows))
     return result
+
+
+@torch.no_grad()
+def score_batch(model: RWKV, pairs: PairSet, rows: np.ndarray) -> np.ndarray:
+    """Log-probabilities [len(rows), 2] of both answers of those pairs, in one model call that computes a shared prompt once."""
+    step = build_step([], [pairs.pair(i) for i in rows], share_prompts=True).to(model.head.weight.device)
+    return answer_logps(score_rows(model, step).logps, step).double().cpu().numpy()
+
+
+def scoring_batches(pairs: PairSet, batch_tokens: int) -> list[np.ndarray]:
+    """Rows of the pairs that are scored together: up to batch_tokens tokens, sorted by length, pairs with the same prompt side by side
+    (its tokens count once). The same for the same pairs, whatever was scored before."""
+    sharing: dict[bytes, list[int]] = {}
+    for i in range(len(pairs)):
+        sharing.setdefault(pairs.pair(i)[0].tobytes(), []).append(i)
+    parts = np.diff(pairs.offsets).reshape(-1, 3)
+    n_prompt, n_answers = parts[:, 0], parts[:, 1] + parts[:, 2]
+    # A prompt that more pairs share than fit is computed once in each batch.
+    groups = []
+    for rows in sharing.values():
+        room = batch_tokens - n_prompt[rows[0]]
+        groups += [np.array(rows)[batch] for batch in token_batches(np.arange(len(rows)), n_answers[rows], room)]
+    lengths = np.array([n_prompt[rows[0]] + n_answers[rows].sum() for rows in groups])
+    batches = token_batches(np.argsort(lengths, kind="stable"), lengths, batch_tokens)
+    return [np.concatenate([groups[i] for i in batch]) for batch in batches]
 
 
 def token_batches(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:

@@ -197,3 +197,10 @@ def file_sha256(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def pairs_sha256(pairs: PairSet) -> str:
+    """Fingerprint of the tokens of all pairs, in their order, whatever their scores and header."""
+    digest = hashlib.sha256(np.ascontiguousarray(pairs.offsets, "<i8").tobytes())
+    digest.update(np.ascontiguousarray(pairs.tokens, "<i4").tobytes())
+    return digest.hexdigest()

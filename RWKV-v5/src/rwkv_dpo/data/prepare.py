@@ -6,15 +6,16 @@ whatever file it stands in.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rwkv_dpo.data import tokenizer as world
 from rwkv_dpo.data.forms import Dropped, Preference
-from rwkv_dpo.data.pairs import Pair, PairSet, cut_pair, pack_pairs
+from rwkv_dpo.data.pairs import Pair, PairSet, cut_pair, file_sha256, pack_pairs, save_pairs
 from rwkv_dpo.data.prompts import MODES, Templates, load_templates, render, seeded_fraction
 
 SPLITS = ("train", "valid", "test")
@@ -114,6 +115,18 @@ def split_rows(prompt_keys: Sequence[str], valid_ratio: float, test_ratio: float
         name = "test" if fraction < test_ratio else "valid" if fraction < test_ratio + valid_ratio else "train"
         rows[name].append(row)
     return rows
+
+
+def write_splits(
+    folder: Path, pairs: PairSet, rows: dict[str, list[int]], save: Callable[[Path, PairSet], None] = save_pairs
+) -> dict[str, dict[str, Any]]:
+    """Write one file per split; returns each file's number of pairs and fingerprint."""
+    files = {}
+    for name, chosen_rows in rows.items():
+        path = folder / f"{name}set.save"
+        save(path, pairs.select(chosen_rows))
+        files[path.name] = {"pairs": len(chosen_rows), "sha256": file_sha256(path)}
+    return files
 
 
 def _tokenize(

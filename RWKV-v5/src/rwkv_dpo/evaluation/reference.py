@@ -1,0 +1,57 @@
+"""Reference log-probabilities of pairs under a checkpoint, batch by batch, so that a killed run goes on where it was."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_dpo.data.pairs import PairSet, check_pairs, file_sha256, pairs_sha256
+from rwkv_dpo.device import COMPUTE_DTYPES, pick_device, set_up
+from rwkv_dpo.evaluation.journal import open_journal
+from rwkv_dpo.model.checkpoint import load_model
+from rwkv_dpo.objective import score_batch, scoring_batches
+from rwkv_dpo.wkv import choose_backend
+
+JOURNAL = "reference.journal"
+
+
+def score_with_checkpoint(
+    pairs: PairSet,
+    checkpoint: str | Path,
+    folder: Path,
+    *,
+    device: str,
+    precision: str,
+    batch_tokens: int,
+    wkv_backend: str = "auto",
+    progress: Callable[[int], None] = lambda n: None,
+) -> PairSet:
+    """The pairs with the log-probabilities of their answers under a .pth file, and its fingerprint in their header.
+
+    Every batch is put into the folder's journal as soon as it is scored. Called again with the same pairs, checkpoint and settings,
+    whether it was killed or not, it takes from there what is done, and returns the same numbers; discard_journal ends that.
+    `progress` is told how many pairs each batch held. device: auto, cpu or cuda; precision: fp32, tf32, fp16 or bf16.
+    """
+    on = pick_device(device, "--device")
+    set_up(on, precision)
+    backend = choose_backend(wkv_backend, on).name
+    model = load_model(checkpoint, device=on, compute_dtype=COMPUTE_DTYPES[precision], wkv_backend=backend)
+    check_pairs(pairs, str(checkpoint), model.shape.vocab_size)
+    checkpoint_sha256 = file_sha256(checkpoint)
+    settings = [pairs_sha256(pairs), checkpoint_sha256, on.type, precision, batch_tokens, backend]
+    fingerprint = hashlib.sha256(json.dumps(settings).encode()).digest()
+    ref_logps = np.full((len(pairs), 2), np.nan)
+    with open_journal(folder / JOURNAL, fingerprint) as journal:
+        for i, rows in enumerate(scoring_batches(pairs, batch_tokens)):
+            if i == len(journal.records):
+                journal.append(score_batch(model, pairs, rows).astype("<f8").tobytes())
+            ref_logps[rows] = np.frombuffer(journal.records[i], "<f8").reshape(-1, 2)
+            progress(len(rows))
+    return pairs.with_ref_logps(ref_logps, checkpoint_sha256, precision)
+
+
+def discard_journal(folder: Path) -> None:
+    """To be called when all that was made of the scores is written."""
+    (folder / JOURNAL).unlink(missing_ok=True)
