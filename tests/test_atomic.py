@@ -1,6 +1,8 @@
 """Atomic writing: the old file or the new one, never half of either."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 from rwkv_dpo.atomic import atomic_write
@@ -27,6 +29,18 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
         fail_halfway()
     assert (tmp_path / "a.bin").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / f".a[1].bin.{ended.pid}.part").write_bytes(b"half")
+    others = [f".a[1].bin.{os.getppid()}.part", f".b.bin.{ended.pid}.part", ".a[1].bin.x.part"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"half")
+    with atomic_write(tmp_path / "a[1].bin") as file:
+        file.write(b"new")
+    assert sorted(os.listdir(tmp_path)) == sorted(["a[1].bin", *others])
 
 
 @pytest.mark.parametrize("parent", ["missing", "file"])

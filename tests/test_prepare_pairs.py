@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,61 @@ def test_splits_and_report_tell_what_was_done(source):
     rows = pickle.loads((folder / "original" / "trainset.save").read_bytes())  # noqa: S301 - written by the line above
     assert [row[0] for row in rows] == [sets[0].pair(i)[0].tolist() for i in range(len(sets[0]))]
     assert [row[3:] for row in rows] == [tuple(logps) for logps in sets[0].ref_logps.tolist()]
+
+
+# Kills itself, as the kernel would, at the n-th of its calls to os.fsync or os.replace: before it, or (a negative n) after it.
+KILLED = """
+import os, signal, sys
+n, *sys.argv = (int(sys.argv[1]), *sys.argv[2:])
+calls = 0
+def deadly(call):
+    def run(*arguments):
+        global calls
+        calls += 1
+        if calls == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        call(*arguments)
+        if calls == -n:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return run
+os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+import prepare_pairs
+prepare_pairs.main(sys.argv)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_anywhere_and_started_again_ends_with_the_same_bytes(source):
+    folder = source.parent
+    model = save_tiny_model(folder / "tiny.pth")
+    common = ("--source", source, "--load_model", model, "--device", "cpu", "--wkv_backend", "reference", "--batch_tokens", 120)
+    assert prepare_pairs(folder, *common, "--out_dir", "whole").returncode == 0
+    whole = {path.name: path.read_bytes() for path in (folder / "whole").iterdir()}
+    assert sorted(whole) == ["report.json", "testset.save", "trainset.save", "validset.save"]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+
+    def killed(n):
+        command = [sys.executable, "-c", KILLED, str(n), *map(str, common), "--out_dir", "out"]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+    # In the journal (before the first, after the second, before the fourth batch is on the disk): every run goes further.
+    sizes = []
+    for n in (1, -2, 4):
+        run = killed(n)
+        assert run.returncode == -signal.SIGKILL, run.stderr
+        sizes.append((folder / "out" / "reference.journal").stat().st_size)
+        assert not (folder / "out" / "trainset.save").exists()
+    assert sizes == sorted(set(sizes))
+    n_kills = 0
+    while (run := killed(-1 - n_kills)).returncode == -signal.SIGKILL:
+        # Each run lives for one call more than the one before: through the rest of the journal, then through the files.
+        n_kills += 1
+        for path in (folder / "out").iterdir():
+            assert path.name in ("reference.journal", *whole) or path.name.endswith(".part")
+            assert path.read_bytes() == whole.get(path.name, path.read_bytes())
+    assert run.returncode == 0, run.stderr
+    assert n_kills >= 8
+    assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == whole
 
 
 def test_malformed_rows_are_skipped_when_asked_and_a_users_template_is_used(tmp_path):

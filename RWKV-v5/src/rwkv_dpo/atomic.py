@@ -1,6 +1,7 @@
 """Writing a file so that a reader, or a crash, meets the old file or the new one and never half of either."""
 
 import contextlib
+import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,13 @@ from rwkv_dpo.errors import InputError
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Yield a binary file beside `path` that takes its name when the block ends well, and is removed when it does not.
 
-    The bytes are on the disk before the name moves. An OSError (folder missing or read-only, disk full) becomes InputError.
+    The bytes are on the disk before the name moves. An OSError (folder missing or read-only, disk full) becomes InputError. What a
+    process that was killed has left of `path` is removed.
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        _remove_remains(path)
         with open(unfinished, "wb") as file:
             yield file
             file.flush()
@@ -29,6 +32,23 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()
+
+
+def _remove_remains(path: Path) -> None:
+    for remains in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        process = remains.name.split(".")[-2]
+        if process.isdecimal() and not _is_alive(int(process)):
+            remains.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

@@ -22,22 +22,25 @@ _RECORD = struct.Struct("<II")
 class Journal:
     """`records`: the payloads that are on the disk, in the order of their appending."""
 
-    def __init__(self, file: BinaryIO, records: list[bytes]) -> None:
-        self._file, self.records = file, records
+    def __init__(self, path: str | Path, file: BinaryIO, records: list[bytes]) -> None:
+        self._path, self._file, self.records = path, file, records
 
     def append(self, payload: bytes) -> None:
-        self._file.write(_RECORD.pack(len(payload), zlib.crc32(payload)) + payload)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """InputError when the disk is full."""
+        with _told(self._path):
+            _write(self._file, _RECORD.pack(len(payload), zlib.crc32(payload)) + payload)
+            os.fsync(self._file.fileno())
         self.records.append(payload)
 
 
 @contextlib.contextmanager
 def open_journal(path: str | Path, fingerprint: bytes) -> Iterator[Journal]:
     """The journal in that file, which one process at a time may hold. A file with another fingerprint, or none, begins anew; a torn
-    record at the end is cut off. InputError when it is held by another process or cannot be written (folder missing, disk full)."""
-    try:
-        with open(path, "a+b") as file:
+    record at the end is cut off. InputError when it is held by another process or cannot be written to."""
+    with _told(path):
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by the next block
+    with file:
+        with _told(path):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -46,9 +49,21 @@ def open_journal(path: str | Path, fingerprint: bytes) -> Iterator[Journal]:
             records, end = _whole_records(file.read(), fingerprint)
             file.truncate(end)
             if not end:
-                file.write(fingerprint)
-                file.flush()
-            yield Journal(file, records)
+                _write(file, fingerprint)
+        yield Journal(path, file, records)  # type: ignore[arg-type]  # without a buffer, a BinaryIO too
+
+
+def _write(file: BinaryIO, content: bytes) -> None:
+    # Without a buffer a write may take a part only, on a disk that is nearly full.
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+@contextlib.contextmanager
+def _told(path: str | Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
