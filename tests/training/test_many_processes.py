@@ -12,7 +12,7 @@ import pytest
 import torch
 import train
 from conftest import random_model
-from rwkv_dpo.data.pairs import pack_pairs, save_pairs
+from rwkv_dpo.data.pairs import file_sha256, load_pairs, pack_pairs, save_pairs
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.objective import score_pairs
@@ -32,7 +32,7 @@ def data(tmp_path_factory):
     save_weights(model.state_dict(), folder / "model.pth")
     rng.integers(1, 320, 4000).astype("<u2").tofile(folder / "corpus.bin")
     pairs = pack_pairs([tuple(rng.integers(1, 320, n) for n in rng.integers(2, 30, 3)) for _ in range(50)])
-    save_pairs(folder / "train.save", pairs.with_ref_logps(score_pairs(model, pairs, 100), "0" * 64, "fp32"))
+    save_pairs(folder / "train.save", pairs.with_ref_logps(score_pairs(model, pairs, 100), file_sha256(folder / "model.pth"), "fp32"))
     return folder
 
 
@@ -90,6 +90,17 @@ def assert_same(one, many):
 def test_two_processes_of_one_sample_train_as_one_process_of_two(data, tmp_path, one_process, changes):
     finish(launch(data, tmp_path / "out", devices=2, **changes))
     assert_same(one_process, result(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])
+def test_two_processes_share_the_scoring_of_the_reference(data, tmp_path, one_process, strategy):
+    output = finish(launch(data, tmp_path / "out", devices=2, strategy=strategy, dpo_ref="recompute"))
+    assert output.count("scored 50 pairs with the model as training starts") == 1
+    scored = load_pairs(tmp_path / "out" / "reference.save").ref_logps
+    # fp32 sums of up to 30 terms; a row that both ranks, or none, had scored would be off by all of it.
+    np.testing.assert_allclose(scored, load_pairs(data / "train.save").ref_logps, rtol=1e-5)
+    for a, b in zip(one_process[0], result(tmp_path / "out")[0], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
 
 
 def torchrun(node: int, port: str) -> dict:

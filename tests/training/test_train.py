@@ -11,7 +11,7 @@ import pytest
 import torch
 import train
 from conftest import random_model
-from rwkv_dpo.data.pairs import pack_pairs, save_original, save_pairs
+from rwkv_dpo.data.pairs import file_sha256, pack_pairs, save_original, save_pairs
 from rwkv_dpo.errors import InputError
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
@@ -30,7 +30,7 @@ def data(tmp_path_factory):
     save_weights(model.state_dict(), folder / "model.pth")
     rng.integers(1, 61, 4000).astype("<u2").tofile(folder / "corpus.bin")
     pairs = pack_pairs([tuple(rng.integers(1, 61, n) for n in rng.integers(2, 9, 3)) for _ in range(10)])
-    pairs = pairs.with_ref_logps(score_pairs(model, pairs, 100), "0" * 64, "fp32")
+    pairs = pairs.with_ref_logps(score_pairs(model, pairs, 100), file_sha256(folder / "model.pth"), "fp32")
     save_pairs(folder / "train.save", pairs)
     save_original(folder / "original.save", pairs)
     return folder

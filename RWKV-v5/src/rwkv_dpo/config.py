@@ -32,6 +32,8 @@ class RunConfig:
     dpo: int = flag(1, "1: preference training; 0: plain language-model training")
     dpo_train_file: str = flag("trainset.save", "preference pairs to train on")
     dpo_valid_file: str = flag("", "preference pairs to evaluate at the end of every epoch; empty: none")
+    dpo_ref: str = flag("file", "the reference model: file: that which scored the pair files; recompute: the model as training starts, "
+                        "which scores them before the first step", ("file", "recompute"))  # fmt: skip
     dpo_beta: float = flag(0.01, "strength of the pull towards the reference model")
     dpo_general_corpus_ratio: float = flag(0.0, "r in loss = r * language model + (1 - r) * DPO; 0: pairs only, 1: corpus only")
 

@@ -84,6 +84,17 @@ def pack_pairs(
     return PairSet(tokens, offsets, np.asarray(ref_logps, dtype=np.float64).reshape(len(pairs), 2), header or {})
 
 
+def join_pairs(sets: Sequence[PairSet]) -> PairSet:
+    """The pairs of all sets, one set after the other, without a header."""
+    starts = np.cumsum([0, *(len(pairs.tokens) for pairs in sets)])
+    offsets = [pairs.offsets[:-1] + start for pairs, start in zip(sets, starts, strict=False)]
+    return PairSet(
+        np.concatenate([pairs.tokens for pairs in sets]),
+        np.concatenate([*offsets, starts[-1:]]),
+        np.concatenate([pairs.ref_logps for pairs in sets]),
+    )
+
+
 def load_pairs(path: str | Path, vocab_size: int | None = None) -> PairSet:
     """Read a pair file of either form and check every row; token ids against vocab_size too where it is given.
 

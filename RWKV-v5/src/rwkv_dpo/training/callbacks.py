@@ -171,7 +171,7 @@ class ReferenceCheck(pl.Callback):
         if mean > tolerance:
             log.warning(
                 "the starting model is not the one that scored dpo_train_file (expected below %g nats): DPO will measure rewards from "
-                "another reference. Score the pairs with this checkpoint, or go on if that is what you want.", tolerance,
+                "another reference. --dpo_ref recompute takes the starting model; or go on if that is what you want.", tolerance,
             )  # fmt: skip
 
 

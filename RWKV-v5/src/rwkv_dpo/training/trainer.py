@@ -22,6 +22,7 @@ from rwkv_dpo.sampling import check_magic_prime
 from rwkv_dpo.training.batches import build_loader
 from rwkv_dpo.training.callbacks import Checkpoints, MetricsLog, ReferenceCheck, ValidPairs
 from rwkv_dpo.training.module import CLIP_NORM, DPOModule
+from rwkv_dpo.training.reference import StartIsReference, check_scored, tell_differences
 from rwkv_dpo.training.run_folder import newest_epoch, prepare_folder, save_vocabulary
 from rwkv_dpo.training.strategy import build_precision, build_strategy
 from rwkv_dpo.wkv import choose_backend
@@ -55,15 +56,14 @@ def open_data(config: RunConfig, vocab_size: int) -> tuple[Corpus | None, PairSe
     if corpus is not None and config.magic_prime:
         check_magic_prime(config.magic_prime, corpus.n_tokens, config.ctx_len)
     vocab_size = vocab_size or (corpus.vocab_size if corpus else 0)
-    pairs = _open_pairs("--dpo_train_file", config.dpo_train_file, vocab_size) if config.uses_pairs else None
-    valid = _open_pairs("--dpo_valid_file", config.dpo_valid_file, vocab_size) if config.dpo_valid_file else None
+    pairs = _open_pairs(config, "dpo_train_file", vocab_size) if config.uses_pairs else None
+    valid = _open_pairs(config, "dpo_valid_file", vocab_size) if config.dpo_valid_file else None
     return corpus, pairs, valid
 
 
-def _open_pairs(flag: str, path: str, vocab_size: int) -> PairSet:
-    pairs = load_pairs(path, vocab_size or None)
-    if not pairs.is_scored:
-        refuse(f"{flag} {path}: its pairs have no reference log-probabilities; prepare_pairs.py computes them")
+def _open_pairs(config: RunConfig, flag: str, vocab_size: int) -> PairSet:
+    pairs = load_pairs(getattr(config, flag), vocab_size or None)
+    check_scored(config, flag, pairs)
     return pairs
 
 
@@ -103,6 +103,9 @@ def build_model(config: RunConfig, shape: ModelShape, weights: dict[str, torch.T
 
 def build_trainer(config: RunConfig, folder: Path, pairs: PairSet | None, valid: PairSet | None, device: torch.device) -> pl.Trainer:
     callbacks: list[pl.Callback] = [MetricsLog(config, folder), Checkpoints(config, folder)]
+    sets = [one for one in (pairs, valid) if one is not None]
+    if sets and config.dpo_ref == "recompute":
+        callbacks.append(StartIsReference(config, folder, sets))
     if pairs is not None:
         callbacks.append(ReferenceCheck(pairs))
     if valid is not None:
@@ -138,6 +141,7 @@ def train(config: RunConfig, given: frozenset[str]) -> None:
         log.info("wrote %s; now run with --my_pile_stage 2 or 3", folder / "rwkv-init.pth")
         return
     log.info("%s", describe(config, shape, corpus, pairs, device))
+    rank_zero_only(tell_differences)(config, {"dpo_train_file": pairs, "dpo_valid_file": valid})
     trainer = build_trainer(config, folder, pairs, valid, device)
     loader = build_loader(config, corpus, pairs, trainer.global_rank, device.type == "cuda")
     trainer.fit(DPOModule(model, config), loader)
