@@ -1,0 +1,104 @@
+"""washingdpodata.ipynb, run from top to bottom by a Jupyter kernel, with a tiny model as the reference and without the Hub."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model
+from rwkv_dpo.data.pairs import file_sha256, load_pairs
+from rwkv_dpo.data.tokenizer import VOCAB_SIZE
+from rwkv_dpo.model.checkpoint import save_weights
+from rwkv_dpo.model.shape import ModelShape
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "washingdpodata.ipynb"
+DEMO = ROOT / "RWKV-v5" / "demo" / "preferences.jsonl"
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """Small settings; the kernel inherits an empty Hub cache and no way to the Hub."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    shape = ModelShape(n_layer=1, n_embd=32, dim_att=32, dim_ffn=64, vocab_size=VOCAB_SIZE, head_size=16)
+    save_weights(dict(random_model(shape, torch.float32).named_parameters()), tmp_path / "tiny.pth")
+    return {
+        "MODEL": str(tmp_path / "tiny.pth"),
+        "OUT_DIR": str(tmp_path / "pairs"),
+        "DPO_pair_number": 40,
+        "CTX_LEN": 64,
+        "VALID_RATIO": 0.25,
+        "TEST_RATIO": 0.25,
+        "DEVICE": "cpu",
+    }
+
+
+def run_notebook(settings, n_cells=None, folder=ROOT):
+    """What the first n_cells cells print, with these settings after those of the parameters cell."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook.cells = notebook.cells[:n_cells]
+    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+    names = [line.split(" = ")[0] for line in parameters.source.splitlines()]
+    assert set(settings) <= set(names)
+    parameters.source += "".join(f"\n{name} = {value!r}" for name, value in settings.items())
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+
+
+@pytest.mark.slow
+def test_without_the_hub_the_demo_preferences_become_three_scored_files(settings):
+    told = run_notebook(settings)
+    fallback = "HuggingFaceH4/ultrafeedback_binarized cannot be reached; the demo preferences RWKV-v5/demo/preferences.jsonl are used"
+    assert told.startswith(fallback)
+    folder = Path(settings["OUT_DIR"])
+    report = json.loads((folder / "report.json").read_text())
+    prompts = []
+    assert set(report["files"]) == {"trainset.save", "validset.save", "testset.save"}
+    for name, file in report["files"].items():
+        pairs = load_pairs(folder / name, VOCAB_SIZE)
+        assert pairs.is_scored
+        assert len(pairs) > 0
+        assert file == {"pairs": len(pairs), "sha256": file_sha256(folder / name)}
+        assert pairs.header["reference_sha256"] == report["pairs"]["reference_sha256"] == file_sha256(settings["MODEL"])
+        prompts.append({pairs.pair(i)[0].tobytes() for i in range(len(pairs))})
+    assert not (prompts[0] & prompts[1] | prompts[0] & prompts[2] | prompts[1] & prompts[2])
+    counts = report["pairs"]["counts"]
+    assert counts["read"] == 40
+    assert counts["kept"] == sum(file["pairs"] for file in report["files"].values())
+
+
+@pytest.mark.slow
+def test_a_file_is_read_from_any_folder_of_the_repository(settings):
+    told = run_notebook({**settings, "SOURCE": str(DEMO), "SPLIT": ""}, n_cells=4, folder=ROOT / "tests" / "data")
+    assert told == "40 rows\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"MODEL": "none.pth"}, "MODEL none.pth: no such file"),
+        ({"SOURCE": "none/rows.jsonl", "SPLIT": ""}, "none/rows.jsonl: cannot be read: No such file or directory"),
+    ],
+)
+def test_a_mistyped_file_is_named_and_not_replaced(settings, changed, message):
+    with pytest.raises(nbclient.exceptions.CellExecutionError) as error:
+        run_notebook({**settings, **changed}, n_cells=4)
+    assert (error.value.ename, error.value.evalue) == ("InputError", message)
+
+
+def test_it_is_committed_small_and_without_outputs():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    assert len(notebook.cells) <= 12
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
