@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rwkv_dpo.data.forms import FORMS, Dropped, Preference, recognised, to_preference
-from rwkv_dpo.data.prepare import prepare
+from rwkv_dpo.data.prepare import prepare, split_rows
 from rwkv_dpo.data.prompts import MODES, render
 from rwkv_dpo.data.tokenizer import WorldTokenizer
 from rwkv_dpo.errors import InputError
@@ -48,6 +48,11 @@ def sharegpt(turns, chosen, rejected):
     }
 
 
+def sharegpt_roles(turns, chosen, rejected):
+    answers = (said(("assistant", answer)) for answer in (chosen, rejected))
+    return dict(zip(("conversations", "chosen", "rejected"), (said(*asked(*turns)), *answers), strict=True))
+
+
 def hh(turns, chosen, rejected):
     lead = "".join(f"\n\n{role}: {text}" for role, text in asked(*turns, user="Human", assistant="Assistant"))
     return {"chosen": f"{lead}\n\nAssistant: {chosen}", "rejected": f"{lead}\n\nAssistant: {rejected}"}
@@ -59,13 +64,24 @@ def hh_with_prompt(turns, chosen, rejected):
 
 
 def plain(turns, chosen, rejected):
+    return {"prompt": turns[0], "chosen": chosen, "rejected": rejected}
+
+
+def plain_reject(turns, chosen, rejected):
     return {"prompt": turns[0], "chosen": chosen, "reject": rejected}
 
 
 WRITERS = {
-    ultrafeedback: "ultrafeedback", trl_explicit: "trl", trl_implicit: "trl", trl_repeated: "trl", sharegpt: "sharegpt", hh: "hh",
-    hh_with_prompt: "hh", plain: "plain",
+    ultrafeedback: "ultrafeedback", trl_explicit: "trl", trl_implicit: "trl", trl_repeated: "trl", sharegpt: "sharegpt",
+    sharegpt_roles: "sharegpt", hh: "hh", hh_with_prompt: "hh", plain: "plain", plain_reject: "plain",
 }  # fmt: skip
+
+
+def trl_implicit_text(turns, chosen, rejected):
+    """Not among WRITERS: where its prompt ends is a guess, from what both texts begin with."""
+    return {"chosen": turns[0] + chosen, "rejected": turns[0] + rejected}
+
+TOKENIZER = WorldTokenizer()
 
 # Not texts that a form itself would read as the start of another turn.
 TEXT = st.text(max_size=40).filter(lambda text: not re.search("Human:|Assistant:", text))
@@ -77,7 +93,7 @@ DIALOGUES = st.lists(TEXT | ODD, min_size=1, max_size=5).filter(lambda turns: le
 @settings(deadline=None, max_examples=40)
 @given(turns=DIALOGUES, chosen=TEXT | ODD, rejected=TEXT | ODD)
 def test_every_form_tells_the_same_dialogue(write, turns, chosen, rejected):
-    if write is plain:
+    if write in (plain, plain_reject):
         turns = turns[:1]
     row = write(turns, chosen, rejected)
     told = to_preference(row, "row 1")
@@ -91,14 +107,61 @@ def test_every_form_tells_the_same_dialogue(write, turns, chosen, rejected):
         assert told == to_preference(row, "row 1", WRITERS[write])
 
 
-@settings(deadline=None, max_examples=25)
-@given(rows=st.lists(st.tuples(st.sampled_from(list(WRITERS)), DIALOGUES, TEXT | ODD, TEXT | ODD), max_size=8), ctx_len=st.integers(2, 64))
-def test_rows_of_all_forms_become_pairs_or_are_counted(rows, ctx_len):
-    preferences = [to_preference(write(*dialogue), f"row {i}") for i, (write, *dialogue) in enumerate(rows)]
-    prepared = prepare(preferences, WorldTokenizer(), ctx_len, "mix", seed=0)
-    counts = prepared.report.counts()
-    assert counts["read"] == len(rows) == counts["kept"] + sum(counts["dropped"].values())
-    assert len(prepared.pairs) == counts["kept"]
+# Few prompts and answers, so that rows repeat and share them.
+SOME = ODD | st.sampled_from(["Hi", "hi ", "HI", "a b", "a  b", "long " * 500])
+ROWS = st.lists(st.tuples(st.sampled_from([*WRITERS, trl_implicit_text]), st.lists(SOME, min_size=1, max_size=3), SOME, SOME), max_size=8)
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=ROWS, ctx_len=st.integers(2, 64) | st.just(10**6), mode=st.sampled_from(list(MODES)), order=st.randoms(use_true_random=False))
+def test_rows_of_all_forms_become_the_tokens_of_their_text_or_are_counted(rows, ctx_len, mode, order):
+    # A dialogue of two turns would end with an answer.
+    written = [write(turns if len(turns) % 2 else turns[:1], *answers) for write, turns, *answers in rows]
+    read = [to_preference(row, f"row {i}") for i, row in enumerate(written)]
+    prepared = prepare(read, TOKENIZER, ctx_len, mode, seed=0)
+    pairs, report = prepared.pairs, prepared.report
+    refused = dict(report.refused)
+    assert report.n_read == len(rows) == report.n_kept + len(refused)
+    assert len(pairs) == len(prepared.prompt_keys) == report.n_kept
+
+    kept = [preference for preference in read if preference.where not in refused]
+    seen = set()
+    for i, preference in enumerate(kept):
+        rendered = render(preference, MODES[mode], 0)
+        texts = [TOKENIZER.decode(part.tolist()) for part in pairs.pair(i)]
+        prompt, chosen, rejected = (part.tolist() for part in pairs.pair(i))
+        assert preference.turns[-1].strip()
+        assert preference.chosen.strip()
+        assert preference.rejected.strip()
+        assert chosen != rejected
+        assert len(prompt) + max(len(chosen), len(rejected)) <= ctx_len
+        seen.add((*prompt, -1, *chosen, -1, *rejected))
+        if ctx_len == 10**6:
+            assert texts == list(rendered[:3])
+        else:
+            # Prompts lose from their left, answers from their right.
+            encoded = [TOKENIZER.encode(text) for text in rendered[:3]]
+            assert encoded[0][len(encoded[0]) - len(prompt) :] == prompt
+            assert [encoded[1][: len(chosen)], encoded[2][: len(rejected)]] == [chosen, rejected]
+    assert len(seen) == len(kept)
+
+    # Splits: every pair once, no prompt in two, and the same whatever the order of the rows.
+    splits = split_rows(prepared.prompt_keys, 0.3, 0.3, seed=0)
+    assert sorted(row for part in splits.values() for row in part) == list(range(len(pairs)))
+    normal = [tuple(" ".join(turn.casefold().split()) for turn in preference.turns) for preference in kept]
+    prompts = [{normal[row] for row in part} for part in splits.values()]
+    assert sum(map(len, prompts)) == len(set().union(*prompts))
+    as_tokens = [{pairs.pair(row)[0].tobytes() for row in part} for part in splits.values()]
+    assert sum(map(len, as_tokens)) == len(set().union(*as_tokens))
+    shuffled = prepare(order.sample(read, len(read)), TOKENIZER, ctx_len, mode, seed=0)
+    assert lands_in(shuffled) == lands_in(prepared)
+    assert shuffled.report.counts()["kept"] == report.n_kept
+
+
+def lands_in(prepared):
+    """The content of each split, whatever its order."""
+    splits = split_rows(prepared.prompt_keys, 0.3, 0.3, seed=0)
+    return {name: sorted([part.tolist() for part in prepared.pairs.pair(row)] for row in rows) for name, rows in splits.items()}
 
 
 @settings(deadline=None)

@@ -112,6 +112,23 @@ def test_preparation_does_not_depend_on_the_order_of_rows(tokenizer):
     assert lands(rows) == lands(shuffled)
 
 
+@pytest.mark.parametrize("answers", [("yes", "yes"), ("yes", "sure")])
+def test_prompts_that_the_cut_makes_the_same_land_in_one_split_whatever_their_order(tokenizer, answers):
+    rows = [preference(2 * i + j, "ab"[j] + f" word{i}" * 60, answers[j]) for i in range(30) for j in (0, 1)]
+    # Differs from the first in case alone, so that its own tokens belong to the same prompt.
+    rows += [preference(100, "A" + " WORD0" * 60, "yes")]
+
+    def lands(rows):
+        prepared = prepare(rows, tokenizer, 32, "chat", seed=0)
+        splits = split_rows(prepared.prompt_keys, 0.3, 0.3, seed=0)
+        return {name: {prepared.pairs.pair(row)[0].tobytes() for row in part} for name, part in splits.items()}
+
+    prompts = lands(rows)
+    assert all(prompts.values())
+    assert sum(map(len, prompts.values())) == len(set().union(*prompts.values()))
+    assert prompts == lands(rows[::-1]) == lands(random.Random(1).sample(rows, len(rows)))
+
+
 def test_splits_hold_every_row_once_at_about_their_ratios():
     keys = [f"prompt {i}" for i in range(5000)]
     splits = split_rows(keys, valid_ratio=0.1, test_ratio=0.2, seed=0)

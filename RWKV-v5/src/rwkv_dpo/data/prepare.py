@@ -1,7 +1,7 @@
 """From preferences to pairs: write out, tokenize, cut, drop what cannot be learned from, split. Everything is counted.
 
 No draw depends on the order of the rows or on other rows: the same prompt gets the same template and lands in the same split,
-whatever file it stands in.
+whatever file it stands in. Prompts that the cut makes the same are the exception: they share a split.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Unscored pairs, the prompt key of each (what a split must keep together), and the report."""
+    """Unscored pairs, the key of each one's prompt (pairs with the same key belong into one split), and the report."""
 
     pairs: PairSet
     prompt_keys: list[str]
@@ -73,6 +73,7 @@ def prepare(
     kept: list[Pair] = []
     prompt_keys: list[str] = []
     seen: set[bytes] = set()
+    merged = _MergedKeys()
     for preference in preferences:
         report.n_read += 1
         if isinstance(preference, Dropped):
@@ -81,13 +82,16 @@ def prepare(
         pair, n_prompt_cut, n_answers_cut, n_cue = _tokenize(preference, tokenizer, ctx_len, written, seed)
         content = hashlib.blake2b(b"/".join(row.tobytes() for row in pair), digest_size=16).digest()
         is_prompt_lost = n_prompt_cut > 0 and len(pair[0]) <= n_cue
+        key = prompt_key(preference)
         reason = "duplicate" if content in seen else _unusable_because(preference, pair, is_prompt_lost, n_answers_cut)
+        if reason in (None, "duplicate"):
+            merged.add(key, pair[0])
         if reason:
             report.refused.append((preference.where, reason))
             continue
         seen.add(content)
         kept.append(pair)
-        prompt_keys.append(prompt_key(preference))
+        prompt_keys.append(key)
         report.n_cut_prompts += n_prompt_cut > 0
         report.n_cut_answers += n_answers_cut > 0
         report.n_cut_tokens += n_prompt_cut + n_answers_cut
@@ -99,7 +103,27 @@ def prepare(
         "seed": seed,
         "counts": report.counts(),
     }
-    return Prepared(pack_pairs(kept, header=header), prompt_keys, report)
+    return Prepared(pack_pairs(kept, header=header), [merged.least(key) for key in prompt_keys], report)
+
+
+class _MergedKeys:
+    """Prompt keys of which some stand for the same tokens: cut from their left, different prompts may end up alike."""
+
+    def __init__(self) -> None:
+        self._lesser: dict[str, str] = {}  # a key that was merged -> a lesser one
+        self._first: dict[bytes, str] = {}  # by the tokens: the first key that stood for them
+
+    def add(self, key: str, tokens: np.ndarray) -> None:
+        digest = hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+        least, other = self.least(key), self.least(self._first.setdefault(digest, key))
+        if least != other:
+            self._lesser[max(least, other)] = min(least, other)
+
+    def least(self, key: str) -> str:
+        """The least of all keys that are merged with this one."""
+        while key in self._lesser:
+            key = self._lesser[key]
+        return key
 
 
 def prompt_key(preference: Preference) -> str:
