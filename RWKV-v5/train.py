@@ -30,7 +30,10 @@ def keep_quiet() -> None:
     logging.basicConfig(level=logging.WARNING if rank else logging.INFO, format="%(message)s")
     for name in ("pytorch_lightning", "lightning_fabric", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*handles gradient clipping internally.*", ".*is deprecated.*"):
+    for message in (
+        ".*LeafSpec.*", ".*does not have many workers.*", ".*handles gradient clipping internally.*", ".*is deprecated.*",
+        ".*dataloader is not resumable.*",
+    ):  # fmt: skip
         warnings.filterwarnings("ignore", message)
 
 

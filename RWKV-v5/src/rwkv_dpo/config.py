@@ -53,6 +53,10 @@ class RunConfig:
     epoch_save: int = flag(5, "save rwkv-{epoch}.pth every so many epochs; 0: only at the end")
     micro_bsz: int = flag(12, "corpus windows, and pairs, in a micro-batch on each device")
     accumulate_grad_batches: int = flag(1, "micro-batches in an optimizer step")
+    resume: str = flag("auto", "auto: an interrupted run of proj_dir with these settings goes on; none: begin anew; else a file of last/")
+    save_every: int = flag(0, "save all that a run needs to go on, into last/, every so many optimizer steps; 0: after every epoch")
+    keep: int = flag(2, "how many of those checkpoints stay")
+    max_bad_steps: int = flag(10, "stop after so many optimizer steps in a row whose loss or gradient is not finite")
 
     lr_init: float = flag(6e-4, "learning rate after warm-up")
     lr_final: float = flag(1e-5, "learning rate at the last step")
@@ -153,12 +157,12 @@ class RunConfig:
 
 _AT_LEAST_ONE = (
     "ctx_len", "n_layer", "n_embd", "head_size_a", "head_size_divisor", "epoch_steps", "epoch_count", "micro_bsz",
-    "accumulate_grad_batches", "devices", "num_nodes", "ds_bucket_mb",
+    "accumulate_grad_batches", "devices", "num_nodes", "ds_bucket_mb", "keep", "max_bad_steps",
 )  # fmt: skip
 _SWITCHES = ("overwrite", "dpo", "load_partial", "layerwise_lr", "grad_cp", "cpu_malloc")
 _NOT_NEGATIVE = (
     "vocab_size", "dim_att", "dim_ffn", "epoch_begin", "epoch_save", "lr_init", "lr_final", "weight_decay", "magic_prime",
-    "my_pile_edecay",
+    "my_pile_edecay", "save_every",
 )  # fmt: skip
 _BELOW_ONE = ("beta1", "beta2", "dropout")
 

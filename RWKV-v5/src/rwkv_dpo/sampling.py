@@ -67,10 +67,12 @@ class LengthOrder:
         pass_number, position = divmod(index, len(self.lengths))
         return _block(self, pass_number, position // BLOCK)[position % BLOCK]
 
-    def rank_items(self, step: int, rank: int, world_size: int, micro_bsz: int) -> list[int]:
-        """The micro_bsz items of `rank` in micro-batch `step`, which takes the next world_size * micro_bsz of the sequence."""
+    def rank_items(self, step: int, rank: int, world_size: int, micro_bsz: int, shift: int = 0) -> list[int]:
+        """The micro_bsz items of `rank` in micro-batch `step`, which takes the next world_size * micro_bsz of the sequence, whose
+        first is at `shift`."""
         n = world_size * micro_bsz
-        return deal([self.item_at(i) for i in range(step * n, (step + 1) * n)], self.lengths, world_size)[rank]
+        first = shift + step * n
+        return deal([self.item_at(i) for i in range(first, first + n)], self.lengths, world_size)[rank]
 
 
 @functools.lru_cache(maxsize=4)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_dpo.atomic import atomic_write
+from rwkv_dpo.atomic import hashed_write
 from rwkv_dpo.errors import InputError, refuse
 from rwkv_dpo.model import v5
 from rwkv_dpo.model.rwkv import RWKV, Mixes
@@ -133,8 +133,8 @@ def load_model(path: str | Path, *, device: torch.device, compute_dtype: torch.d
 
 
 def save_weights(weights: Weights, path: str | Path) -> None:
-    """Writes a .pth file atomically."""
-    with atomic_write(path) as file:
+    """Writes a .pth file atomically, with its .sha256 beside it."""
+    with hashed_write(path) as file:
         torch.save({name: value.detach().cpu().contiguous() for name, value in weights.items()}, file)
 
 

@@ -18,6 +18,8 @@ from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.pairs import PairSet
 from rwkv_dpo.evaluation.pairs import evaluate_pairs, margins_from_reference
 from rwkv_dpo.model.checkpoint import save_weights
+from rwkv_dpo.training.guard import is_bad, name_samples
+from rwkv_dpo.training.halt import Halt, Halted
 from rwkv_dpo.training.module import DPOModule
 
 log = logging.getLogger(__name__)
@@ -27,20 +29,25 @@ class MetricsLog(pl.Callback):
     """One JSON line (and one wandb record) an optimizer step, averaged over the pairs, or the windows' tokens, of its
     micro-batches on all ranks; the progress bar; and the original's train_log.txt, a line an epoch."""
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: RunConfig, folder: Path, halt: Halt) -> None:
+        self.config, self.folder, self.halt = config, folder, halt
         self.pairs_seen = config.epoch_begin * config.epoch_steps * config.micro_bsz * config.world_size * config.uses_pairs
         self.sums: dict[str, torch.Tensor] = {}  # by metric: the weighted sum and the sum of the weights
-        self.n_micro = self.n_tokens = self.steps_done = 0
+        self.losses: list[tuple[int, torch.Tensor]] = []  # of this rank's micro-batches, by their numbers
+        self.n_tokens = self.steps_done = self.skipped_steps = self.bad_in_a_row = 0
+        self.stops = False  # some rank was signalled: all know it from the same step on
         self.epoch_losses: list[float] = []
         self.run: Any = None
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        self._append("train_log.txt", f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{self.config}\n")
+        self.halt.append(self.folder / "train_log.txt", f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{self.config}\n")
         if self.config.wandb:
             self.run = _start_wandb(self.config)
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.steps_done, self.clock = trainer.global_step, time.perf_counter()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.epoch_losses = []
@@ -50,7 +57,8 @@ class MetricsLog(pl.Callback):
         for name, value in module.metrics.items():
             weight = {"loss": 1, "loss_general": batch.step.n_window_rows}.get(name, batch.step.n_pairs)
             self.sums[name] = self.sums.get(name, 0) + weight * torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])
-        self.n_micro += 1
+        first = (self.config.epoch_begin + trainer.current_epoch) * self.config.epoch_steps
+        self.losses.append((first + batch_idx, module.metrics["loss"]))
         self.n_tokens += module.n_tokens
         if trainer.global_step == self.steps_done:
             return
@@ -63,53 +71,70 @@ class MetricsLog(pl.Callback):
             module.grad_norm = torch.as_tensor(trainer.strategy.deepspeed_engine.get_global_grad_norm() or 0.0)
         names = list(self.sums)
         sums = torch.stack(list(self.sums.values()))
-        tokens = torch.tensor(float(self.n_tokens), device=sums.device)
+        shared = torch.tensor([self.n_tokens, self.halt.signalled, bool(self.halt.fault)], device=sums.device, dtype=torch.float32)
         if trainer.world_size > 1:
-            sums, tokens = (trainer.strategy.reduce(x, reduce_op="sum") for x in (sums, tokens))
-        means = sums[:, 0] / sums[:, 1]
+            sums, shared = (trainer.strategy.reduce(x, reduce_op="sum") for x in (sums, shared))
+        means = (sums[:, 0] / sums[:, 1]).tolist()
+        tokens, signals, faults = shared.tolist()
+        self.halt.check(faults > 0)
+        self.stops = signals > 0
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        self.pairs_seen += self.n_micro * c.micro_bsz * c.world_size * c.uses_pairs
+        self.pairs_seen += len(self.losses) * c.micro_bsz * c.world_size * c.uses_pairs
+        loss, grad_norm = means[names.index("loss")], float(module.grad_norm)
+        bad = is_bad(trainer, loss, grad_norm)
+        self.skipped_steps, self.bad_in_a_row = self.skipped_steps + bad, self.bad_in_a_row + 1 if bad else 0
         record = {
             "step": c.epoch_begin * c.steps_per_epoch + self.steps_done,
             "epoch": c.epoch_begin + trainer.current_epoch,
-            **dict(zip(names, means.tolist(), strict=True)),
-            "grad_norm": _finite(float(module.grad_norm)),
+            **{name: _finite(mean) for name, mean in zip(names, means, strict=True)},
+            "grad_norm": _finite(grad_norm),
             "lr": module.lr,
             "weight_decay": module.weight_decay,
             "tokens": int(tokens),
-            "tokens_per_s": float(tokens) / seconds,
+            "tokens_per_s": tokens / seconds,
             "pairs_seen": self.pairs_seen,
-            "peak_memory_gb": peak_memory_gb(means.device),
+            "skipped_steps": self.skipped_steps,
+            "peak_memory_gb": peak_memory_gb(sums.device),
         }
-        self.sums, self.n_micro, self.n_tokens = {}, 0, 0
-        self.epoch_losses.append(record["loss"])
+        if math.isfinite(loss):
+            self.epoch_losses.append(loss)
         module.log_dict(_for_the_bar(record), prog_bar=True, logger=False)
         if trainer.is_global_zero:
-            self._append("metrics.jsonl", json.dumps(record) + "\n")
+            self.halt.append(self.folder / "metrics.jsonl", json.dumps(record) + "\n")
             if self.run is not None:
                 self.run.log(record, step=record["step"])
+        if bad:
+            self._report_bad_step(trainer, module, f"step {record['step']}: loss {loss:g}, gradient norm {grad_norm:g}")
+        self.sums, self.losses, self.n_tokens = {}, [], 0
+
+    def _report_bad_step(self, trainer: pl.Trainer, module: DPOModule, what: str) -> None:
+        samples = name_samples(trainer, trainer.train_dataloader.dataset, self.losses)  # type: ignore[union-attr]
+        if trainer.is_global_zero:
+            log.warning("%s, skipped; it had %s", what, samples)
+        if self.bad_in_a_row < self.config.max_bad_steps:
+            return
+        weights, path = full_weights(trainer, module), self.folder / "rwkv-last-good.pth"
+        self.halt.write(trainer, lambda: save_weights(weights, path))
+        raise Halted("", f"stopped at {what}, after {self.bad_in_a_row} such steps in a row (--max_bad_steps); weights before them: {path}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         if trainer.is_global_zero and self.epoch_losses:
             loss, epoch = float(np.mean(self.epoch_losses)), trainer.current_epoch
             numbers = f"{loss:.6f} {math.exp(min(loss, 700)):.4f} {module.lr:.8f}"
-            self._append("train_log.txt", f"{self.config.epoch_begin + epoch} {numbers} {datetime.datetime.now()} {epoch}\n")
+            line = f"{self.config.epoch_begin + epoch} {numbers} {datetime.datetime.now()} {epoch}\n"
+            self.halt.append(self.folder / "train_log.txt", line)
 
     def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.run is not None:
             self.run.finish()
 
-    def _append(self, name: str, text: str) -> None:
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write(text)
-
 
 class Checkpoints(pl.Callback):
     """rwkv-{epoch}.pth every epoch_save epochs and after the last, rwkv-final.pth at the end: fp32, official names."""
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: RunConfig, folder: Path, halt: Halt) -> None:
+        self.config, self.folder, self.halt = config, folder, halt
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         c, epoch = self.config, trainer.current_epoch
@@ -122,15 +147,14 @@ class Checkpoints(pl.Callback):
 
     def _save(self, trainer: pl.Trainer, module: DPOModule, name: str) -> None:
         weights = full_weights(trainer, module)
-        if trainer.is_global_zero:
-            save_weights(weights, self.folder / name)
+        self.halt.write(trainer, lambda: save_weights(weights, self.folder / name))
 
 
 class ValidPairs(pl.Callback):
     """Loss, accuracy and margins on held-out pairs at the end of every epoch: a printed line and a line of valid.jsonl."""
 
-    def __init__(self, config: RunConfig, folder: Path, pairs: PairSet) -> None:
-        self.config, self.folder, self.pairs = config, folder, pairs
+    def __init__(self, config: RunConfig, folder: Path, pairs: PairSet, halt: Halt) -> None:
+        self.config, self.folder, self.pairs, self.halt = config, folder, pairs, halt
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         module.model.eval()
@@ -140,8 +164,7 @@ class ValidPairs(pl.Callback):
             return
         epoch = self.config.epoch_begin + trainer.current_epoch
         record = {"epoch": epoch, "step": trainer.global_step, "pairs": len(self.pairs), **metrics}
-        with open(self.folder / "valid.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self.halt.append(self.folder / "valid.jsonl", json.dumps(record) + "\n")
         log.info(
             "epoch %d, %d held-out pairs: DPO loss %.4f, accuracy %.3f, margin %.4f",
             epoch, len(self.pairs), metrics["loss_dpo"], metrics["rewards/accuracies"], metrics["rewards/margins"],
@@ -161,6 +184,8 @@ class ReferenceCheck(pl.Callback):
         self.pairs = pairs
 
     def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        if trainer.global_step:
+            return  # resumed: the weights have moved on
         module.model.eval()
         margins = margins_from_reference(module.model, self.pairs.select(range(min(N_CHECKED, len(self.pairs)))))
         module.model.train()
@@ -193,13 +218,13 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def _finite(value: float) -> float | None:
-    """JSON knows no NaN. fp16 has some in its first steps, while the loss scale settles; those steps are skipped."""
+    """JSON knows no NaN."""
     return value if math.isfinite(value) else None
 
 
 def _for_the_bar(record: dict[str, Any]) -> dict[str, float]:
     names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "tokens_per_s": "tok/s"}
-    return {short: float(record[name]) for name, short in names.items() if name in record}
+    return {short: float(record[name]) for name, short in names.items() if record.get(name) is not None}
 
 
 def _start_wandb(config: RunConfig) -> Any:

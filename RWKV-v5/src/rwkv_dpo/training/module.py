@@ -10,6 +10,7 @@ from torch import Tensor
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.model.rwkv import RWKV, Block
 from rwkv_dpo.objective import MicroBatch, objective
+from rwkv_dpo.training.guard import poisoned, skip_unless_finite
 from rwkv_dpo.training.optim import build_optimizer, set_rates
 
 CLIP_NORM = 1.0
@@ -37,7 +38,7 @@ class DPOModule(pl.LightningModule):
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         loss, self.metrics = objective(self.model, batch, self.config.dpo_beta, self.config.ratio)
         self.n_tokens = batch.step.forest.tokens.numel()
-        return loss
+        return poisoned(loss)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         offload = isinstance(self.trainer.strategy, DeepSpeedStrategy) and "offload" in self.config.strategy
@@ -55,6 +56,7 @@ class DPOModule(pl.LightningModule):
         # Scaling by 1 would read and write every gradient once more; on a GPU looking at the norm would stall instead.
         if self.grad_norm.device.type != "cpu" or self.grad_norm > CLIP_NORM:
             torch.nn.utils.clip_grads_with_norm_(parameters, CLIP_NORM, self.grad_norm)
+        skip_unless_finite(optimizer, parameters, self.grad_norm)
 
     def transfer_batch_to_device(self, batch: MicroBatch, device: torch.device, dataloader_idx: int) -> MicroBatch:
         return batch.to(device)

@@ -8,18 +8,32 @@ from pathlib import Path
 
 from rwkv_dpo.atomic import atomic_write
 from rwkv_dpo.config import RunConfig
-from rwkv_dpo.errors import refuse
+from rwkv_dpo.errors import InputError, refuse
 
 # Settings that leave a run's result as it is.
-_INCIDENTAL = ("overwrite", "wandb", "enable_progress_bar", "cpu_malloc", "wkv_backend", "accelerator")
+INCIDENTAL = (
+    "proj_dir", "overwrite", "wandb", "enable_progress_bar", "cpu_malloc", "wkv_backend", "accelerator", "resume", "save_every",
+    "keep", "max_bad_steps",
+)  # fmt: skip
 # Settings that a continuation of a run changes.
-_CONTINUATION = ("load_model", "epoch_begin", "epoch_count", "my_pile_stage", "my_exit", "warmup_steps")
+CONTINUATION = ("load_model", "epoch_begin", "epoch_count", "my_pile_stage", "my_exit", "warmup_steps")
+# Settings that a resumed run may change: how the work is shared out, and into how many samples it is cut.
+LAYOUT = ("devices", "num_nodes", "strategy", "ds_bucket_mb", "grad_cp", "micro_bsz", "accumulate_grad_batches", "epoch_steps")
+# What grows with the run.
+LOGS = ("metrics.jsonl", "valid.jsonl", "train_log.txt")
 
 
-def prepare_folder(config: RunConfig) -> None:
+def changes(before: dict, config: RunConfig, free: tuple[str, ...]) -> list[str]:
+    """Settings, but for those in `free`, in which `config` differs from the run before, each as a few words."""
+    settings = asdict(config)
+    known = {name: value for name, value in before.items() if name not in free}
+    return [f"--{name} {settings.get(name)} (was {value})" for name, value in known.items() if settings.get(name) != value]
+
+
+def prepare_folder(config: RunConfig, resumes: bool) -> None:
     """Makes the folder and writes config.json; refuses a folder that can't be written, or that holds another run.
 
-    What a run that is repeated would write again is set aside under the next free number, never lost.
+    What a run that begins anew would write again is set aside under the next free number, never lost.
     """
     folder = Path(config.proj_dir)
     try:
@@ -28,20 +42,48 @@ def prepare_folder(config: RunConfig) -> None:
         refuse(f"--proj_dir {folder}: can't be made ({error.strerror})")
     if not os.access(folder, os.W_OK):
         refuse(f"--proj_dir {folder}: can't be written to")
-    settings = asdict(config)
-    before = _read_config(folder / "config.json")
+    before = read_config(folder / "config.json")
     if before is not None and not config.overwrite:
         continues = config.epoch_begin > 0 or config.my_pile_stage >= 2
-        free = _INCIDENTAL + _CONTINUATION if continues else _INCIDENTAL
-        known = {name: value for name, value in before.items() if name not in free}
-        changed = [f"--{name} {settings.get(name)} (was {value})" for name, value in known.items() if settings.get(name) != value]
+        changed = changes(before, config, INCIDENTAL + (LAYOUT if resumes else CONTINUATION if continues else ()))
         if changed:
             refuse(f"--proj_dir {folder} holds a run with other settings: {', '.join(changed[:5])}; --overwrite 1 goes on all the same")
-    if not config.epoch_begin:
-        for name in ("metrics.jsonl", "valid.jsonl"):
+    if not resumes:
+        for name in ("last",) if config.epoch_begin else ("last", "metrics.jsonl", "valid.jsonl"):
             _set_aside(folder / name)
     with atomic_write(folder / "config.json") as file:
-        file.write(json.dumps(settings, indent=1).encode())
+        file.write(json.dumps(asdict(config), indent=1).encode())
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the folder holds the end of a run with these settings."""
+    folder = Path(config.proj_dir)
+    before = read_config(folder / "config.json")
+    if before is None or changes(before, config, INCIDENTAL) or not (folder / "rwkv-final.pth").exists():
+        return False
+    lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
+    return bool(lines) and f'"step": {config.epoch_begin * config.steps_per_epoch + config.total_steps},' in lines[-1]
+
+
+def log_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each log, which are on the disk when this returns."""
+    sizes = {}
+    for path in (folder / name for name in LOGS):
+        if path.exists():
+            try:
+                with open(path, "ab") as file:
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+            sizes[path.name] = path.stat().st_size
+    return sizes
+
+
+def cut_logs(folder: Path, sizes: dict[str, int]) -> None:
+    """Takes from the logs what steps wrote that are going to be done again."""
+    for path in (folder / name for name in LOGS):
+        if path.exists() and path.stat().st_size > sizes.get(path.name, 0):
+            os.truncate(path, sizes.get(path.name, 0))
 
 
 def save_vocabulary(characters: str, path: Path) -> None:
@@ -58,7 +100,7 @@ def newest_epoch(folder: Path) -> int | None:
     return -1 if (folder / "rwkv-init.pth").exists() else None
 
 
-def _read_config(path: Path) -> dict | None:
+def read_config(path: Path) -> dict | None:
     if not path.exists():
         return None
     try:

@@ -1,6 +1,7 @@
 """--strategy and --precision in Lightning's terms, DeepSpeed on CPUs included."""
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +20,18 @@ class ScaledFloat16(MixedPrecision):
     @override
     def forward_context(self) -> AbstractContextManager:  # type: ignore[override]  # Lightning types the decorator it uses
         return nullcontext()
+
+
+    @override
+    def optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:  # type: ignore[override]
+        # The parent leaves it to a fused optimizer to unscale, after gradients were clipped as if they were not scaled.
+        assert self.scaler is not None
+        loss = closure()
+        self.scaler.unscale_(optimizer)
+        self._after_closure(model, optimizer)
+        self.scaler.step(optimizer, **kwargs)
+        self.scaler.update()
+        return loss
 
 
 class DeepSpeedInputs(DeepSpeedPrecision):

@@ -21,9 +21,12 @@ from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.sampling import check_magic_prime
 from rwkv_dpo.training.batches import build_loader
 from rwkv_dpo.training.callbacks import Checkpoints, MetricsLog, ReferenceCheck, ValidPairs
+from rwkv_dpo.training.halt import Halt, Halted
+from rwkv_dpo.training.last import LastCheckpoints
 from rwkv_dpo.training.module import CLIP_NORM, DPOModule
 from rwkv_dpo.training.reference import StartIsReference, check_scored, tell_differences
-from rwkv_dpo.training.run_folder import newest_epoch, prepare_folder, save_vocabulary
+from rwkv_dpo.training.resume import Saved, choose, interrupted_stage, last_folder, sweep
+from rwkv_dpo.training.run_folder import cut_logs, is_finished, newest_epoch, prepare_folder, save_vocabulary
 from rwkv_dpo.training.strategy import build_precision, build_strategy
 from rwkv_dpo.wkv import choose_backend
 
@@ -40,6 +43,8 @@ def plan_stage(config: RunConfig) -> RunConfig:
         refuse(f"--accumulate_grad_batches {config.accumulate_grad_batches}: with --my_pile_stage it has to divide {steps}")
     if config.my_pile_stage == 1:
         return config
+    if begun := interrupted_stage(config):
+        return begun
     folder = Path(config.proj_dir)
     newest = newest_epoch(folder)
     if newest is None:
@@ -101,15 +106,18 @@ def build_model(config: RunConfig, shape: ModelShape, weights: dict[str, torch.T
     return model
 
 
-def build_trainer(config: RunConfig, folder: Path, pairs: PairSet | None, valid: PairSet | None, device: torch.device) -> pl.Trainer:
-    callbacks: list[pl.Callback] = [MetricsLog(config, folder), Checkpoints(config, folder)]
+def build_trainer(
+    config: RunConfig, folder: Path, pairs: PairSet | None, valid: PairSet | None, device: torch.device, last: LastCheckpoints
+) -> pl.Trainer:
+    callbacks: list[pl.Callback] = [last.metrics, Checkpoints(config, folder, last.halt)]
     sets = [one for one in (pairs, valid) if one is not None]
     if sets and config.dpo_ref == "recompute":
         callbacks.append(StartIsReference(config, folder, sets))
     if pairs is not None:
         callbacks.append(ReferenceCheck(pairs))
     if valid is not None:
-        callbacks.append(ValidPairs(config, folder, valid))
+        callbacks.append(ValidPairs(config, folder, valid, last.halt))
+    callbacks.append(last)
     if config.enable_progress_bar:
         callbacks.append(TQDMProgressBar(refresh_rate=1))
     return pl.Trainer(
@@ -136,26 +144,48 @@ def train(config: RunConfig, given: frozenset[str]) -> None:
     torch.manual_seed(config.seed)  # for dropout
     model = build_model(config, shape, weights, device)
     folder = Path(config.proj_dir)
-    begin_folder(config, model if weights is None else None, corpus)
+    if config.resume == "auto" and not config.overwrite and is_finished(config):
+        log.info("%s holds the end of this run (rwkv-final.pth); --resume none trains it again", config.proj_dir)
+        return
+    saved = begin_folder(config, model if weights is None else None, corpus)
     if config.my_pile_stage == 1:
         log.info("wrote %s; now run with --my_pile_stage 2 or 3", folder / "rwkv-init.pth")
         return
     log.info("%s", describe(config, shape, corpus, pairs, device))
     rank_zero_only(tell_differences)(config, {"dpo_train_file": pairs, "dpo_valid_file": valid})
-    trainer = build_trainer(config, folder, pairs, valid, device)
+    halt = Halt()
+    last = LastCheckpoints(config, MetricsLog(config, folder, halt), halt, saved, {})
+    trainer = build_trainer(config, folder, pairs, valid, device, last)
     loader = build_loader(config, corpus, pairs, trainer.global_rank, device.type == "cuda")
-    trainer.fit(DPOModule(model, config), loader)
+    try:
+        trainer.fit(DPOModule(model, config), loader)
+    except Halted as halted:
+        end(halted)
 
 
 @rank_zero_only
-def begin_folder(config: RunConfig, new_model: RWKV | None, corpus: Corpus | None) -> None:
-    """What a run writes before its first step."""
+def end(halted: Halted) -> None:
+    """Rank 0 speaks for all, and its status is the run's."""
+    if halted.fault:
+        refuse(halted.fault)
+    log.info("%s", halted.message)
+
+
+@rank_zero_only
+def begin_folder(config: RunConfig, new_model: RWKV | None, corpus: Corpus | None) -> Saved | None:
+    """What a run writes before its first step, and the checkpoint that it goes on from."""
     folder = Path(config.proj_dir)
-    prepare_folder(config)
+    saved = choose(config)
+    sweep(config)
+    goes_on_here = saved is not None and saved.path.resolve().parent == last_folder(config).resolve()
+    prepare_folder(config, goes_on_here)
+    if saved is not None and goes_on_here:
+        cut_logs(folder, saved.progress.logs)
     if new_model is not None:
         save_weights(new_model.state_dict(), folder / "rwkv-init.pth")
     if corpus is not None and corpus.characters:
         save_vocabulary(corpus.characters, folder / "vocab.json")
+    return saved
 
 
 def describe(config: RunConfig, shape: ModelShape, corpus: Corpus | None, pairs: PairSet | None, device: torch.device) -> str:

@@ -1,0 +1,72 @@
+"""Steps whose loss or gradient is not finite: they leave the weights as they are, are named in the log, and end a run in the end."""
+
+import logging
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DeepSpeedStrategy
+from torch import Tensor
+
+from rwkv_dpo.training.batches import MicroBatches
+from rwkv_dpo.training.strategy import ScaledFloat16
+
+log = logging.getLogger(__name__)
+# So many pairs, and windows, a line names at most.
+N_NAMED = 64
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """The loss, with a gradient that is not finite where it is not finite itself: so the norm of the gradients, which all ranks
+    share, tells all of them. An infinite loss may well have a finite gradient of its own: -logsigmoid(-inf) has -1."""
+    return loss * (loss.detach() * 0 + 1)
+
+
+def skip_unless_finite(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], grad_norm: Tensor) -> None:
+    """Lets the coming optimizer step pass over weights and state when the norm is not finite."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        # torch's fused optimizers look at this on the device; asking here would make a GPU wait.
+        optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
+    elif not torch.isfinite(grad_norm):
+        for parameter in parameters:
+            parameter.grad = None
+
+
+def is_bad(trainer: pl.Trainer, loss: float, grad_norm: float) -> bool:
+    """Whether the step just done had to be skipped. An overflow of fp16 is no fault while the loss scale can still be lowered."""
+    if not math.isfinite(loss):
+        return True
+    return not math.isfinite(grad_norm) and _loss_scale(trainer) <= 1
+
+
+def _loss_scale(trainer: pl.Trainer) -> float:
+    plugin = trainer.precision_plugin
+    if isinstance(plugin, ScaledFloat16) and plugin.scaler is not None:
+        return plugin.scaler.get_scale()
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        return float(trainer.strategy.deepspeed_engine.optimizer.loss_scale)
+    return 1.0
+
+
+def name_samples(trainer: pl.Trainer, dataset: MicroBatches, losses: list[tuple[int, Tensor]]) -> str:
+    """The pairs and windows of the step's micro-batches whose loss is not finite, of all of them when no loss shows it; every
+    rank has to call this with its own (number of the micro-batch, loss)."""
+    bad = [k for k, loss in losses if not math.isfinite(loss)]
+    on_ranks: list[Any] = [bad]
+    if trainer.world_size > 1:
+        on_ranks = [None] * trainer.world_size
+        torch.distributed.all_gather_object(on_ranks, bad)
+    if not any(on_ranks):
+        on_ranks = [[k for k, _ in losses]] * trainer.world_size
+    contents = [dataset.contents(k, rank) for rank, numbers in enumerate(on_ranks) for k in numbers]
+    windows = sorted(start for starts, _ in contents for start in starts)
+    rows = sorted(row for _, rows in contents for row in rows)
+    named = [f"pairs in rows {_some(rows)} of dpo_train_file"] if rows else []
+    named += [f"corpus windows from tokens {_some(windows)}"] if windows else []
+    return ", ".join(named)
+
+
+def _some(numbers: list[int]) -> str:
+    rest = f" and {len(numbers) - N_NAMED} more" if len(numbers) > N_NAMED else ""
+    return " ".join(map(str, numbers[:N_NAMED])) + rest

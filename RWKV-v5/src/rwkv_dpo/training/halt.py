@@ -1,0 +1,56 @@
+"""Ending a run before its end, on all ranks at the same step: signals, faults of rank 0's files, and the exit itself."""
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from rwkv_dpo.errors import InputError
+
+
+class Halted(Exception):
+    """Leaves the training. `fault`: the line that rank 0 ends with, and a status other than 0; "" is a good end."""
+
+    def __init__(self, message: str, fault: str = "") -> None:
+        super().__init__(message or fault)
+        self.message, self.fault = message, fault
+
+
+@dataclass
+class Halt:
+    """What a rank knows that all have to act upon together."""
+
+    signalled: bool = False
+    fault: str = ""  # what rank 0 could not write
+    last_good: str = ""  # what the run can go on from, for messages
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        if self.signalled and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signalled = True
+
+    def append(self, path: Path, text: str) -> None:
+        """For rank 0. A fault is kept until the ranks agree to stop."""
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            self.fault = self.fault or f"{path}: cannot be written: {error.strerror}"
+
+    def write(self, trainer: pl.Trainer, write: Callable[[], None]) -> None:
+        """Runs `write` on rank 0; all ranks call this, and leave the training when it fails, or an append before it did."""
+        if trainer.is_global_zero and not self.fault:
+            try:
+                write()
+            except InputError as error:
+                self.fault = str(error)
+        self.fault = trainer.strategy.broadcast(self.fault)
+        self.check(bool(self.fault))
+
+    def check(self, has_fault: bool) -> None:
+        """Raises Halted on every rank when rank 0 has a fault."""
+        if has_fault:
+            raise Halted("", f"{self.fault}; {self.last_good or 'nothing was saved to go on from'}")

@@ -1,0 +1,199 @@
+"""The callback that keeps `last/`: saves all that a run needs to go on, and takes it up again."""
+
+import contextlib
+import logging
+import shutil
+import signal
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from rwkv_dpo.config import RunConfig
+from rwkv_dpo.training.batches import EpochNumbers, MicroBatches
+from rwkv_dpo.training.callbacks import MetricsLog, full_weights
+from rwkv_dpo.training.halt import Halt, Halted
+from rwkv_dpo.training.module import DPOModule
+from rwkv_dpo.training.optimizer_state import OptimizerState, read_state, trainable, write_state
+from rwkv_dpo.training.resume import Progress, Saved, last_folder, save
+from rwkv_dpo.training.run_folder import log_sizes
+
+log = logging.getLogger(__name__)
+
+
+class LastCheckpoints(pl.Callback):
+    """Saves every save_every optimizer steps, after every epoch, and when the run is told to stop; `trainer.global_step` counts
+    the steps of the whole run, those before a resumption included. Comes after the callbacks whose work it saves.
+
+    saved: what to go on from; known to rank 0 alone, which hands it to the others.
+    """
+
+    def __init__(self, config: RunConfig, metrics: MetricsLog, halt: Halt, saved: Saved | None, data: dict[str, int]) -> None:
+        self.config, self.metrics, self.halt, self.saved, self.data = config, metrics, halt, saved, data
+        self.resumes = False
+
+    def setup(self, trainer: pl.Trainer, module: DPOModule, stage: str) -> None:  # type: ignore[override]
+        """Before the strategy takes the model: weights and counters."""
+        saved = self.saved
+        progress = trainer.strategy.broadcast(saved.progress if saved else None)
+        self.resumes = progress is not None
+        if progress is None:
+            return
+        self._go_on_from(trainer, progress)
+        with torch.no_grad():
+            for name, parameter in trainable(module.model):
+                parameter.copy_(_from_rank_0(trainer, saved.weights[name] if saved else None, parameter))
+
+    def _go_on_from(self, trainer: pl.Trainer, progress: Progress) -> None:
+        c, metrics = self.config, self.metrics
+        epoch, steps = divmod(progress.step, c.steps_per_epoch)
+        loader: Any = trainer.fit_loop._data_source.instance
+        dataset, numbers = loader.dataset, loader.sampler
+        assert isinstance(dataset, MicroBatches)
+        assert isinstance(numbers, EpochNumbers)
+        first = (c.epoch_begin + epoch) * c.epoch_steps + steps * c.accumulate_grad_batches
+        position = dataset.position
+        position.epoch, position.batch = epoch, steps * c.accumulate_grad_batches
+        position.shift = progress.samples - first * c.micro_bsz * c.world_size
+        numbers.set_epoch(epoch)
+        _set_counters(trainer, epoch, position.batch, progress.step)
+        metrics.pairs_seen, metrics.epoch_losses = progress.pairs_seen, list(progress.epoch_losses)
+        metrics.skipped_steps, metrics.bad_in_a_row = progress.skipped_steps, progress.bad_in_a_row
+
+    def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        """Once the strategy has made the optimizer: its state, the loss scale and the generators."""
+        # Lightning's handler of SIGTERM talks to the other ranks in the middle of whatever they do.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # not in the main thread: the caller deals with signals
+                signal.signal(number, self.halt.on_signal)
+        if not self.resumes:
+            return
+        saved = self.saved
+        known = (_forms(saved.optimizer), saved.generators, saved.scaler) if saved else ({}, [], {})
+        forms, generators, scaler = trainer.strategy.broadcast(known)
+
+        def tensor(name: str, key: str) -> Tensor:
+            return _from_rank_0(trainer, saved.optimizer[name][key] if saved else None, forms[name][key])
+
+        write_state(trainer, module.model, forms, tensor)
+        if scaler:
+            trainer.precision_plugin.load_state_dict(scaler)
+        _set_generators(generators, trainer.global_rank, self.config.seed + trainer.global_step)
+        if saved is not None:
+            self._tell_last_good(saved.path)
+            log.info("going on after step %d of %d, from %s", trainer.global_step, self.config.total_steps, saved.path)
+        self.saved = None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        step, c = trainer.global_step, self.config
+        if self.metrics.losses or step == c.total_steps or step % c.steps_per_epoch == 0:
+            return  # in the middle of a step, or the end of the epoch comes next
+        if self.metrics.stops:
+            self._save(trainer, module)
+            self._stop(trainer)
+        elif c.save_every and step % c.save_every == 0:
+            self._save(trainer, module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        if trainer.global_step == self.config.total_steps:
+            return  # what is left to do is rwkv-final.pth
+        self.metrics.epoch_losses = []
+        self._save(trainer, module)
+        if self.metrics.stops:
+            self._stop(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        if trainer.is_global_zero:
+            shutil.rmtree(last_folder(self.config), ignore_errors=True)
+
+    def _stop(self, trainer: pl.Trainer) -> None:
+        step = trainer.global_step
+        raise Halted(f"stopped after step {step} of {self.config.total_steps}; the same command goes on (--resume auto)")
+
+    def _save(self, trainer: pl.Trainer, module: DPOModule) -> None:
+        weights, names = full_weights(trainer, module), [name for name, _ in trainable(module.model)]
+        parts = {
+            "weights": {name: weights[name].detach().cpu() for name in names},
+            "optimizer": read_state(trainer, module.model),
+            "generators": _all_generators(trainer),
+            "scaler": trainer.precision_plugin.state_dict(),
+        }
+
+        def write() -> None:
+            self._tell_last_good(save(last_folder(self.config), self._progress(trainer), parts, self.config.keep))
+
+        self.halt.write(trainer, write)
+
+    def _progress(self, trainer: pl.Trainer) -> Progress:
+        c, metrics, step = self.config, self.metrics, trainer.global_step
+        dataset: Any = trainer.train_dataloader.dataset  # type: ignore[union-attr]
+        first = c.epoch_begin * c.epoch_steps + step * c.accumulate_grad_batches
+        return Progress(
+            config=asdict(c), data=self.data, step=step, samples=dataset.position.shift + first * c.micro_bsz * c.world_size,
+            pairs_seen=metrics.pairs_seen, epoch_losses=metrics.epoch_losses, skipped_steps=metrics.skipped_steps,
+            bad_in_a_row=metrics.bad_in_a_row, logs=log_sizes(Path(c.proj_dir)),
+        )  # fmt: skip
+
+    def _tell_last_good(self, path: Path) -> None:
+        self.halt.last_good = f"the last good checkpoint is {path}"
+
+
+def _from_rank_0(trainer: pl.Trainer, value: Tensor | None, like: Tensor) -> Tensor:
+    """Rank 0's value, on the device of this rank."""
+    device = trainer.strategy.root_device
+    # A copy: the file that it is mapped from is going to be removed.
+    value = torch.empty(like.shape, dtype=like.dtype, device=device) if value is None else value.to(device, copy=True)
+    if trainer.world_size > 1:
+        torch.distributed.broadcast(value, 0)
+    return value
+
+
+def _forms(state: OptimizerState) -> OptimizerState:
+    """Shapes and types alone."""
+    return {name: {key: v.to("meta") if isinstance(v, Tensor) else v for key, v in values.items()} for name, values in state.items()}
+
+
+def _set_counters(trainer: pl.Trainer, epoch: int, batch: int, step: int) -> None:
+    """Lightning's loops as they are between two optimizer steps: `batch` micro-batches into `epoch`, after `step` steps in all."""
+
+    def count(number: int, begun: int = 0) -> dict[str, int]:
+        return {"ready": number + begun, "started": number + begun, "processed": number, "completed": number}
+
+    loop = trainer.fit_loop
+    state = loop.state_dict()
+    begun = int(batch > 0)
+    state["epoch_progress"] = {"total": count(epoch, begun), "current": count(epoch, begun)}
+    batches = count(batch)
+    state["epoch_loop.batch_progress"] = {"total": batches, "current": batches, "is_last_batch": False}
+    steps = {"ready": step, "completed": step}
+    state["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"] = {"total": steps, "current": steps}
+    loop.load_state_dict(state)
+
+
+def _generators() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _all_generators(trainer: pl.Trainer) -> list[dict[str, Tensor]]:
+    mine = _generators()
+    if trainer.world_size == 1:
+        return [mine]
+    everyones: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(everyones, mine)
+    return everyones
+
+
+def _set_generators(states: list[dict[str, Tensor]], rank: int, seed: int) -> None:
+    """A rank that the saved run had not begins with `seed`."""
+    if rank >= len(states):
+        torch.manual_seed(seed)
+        return
+    torch.set_rng_state(states[rank]["cpu"])
+    if "cuda" in states[rank] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[rank]["cuda"])

@@ -1,0 +1,167 @@
+"""The checkpoints of `last/`, from which a run goes on as if it had never stopped: their form, and which one to take."""
+
+import logging
+import pickle
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_dpo.atomic import fault_of, hash_path, hashed_write
+from rwkv_dpo.config import RunConfig
+from rwkv_dpo.errors import InputError, refuse
+from rwkv_dpo.training.run_folder import CONTINUATION, INCIDENTAL, LAYOUT, changes, read_config
+
+log = logging.getLogger(__name__)
+_FORM = 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. None of it depends on the number of processes or the strategy.
+
+    step: optimizer steps done. samples: taken of the global sequence. logs: bytes of each log file that belong to those steps.
+    """
+
+    config: dict[str, Any]
+    data: dict[str, int]
+    step: int
+    samples: int
+    pairs_seen: int
+    epoch_losses: list[float]
+    skipped_steps: int
+    bad_in_a_row: int
+    logs: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint of `last/`: trainable weights and the optimizer's state by parameter name, whole; generators by rank."""
+
+    path: Path
+    progress: Progress
+    weights: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Any]]
+    generators: list[dict[str, Tensor]]
+    scaler: dict[str, Any]
+
+
+def last_folder(config: RunConfig) -> Path:
+    return Path(config.proj_dir) / "last"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Newest first."""
+    steps = {int(m[1]): path for path in folder.glob("step-*.pth") if (m := re.fullmatch(r"step-(\d+)\.pth", path.name))}
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def save(folder: Path, progress: Progress, parts: dict[str, Any], keep: int) -> Path:
+    """Writes folder/step-N.pth. When it is on the disk, older ones go until `keep` are left, and those of later steps, which a run
+    that was resumed from an earlier one does again. Raises InputError.
+
+    parts: the other fields of Saved.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: can't be made ({error.strerror})") from error
+    path = folder / f"step-{progress.step}.pth"
+    with hashed_write(path) as file:
+        torch.save({"form": _FORM, "progress": asdict(progress), **parts}, file)
+    there = checkpoints_in(folder)
+    newest = there.index(path)
+    for other in there[:newest] + there[newest + keep :]:
+        remove(other)
+    return path
+
+
+def sweep(config: RunConfig) -> None:
+    """Removes what writes that were cut off have left."""
+    for folder in (Path(config.proj_dir), last_folder(config)):
+        for path in (*folder.glob(".step-*.part"), *folder.glob(".rwkv-*.part")):
+            path.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    hash_path(path).unlink(missing_ok=True)
+
+
+def load(path: Path) -> Saved:
+    """Tensors are mapped from the file. Refuses what is no such checkpoint; never executes code."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if loaded["form"] != _FORM:
+            refuse(f"{path}: checkpoint of form {loaded['form']}; {_FORM} is accepted")
+        parts = {f.name: loaded[f.name] for f in fields(Saved) if f.name not in ("path", "progress")}
+        return Saved(path, Progress(**loaded["progress"]), **parts)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(f"{path}: not a checkpoint to resume from ({reason})") from error
+
+
+def choose(config: RunConfig) -> Saved | None:
+    """The checkpoint that --resume means, None to begin anew. Refuses one of a run with other settings, or that is not whole."""
+    if config.resume == "none":
+        return None
+    if config.resume != "auto":
+        path = Path(config.resume)
+        if path.is_dir():
+            path = next(iter(checkpoints_in(path)), path)
+        if not path.is_file():
+            refuse(f"--resume {config.resume}: no such checkpoint; auto, none, or a step-N.pth are accepted")
+        if fault := fault_of(path):
+            refuse(f"--resume {path}: {fault}")
+        saved = load(path)
+        _check(saved, config)
+        return saved
+    paths = checkpoints_in(last_folder(config))
+    if not paths or _is_other_run(paths, config):
+        return None
+    for path in paths:
+        fault = fault_of(path)
+        if not fault:
+            saved = load(path)
+            _check(saved, config)
+            return saved
+        log.warning("%s %s; the one before is used", path, fault)
+    refuse(f"{last_folder(config)}: none of its checkpoints is whole ({paths[0].name} {fault_of(paths[0])}); --resume none begins anew")
+
+
+def _is_other_run(paths: list[Path], config: RunConfig) -> bool:
+    """Whether the folder holds an interrupted run that this one is allowed to leave behind."""
+    before = read_config(Path(config.proj_dir) / "config.json") or {}
+    if not changes(before, config, INCIDENTAL + LAYOUT):
+        return False
+    continues = config.epoch_begin > 0 or config.my_pile_stage >= 2
+    return bool(config.overwrite) or (continues and not changes(before, config, INCIDENTAL + CONTINUATION))
+
+
+def _check(saved: Saved, config: RunConfig) -> None:
+    before = saved.progress.config
+    changed = changes(before, config, INCIDENTAL + LAYOUT)
+    if changed and not config.overwrite:
+        refuse(f"{saved.path} is of a run with other settings: {', '.join(changed[:5])}; --resume none begins anew")
+    steps = before["epoch_steps"] // before["accumulate_grad_batches"]
+    if steps != config.steps_per_epoch:
+        refuse(
+            f"--epoch_steps {config.epoch_steps}: {saved.path} counts {steps} optimizer steps in an epoch; "
+            f"{steps * config.accumulate_grad_batches} is accepted"
+        )
+    if saved.progress.step >= config.total_steps:
+        refuse(f"{saved.path} has done {saved.progress.step} steps; with these settings the run ends at {config.total_steps}")
+
+
+def interrupted_stage(config: RunConfig) -> RunConfig | None:
+    """Staged pre-training takes its epoch and weights from the folder; those with which an interrupted run had begun."""
+    if config.resume != "auto" or not checkpoints_in(last_folder(config)):
+        return None
+    before = read_config(Path(config.proj_dir) / "config.json") or {}
+    begun = {name: before[name] for name in ("load_model", "epoch_begin", "warmup_steps") if name in before}
+    if changes(before, config, (*INCIDENTAL, *LAYOUT, *begun)):
+        return None
+    return replace(config, **begun)

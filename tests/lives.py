@@ -1,0 +1,97 @@
+"""Lives of a run: train.py in processes of their own, started quickly, that a test kills."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+# What clocks and memory say differs from run to run.
+MEASURED = ("tokens_per_s", "peak_memory_gb")
+
+
+def _live(flags: list[str], rank: int, world_size: int, port: int, log: Path) -> None:
+    """One process of a run, among world_size as torchrun would start them."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if world_size > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        os.environ |= {name: str(value) for name, value in names.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "lives"}
+    import train
+    from pytorch_lightning.utilities import rank_zero_only
+    from rwkv_dpo.errors import run_script
+
+    rank_zero_only.rank = rank  # Lightning read it when it was imported, before there were ranks
+    run_script(lambda: train.main(flags))
+
+
+class Lives:
+    """Starts processes from one that has imported everything and nothing else: in a tenth of the time, on a thread each."""
+
+    def __init__(self) -> None:
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["train", "rwkv_dpo.training.trainer"])
+
+    def start(self, flags: list[str], log: Path, world_size: int = 1) -> list:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        runs = [self.context.Process(target=_live, args=(flags, rank, world_size, port, log)) for rank in range(world_size)]
+        for run in runs:
+            run.start()
+        return runs
+
+    def whole(self, flags: list[str], log: Path, world_size: int = 1) -> list[int]:
+        """Exit statuses of a run that nobody kills."""
+        runs = self.start(flags, log, world_size)
+        for run in runs:
+            run.join(200)
+            assert not run.is_alive(), log.read_text()
+        return [run.exitcode for run in runs]
+
+    def killed(self, flags: list[str], folder: Path, log: Path, chance: random.Random, world_size: int = 1, kills: int = 1,
+               number: signal.Signals = signal.SIGKILL) -> list[str]:  # fmt: skip
+        """A run that dies `kills` times and is started again each time until its end: what each kill fell into, "step" or "save".
+
+        A life is killed some steps after its beginning, in every other case as soon as a save is under way after that.
+        """
+        fell_into: list[str] = []
+        while True:
+            runs = self.start(flags, log, world_size)
+            if len(fell_into) < kills and _wait_for_a_moment(runs, folder, chance, wants_save=len(fell_into) % 2 == 1):
+                fell_into.append("save" if any((folder / "last").glob(".*.part")) else "step")
+                for run in runs:
+                    os.kill(run.pid, number)
+            for run in runs:
+                run.join(200)
+                assert not run.is_alive(), log.read_text()
+            if (folder / "rwkv-final.pth").exists():
+                return fell_into
+            assert len(fell_into) == kills or runs[0].exitcode in (-number, 0), log.read_text()[-3000:]
+
+
+def _wait_for_a_moment(runs: list, folder: Path, chance: random.Random, wants_save: bool) -> bool:
+    """False when the run ends first."""
+    n_steps = chance.randint(1, 6)
+    begin = None
+    while all(run.is_alive() for run in runs):
+        metrics = folder / "metrics.jsonl"
+        n = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        # A resumed life first takes lines away.
+        begin = n if begin is None or n < begin else begin
+        if n - begin >= n_steps and (not wants_save or any((folder / "last").glob(".*.part"))):
+            time.sleep(0 if wants_save else chance.uniform(0, 0.03))
+            return True
+        time.sleep(0.0005)
+    return False
+
+
+def records(folder: Path) -> list[dict]:
+    """metrics.jsonl without what differs from run to run."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]

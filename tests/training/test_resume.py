@@ -1,0 +1,299 @@
+"""A run that dies, and goes on as if it had not."""
+
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import train
+from conftest import random_model
+from lives import Lives, records
+from rwkv_dpo.atomic import fault_of
+from rwkv_dpo.data.pairs import pack_pairs, save_pairs
+from rwkv_dpo.errors import InputError
+from rwkv_dpo.model.checkpoint import save_weights
+from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.objective import score_pairs
+
+SHAPE = ModelShape(n_layer=2, n_embd=32, dim_att=32, dim_ffn=96, vocab_size=61, head_size=8)
+N_STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A model, a corpus and pairs scored by the model."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    model = random_model(SHAPE, torch.float32)
+    save_weights(model.state_dict(), folder / "model.pth")
+    rng.integers(1, 61, 4000).astype("<u2").tofile(folder / "corpus.bin")
+    pairs = pack_pairs([tuple(rng.integers(1, 61, n) for n in rng.integers(2, 9, 3)) for _ in range(30)])
+    save_pairs(folder / "train.save", pairs.with_ref_logps(score_pairs(model, pairs, 100), "0" * 64, "fp32"))
+    return folder
+
+
+def flags(data, proj_dir, **changes) -> list[str]:
+    """Two epochs of 12 optimizer steps, of 2 micro-batches each, with dropout."""
+    values = {
+        "load_model": data / "model.pth", "proj_dir": proj_dir, "data_file": data / "corpus.bin", "data_type": "uint16", "ctx_len": 12,
+        "dpo_train_file": data / "train.save", "dpo_general_corpus_ratio": 0.5, "dpo_beta": 0.1, "accelerator": "cpu", "precision": "fp32",
+        "epoch_steps": 24, "epoch_count": 2, "accumulate_grad_batches": 2, "micro_bsz": 2, "lr_init": 1e-3, "lr_final": 1e-4,
+        "dropout": 0.1, "warmup_steps": 5, "weight_decay": 0.1, "epoch_save": 1, "enable_progress_bar": False, "cpu_malloc": 0,
+        "wkv_backend": "chunked", "dpo_valid_file": data / "train.save", **changes,
+    }  # fmt: skip
+    return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def steps_written(folder) -> int:
+    return (folder / "metrics.jsonl").read_bytes().count(b"\n") if (folder / "metrics.jsonl").exists() else 0
+
+
+def run_until(data, folder, step, act=lambda: os.kill(os.getpid(), signal.SIGTERM), **changes):
+    """A run in this process; once `step` lines of metrics are written another thread does `act`, by default sends SIGTERM."""
+    done = threading.Event()
+
+    def watch():
+        while not done.wait(0.001):
+            if steps_written(folder) >= step:
+                return act()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        train.main(flags(data, folder, **changes))
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    train.main(flags(data, folder))
+    return folder
+
+
+def assert_same(folder, whole):
+    assert records(folder) == records(whole)
+    assert [r["step"] for r in records(folder)] == list(range(1, N_STEPS + 1))
+    assert (folder / "valid.jsonl").read_text() == (whole / "valid.jsonl").read_text()
+    for name in ("rwkv-0.pth", "rwkv-1.pth", "rwkv-final.pth"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    assert not (folder / "last").exists()
+
+
+@pytest.fixture(scope="module")
+def lives():
+    variables = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    yield Lives()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "save_every", "kills", "seed"), [(1, 1, 8, 0), (1, 3, 6, 1), (2, 1, 5, 2), (2, 2, 4, 3)])
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(data, tmp_path, lives, world_size, save_every, kills, seed):
+    """23 kills in all: SIGKILL some steps into each life, at every other one in the middle of a save."""
+    layout = {"devices": world_size, "strategy": "ddp" if world_size > 1 else "auto"}
+    log = tmp_path / "log.txt"
+    assert lives.whole(flags(data, tmp_path / "whole", **layout), log, world_size) == [0] * world_size, log.read_text()
+    wanted = flags(data, tmp_path / "out", save_every=save_every, **layout)
+    fell_into = lives.killed(wanted, tmp_path / "out", log, random.Random(seed), world_size, kills)
+    assert len(fell_into) == kills
+    assert "save" in fell_into
+    assert_same(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("step", [5, 12, 13])
+def test_sigterm_saves_and_exits_well_and_the_same_command_goes_on(data, tmp_path, whole, caplog, step):
+    caplog.set_level("INFO")
+    run_until(data, tmp_path / "out", step)
+    assert "the same command goes on (--resume auto)" in caplog.text
+    assert not (tmp_path / "out" / "rwkv-final.pth").exists()
+    assert steps_written(tmp_path / "out") < N_STEPS
+    train.main(flags(data, tmp_path / "out"))
+    assert "going on after step" in caplog.text
+    assert_same(tmp_path / "out", whole)
+
+
+def test_ctrl_c_is_the_same(data, tmp_path, whole):
+    run_until(data, tmp_path / "out", 5, act=lambda: os.kill(os.getpid(), signal.SIGINT))
+    train.main(flags(data, tmp_path / "out"))
+    assert_same(tmp_path / "out", whole)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(data, tmp_path, lives):
+    layout = {"devices": 2, "strategy": "ddp"}
+    log = tmp_path / "log.txt"
+    for rank in (0, 1):
+        runs = lives.start(flags(data, tmp_path / "out", **layout), log, 2)
+        begin = steps_written(tmp_path / "out")
+        while steps_written(tmp_path / "out") < begin + 3:
+            time.sleep(0.001)
+            assert all(run.is_alive() for run in runs), log.read_text()
+        os.kill(runs[rank].pid, signal.SIGTERM)
+        for run in runs:
+            run.join(100)
+        assert [run.exitcode for run in runs] == [0, 0], log.read_text()
+    assert log.read_text().count("the same command goes on") == 2
+    assert lives.whole(flags(data, tmp_path / "out", **layout), log, 2) == [0, 0]
+    assert lives.whole(flags(data, tmp_path / "whole", **layout), log, 2) == [0, 0]
+    assert_same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_run_of_other_samples_a_step_goes_on_right_after_the_samples_taken(data, tmp_path):
+    """8 steps of 4 pairs, then steps of 6 pairs: 32 + 6 are the first 38 of the sequence, which repeats after 30."""
+    run_until(data, tmp_path / "out", 8, dropout=0)
+    step = len(records(tmp_path / "out"))
+    train.main(flags(data, tmp_path / "out", dropout=0, micro_bsz=3))
+    got = records(tmp_path / "out")
+    assert [r["step"] for r in got] == list(range(1, N_STEPS + 1))
+    assert [r["pairs_seen"] for r in got] == [4 * s if s <= step else 4 * step + 6 * (s - step) for s in range(1, N_STEPS + 1)]
+
+
+def test_none_begins_anew_and_a_path_goes_on_elsewhere(data, tmp_path, whole):
+    run_until(data, tmp_path / "out", 5)
+    (saved,) = (tmp_path / "out" / "last").glob("step-*.pth")
+    step = int(saved.stem.removeprefix("step-"))
+    train.main(flags(data, tmp_path / "elsewhere", resume=saved))
+    assert records(tmp_path / "elsewhere") == records(whole)[step:]
+    assert (tmp_path / "elsewhere" / "rwkv-final.pth").read_bytes() == (whole / "rwkv-final.pth").read_bytes()
+    train.main(flags(data, tmp_path / "out", resume="none"))
+    assert records(tmp_path / "out") == records(whole)
+    assert (tmp_path / "out" / "last.1" / saved.name).exists()
+    assert len((tmp_path / "out" / "metrics.1.jsonl").read_text().splitlines()) == step
+
+
+def test_a_finished_run_is_not_trained_again_unless_asked_to(data, tmp_path, caplog):
+    short = {"epoch_steps": 4, "epoch_count": 1}
+    train.main(flags(data, tmp_path, **short))
+    before = (tmp_path / "rwkv-final.pth").stat().st_mtime_ns
+    with caplog.at_level("INFO"):
+        train.main(flags(data, tmp_path, **short))
+    assert "holds the end of this run (rwkv-final.pth); --resume none trains it again" in caplog.text
+    assert (tmp_path / "rwkv-final.pth").stat().st_mtime_ns == before
+    for changes in ({"resume": "none"}, {"overwrite": 1}):
+        train.main(flags(data, tmp_path, **short, **changes))
+    assert len(list(tmp_path.glob("metrics.*.jsonl"))) == 2
+
+
+def test_other_settings_are_not_resumed(data, tmp_path):
+    run_until(data, tmp_path / "out", 5)
+    with pytest.raises(InputError, match=r"other settings: --lr_init 0\.002 \(was 0\.001\)"):
+        train.main(flags(data, tmp_path / "out", lr_init=2e-3))
+    with pytest.raises(InputError, match=r"--epoch_steps 26: .* counts 12 optimizer steps in an epoch; 24 is accepted"):
+        train.main(flags(data, tmp_path / "out", epoch_steps=26))
+    train.main(flags(data, tmp_path / "out", lr_init=2e-3, overwrite=1, epoch_count=1, epoch_steps=2))
+    assert [r["step"] for r in records(tmp_path / "out")] == [1]
+
+
+def test_save_every_and_keep_say_what_is_in_last(data, tmp_path):
+    run_until(data, tmp_path / "out", 11, save_every=2, keep=3)
+    names = sorted(path.name for path in (tmp_path / "out" / "last").iterdir())
+    steps = sorted(int(name.removeprefix("step-").removesuffix(".pth")) for name in names if name.endswith(".pth"))
+    assert steps[-1] >= 11
+    assert len(steps) == 3
+    assert all(step % 2 == 0 for step in steps[:-1])
+    assert names == sorted(f"step-{step}.pth{end}" for step in steps for end in ("", ".sha256"))
+
+
+def test_hashes_are_those_of_sha256sum(data, whole):
+    subprocess.run(["sha256sum", "--check", "--strict", *(path.name for path in whole.glob("*.sha256"))], cwd=whole, check=True)
+    assert len(list(whole.glob("*.sha256"))) == len(list(whole.glob("*.pth"))) == 3
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "no hash"])
+def test_a_corrupt_checkpoint_is_reported_and_the_one_before_is_used(data, tmp_path, whole, caplog, damage):
+    run_until(data, tmp_path / "out", 10, save_every=2)
+    before, newest = sorted((tmp_path / "out" / "last").glob("step-*.pth"), key=lambda path: int(path.stem[5:]))
+    content = bytearray(newest.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        newest.write_bytes(content)
+    elif damage == "cut":
+        newest.write_bytes(content[: len(content) // 2])
+    else:
+        newest.with_name(f"{newest.name}.sha256").unlink()
+    with caplog.at_level("INFO"):
+        train.main(flags(data, tmp_path / "out"))
+    assert f"{newest.name} {'has no .sha256' if damage == 'no hash' else 'does not have the sha256'}" in caplog.text
+    assert f"from {before}" in caplog.text
+    assert_same(tmp_path / "out", whole)
+
+
+def test_when_no_checkpoint_is_whole_the_run_is_refused(data, tmp_path):
+    run_until(data, tmp_path / "out", 5)
+    for path in (tmp_path / "out" / "last").glob("*.pth"):
+        path.write_bytes(b"torn")
+        with pytest.raises(InputError, match=r"--resume .*step-\d+.pth: does not have the sha256"):
+            train.main(flags(data, tmp_path / "out", resume=path))
+    with pytest.raises(InputError, match=r"last: none of its checkpoints is whole \(step-.*--resume none begins anew"):
+        train.main(flags(data, tmp_path / "out"))
+    with pytest.raises(InputError, match=r"--resume nowhere.pth: no such checkpoint"):
+        train.main(flags(data, tmp_path / "out", resume="nowhere.pth"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder with room for three checkpoints and a half."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_stops_the_run_and_the_last_good_checkpoint_is_named_and_intact(data, small_disk, tmp_path, whole):
+    out = small_disk / "out"
+    with pytest.raises(InputError, match=r"cannot be written: No space left on device; the last good checkpoint is \S+$") as error:
+        train.main(flags(data, out, save_every=2, keep=9))
+    assert "\n" not in str(error.value)
+    named = str(error.value).rsplit(" ", 1)[1]
+    assert fault_of(named) == ""
+    assert not list(out.glob("**/.*"))
+    # With room again, the same command goes on.
+    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
+    train.main(flags(data, out, save_every=2))
+    assert_same(out, whole)
+
+
+def test_a_folder_that_becomes_read_only_stops_the_run_likewise(data, small_disk, whole):
+    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
+    out = small_disk / "out"
+
+    def lock():
+        while subprocess.run(["mount", "-o", "remount,ro", small_disk], capture_output=True).returncode:
+            time.sleep(0.001)  # busy while a file is open for writing
+
+    with pytest.raises(InputError, match=r"cannot be written: Read-only file system; the last good checkpoint is \S+$") as error:
+        run_until(data, out, 8, act=lock, save_every=2)
+    assert fault_of(str(error.value).rsplit(" ", 1)[1]) == ""
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    train.main(flags(data, out))
+    assert_same(out, whole)
+
+
+def test_staged_pretraining_goes_on_within_its_epoch(data, tmp_path):
+    stage = {
+        "load_model": None, "dpo": 0, "dpo_valid_file": None, "vocab_size": 61, "n_layer": 1, "n_embd": 32, "head_size_a": 32,
+        "ctx_len": 2, "micro_bsz": 2016, "magic_prime": 1997, "epoch_count": 999, "accumulate_grad_batches": 1, "my_pile_stage": 3,
+    }  # fmt: skip
+    for name in ("whole", "out"):
+        train.main(flags(data, tmp_path / name, **stage | {"my_pile_stage": 1}))
+    train.main(flags(data, tmp_path / "whole", **stage))
+    run_until(data, tmp_path / "out", 5, **stage)
+    assert steps_written(tmp_path / "out") < 20
+    train.main(flags(data, tmp_path / "out", **stage))
+    assert records(tmp_path / "out") == records(tmp_path / "whole")
+    assert (tmp_path / "out" / "rwkv-final.pth").read_bytes() == (tmp_path / "whole" / "rwkv-final.pth").read_bytes()
+
