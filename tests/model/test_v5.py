@@ -140,7 +140,7 @@ def test_gradients_flow_through_a_handed_in_state(tiny_shape):
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny_shape):
-    plain, checkpointed = random_model(tiny_shape), random_model(tiny_shape, grad_cp=True)
+    plain, checkpointed = random_model(tiny_shape), random_model(tiny_shape, grad_cp="1")
     forest = one_sequence(list(range(15)))
     grads = []
     for model in (plain, checkpointed):

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rwkv_dpo.chunks import Chunk, plan_chunks, score_chunks
 from rwkv_dpo.data.pairs import Pair, PairSet
 from rwkv_dpo.forest import Step, build_step
 from rwkv_dpo.linear_logprobs import LogProbs
@@ -16,25 +17,33 @@ from rwkv_dpo.model.rwkv import RWKV
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one optimizer micro-step sees. ref_logps: fp32 [pairs, 2], nats, chosen then rejected."""
+    """What one optimizer micro-step sees. ref_logps: fp32 [pairs, 2], nats, chosen then rejected. chunks: the step again, cut up,
+    when it is to run in chunks."""
 
     step: Step
     ref_logps: Tensor
     n_windows: int
+    chunks: tuple[Chunk, ...] = ()
 
     def to(self, device: torch.device) -> "MicroBatch":
-        return MicroBatch(self.step.to(device), self.ref_logps.to(device, non_blocking=True), self.n_windows)
+        chunks = tuple(chunk.to(device) for chunk in self.chunks)
+        return MicroBatch(self.step.to(device), self.ref_logps.to(device, non_blocking=True), self.n_windows, chunks)
 
 
-def collate(windows: Sequence[np.ndarray], pairs: Sequence[Pair], ref_logps: np.ndarray) -> MicroBatch:
-    """Windows [T + 1] token ids each; pairs of (prompt, chosen, rejected) ids with their reference log-probs [pairs, 2]."""
-    return MicroBatch(build_step(windows, pairs), torch.from_numpy(ref_logps.reshape(-1, 2).astype(np.float32)), len(windows))
+def collate(windows: Sequence[np.ndarray], pairs: Sequence[Pair], ref_logps: np.ndarray, chunk_ctx: int = 0) -> MicroBatch:
+    """Windows [T + 1] token ids each; pairs of (prompt, chosen, rejected) ids with their reference log-probs [pairs, 2].
+    chunk_ctx: tokens in a chunk; 0: everything at once."""
+    step = build_step(windows, pairs)
+    refs = torch.from_numpy(ref_logps.reshape(-1, 2).astype(np.float32))
+    return MicroBatch(step, refs, len(windows), plan_chunks(step, chunk_ctx) if chunk_ctx else ())
 
 
-def score_rows(model: RWKV, step: Step) -> LogProbs:
-    """Log-probabilities and largest logits of the step's scored rows: the one model call of a micro-batch."""
+def score_rows(model: RWKV, step: Step, chunks: tuple[Chunk, ...] = ()) -> LogProbs:
+    """Log-probabilities and largest logits of the step's scored rows: the one model call of a micro-batch, or one a chunk."""
+    if chunks:
+        return score_chunks(model, chunks, step.scored_rows.numel())
     hidden, _ = model(step.forest)
-    return model.head(hidden.index_select(0, step.scored_rows), step.targets, lean=model.grad_cp)
+    return model.head(hidden.index_select(0, step.scored_rows), step.targets, lean=model.is_lean)
 
 
 def answer_logps(logps: Tensor, step: Step) -> Tensor:
@@ -48,7 +57,7 @@ def objective(model: RWKV, batch: MicroBatch, beta: float, ratio: float) -> tupl
 
     A micro-batch without windows needs ratio 0, one without pairs ratio 1.
     """
-    rows = score_rows(model, batch.step)
+    rows = score_rows(model, batch.step, batch.chunks)
     n = batch.step.n_window_rows
     metrics: dict[str, Tensor] = {}
     loss_general = loss_dpo = rows.logps.new_zeros(())

@@ -26,15 +26,21 @@ class RWKV(nn.Module):
     """Parameters carry the official names, so that a state dict is an official checkpoint."""
 
     def __init__(
-        self, shape: ModelShape, mixes: Mixes, wkv: WKV5, compute_dtype: torch.dtype, grad_cp: bool = False, dropout: float = 0.0
+        self, shape: ModelShape, mixes: Mixes, wkv: WKV5, compute_dtype: torch.dtype, grad_cp: str = "0", dropout: float = 0.0
     ) -> None:
-        """compute_dtype: of activations and matrix products; the weights keep their own (fp32 in training)."""
+        """compute_dtype: of activations and matrix products; the weights keep their own (fp32 in training).
+        grad_cp: what the backward pass computes again: "0" little, "1" whole blocks."""
         super().__init__()
         self.shape, self.wkv, self.compute_dtype, self.grad_cp = shape, wkv, compute_dtype, grad_cp
         self.emb = nn.Embedding(shape.vocab_size, shape.n_embd)
         self.blocks = nn.ModuleList(Block(shape, mixes, layer, dropout) for layer in range(shape.n_layer))
         self.ln_out = LayerNorm(shape.n_embd)
         self.head = Head(shape.n_embd, shape.vocab_size)
+
+    @property
+    def is_lean(self) -> bool:
+        """Memory matters more than time."""
+        return self.grad_cp == "1"
 
     def forward(self, forest: Forest, initial: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
         """Hidden rows [S, C] after the last norm, and every layer's state at the end of each of the n segments.
@@ -46,7 +52,7 @@ class RWKV(nn.Module):
         states = []
         for layer, block in enumerate(self.blocks):
             arguments = (x, forest, initial[layer] if initial else None, self.wkv)
-            if self.grad_cp and torch.is_grad_enabled():
+            if self.grad_cp == "1" and torch.is_grad_enabled():
                 x, state = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x, state = block(*arguments)

@@ -93,7 +93,7 @@ def build_model(config: RunConfig, shape: ModelShape, weights: dict[str, torch.T
         refuse("--vocab_size is needed without --load_model (65536 for the RWKV World vocabulary)")
     wkv = choose_backend(config.wkv_backend, device).wkv5
     version = version_of(weights, config.load_model) if weights else "5"
-    model = empty_model(shape, version, wkv, COMPUTE_DTYPES[config.precision], grad_cp=config.grad_cp == 1, dropout=config.dropout)
+    model = empty_model(shape, version, wkv, COMPUTE_DTYPES[config.precision], grad_cp=config.grad_cp, dropout=config.dropout)
     if weights is None or config.load_partial:
         init_weights(model, config.lr_init, config.seed)
     if weights is not None:
