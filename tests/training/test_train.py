@@ -132,7 +132,7 @@ def test_every_flag_of_the_arithmetic_changes_the_result(data, tmp_path, changes
 
 
 @pytest.mark.parametrize("changes", [
-    {"grad_cp": 1}, {"chunk_ctx": 16}, {"chunk_ctx": 17, "grad_cp": 1},
+    {"grad_cp": 1}, {"grad_cp": "selective"}, {"chunk_ctx": 16}, {"chunk_ctx": 17, "grad_cp": 1},
     {"wkv_backend": "reference"}, {"wkv_backend": "cpu"}, {"precision": "tf32"}, {"strategy": "ddp"},
 ], ids=str)  # fmt: skip
 def test_flags_of_execution_change_nothing_but_rounding(data, tmp_path, changes):
@@ -302,7 +302,7 @@ BAD = [
     ({"magic_prime": 100}, "--magic_prime 100"),
     ({"my_pile_stage": 2, "magic_prime": 317}, "rwkv-"),
     ({"my_pile_stage": 1, "magic_prime": 317}, "--my_pile_stage 1 makes initial weights"),
-    ({"grad_cp": 2}, "--grad_cp '2': accepted are '0', '1'"),
+    ({"grad_cp": 2}, "--grad_cp '2': accepted are '0', '1', 'selective'"),
     ({"chunk_ctx": 15}, r"--chunk_ctx 15: 0 \(off\), and 16 or more"),
     ({"chunk_ctx": -1}, r"--chunk_ctx -1: 0 \(off\), and 16 or more"),
     ({"chunk_ctx": 16, "strategy": "deepspeed_stage_3"}, "--chunk_ctx 16: not with --strategy deepspeed_stage_3"),

@@ -80,7 +80,8 @@ class RunConfig:
                         "none: in seeded random order", ("none", "tokens"))  # fmt: skip
     ds_bucket_mb: int = flag(200, "size of DeepSpeed's communication buckets, MB")
     precision: str = flag("fp16", "arithmetic; fp16 and bf16 keep fp32 master weights", ("fp32", "tf32", "fp16", "bf16"))
-    grad_cp: str = flag("0", "1: recompute each block in the backward pass (less memory, more time)", ("0", "1"))
+    grad_cp: str = flag("0", "1: recompute each block in the backward pass (least memory, a third more time); selective: only what is "
+                        "cheap (a quarter less memory, a few per cent more time)", ("0", "1", "selective"))  # fmt: skip
     chunk_ctx: int = flag(0, "N of at least 16: run windows and pairs in chunks of N tokens with the same gradient, in the memory of one "
                           "chunk and a state at each border, for one more forward pass; 0: whole")  # fmt: skip
     wkv_backend: str = flag("auto", "implementation of the WKV recurrence", ("auto", "reference", "chunked", "cpu", "cuda"))
