@@ -1,13 +1,14 @@
 """From windows and pairs to a loss and its metrics: one path for training, evaluation and reference scoring."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rwkv_dpo.chunks import Chunk, plan_chunks, score_chunks
+from rwkv_dpo.chunked_step import score_chunks, truncated_loss
+from rwkv_dpo.chunks import ChunkPlan, plan_chunks
 from rwkv_dpo.data.pairs import Pair, PairSet
 from rwkv_dpo.forest import Step, build_step
 from rwkv_dpo.linear_logprobs import LogProbs
@@ -17,31 +18,33 @@ from rwkv_dpo.model.rwkv import RWKV
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one optimizer micro-step sees. ref_logps: fp32 [pairs, 2], nats, chosen then rejected. chunks: the step again, cut up,
-    when it is to run in chunks."""
+    """What one optimizer micro-step sees. ref_logps: fp32 [pairs, 2], nats, chosen then rejected. plan: the step in chunks, when it
+    is to run so."""
 
     step: Step
     ref_logps: Tensor
     n_windows: int
-    chunks: tuple[Chunk, ...] = ()
+    plan: ChunkPlan | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
-        chunks = tuple(chunk.to(device) for chunk in self.chunks)
-        return MicroBatch(self.step.to(device), self.ref_logps.to(device, non_blocking=True), self.n_windows, chunks)
+        plan = self.plan.to(device) if self.plan else None
+        return MicroBatch(self.step.to(device), self.ref_logps.to(device, non_blocking=True), self.n_windows, plan)
 
 
-def collate(windows: Sequence[np.ndarray], pairs: Sequence[Pair], ref_logps: np.ndarray, chunk_ctx: int = 0) -> MicroBatch:
+def collate(
+    windows: Sequence[np.ndarray], pairs: Sequence[Pair], ref_logps: np.ndarray, chunk_ctx: int = 0, truncated: bool = False
+) -> MicroBatch:
     """Windows [T + 1] token ids each; pairs of (prompt, chosen, rejected) ids with their reference log-probs [pairs, 2].
-    chunk_ctx: tokens in a chunk; 0: everything at once."""
+    chunk_ctx: tokens in a chunk; 0: everything at once. truncated: states carry no gradients from chunk to chunk."""
     step = build_step(windows, pairs)
     refs = torch.from_numpy(ref_logps.reshape(-1, 2).astype(np.float32))
-    return MicroBatch(step, refs, len(windows), plan_chunks(step, chunk_ctx) if chunk_ctx else ())
+    return MicroBatch(step, refs, len(windows), plan_chunks(step, chunk_ctx, truncated) if chunk_ctx else None)
 
 
-def score_rows(model: RWKV, step: Step, chunks: tuple[Chunk, ...] = ()) -> LogProbs:
+def score_rows(model: RWKV, step: Step, plan: ChunkPlan | None = None) -> LogProbs:
     """Log-probabilities and largest logits of the step's scored rows: the one model call of a micro-batch, or one a chunk."""
-    if chunks:
-        return score_chunks(model, chunks, step.scored_rows.numel())
+    if plan:
+        return score_chunks(model, plan)
     hidden, _ = model(step.forest)
     return model.head(hidden.index_select(0, step.scored_rows), step.targets, lean=model.is_lean)
 
@@ -57,12 +60,15 @@ def objective(model: RWKV, batch: MicroBatch, beta: float, ratio: float) -> tupl
 
     A micro-batch without windows needs ratio 0, one without pairs ratio 1.
     """
-    rows = score_rows(model, batch.step, batch.chunks)
-    n = batch.step.n_window_rows
+    n, plan, truncated = batch.step.n_window_rows, batch.plan, None
+    if plan and plan.n_window_chunks and model.compute_dtype != torch.float16:
+        truncated = truncated_loss(model, plan, general_loss)
+        plan = replace(plan, chunks=plan.chunks[plan.n_window_chunks :])
+    rows = score_rows(model, batch.step, plan)
     metrics: dict[str, Tensor] = {}
     loss_general = loss_dpo = rows.logps.new_zeros(())
     if n:
-        loss_general = l2wrap(-rows.logps[:n].mean(), rows.max_logits[:n])
+        loss_general = general_loss(LogProbs(rows.logps[:n], rows.max_logits[:n])) if truncated is None else truncated
         metrics["loss_general"] = loss_general.detach()
     if batch.step.n_pairs:
         logps = answer_logps(rows.logps, batch.step)
@@ -72,6 +78,11 @@ def objective(model: RWKV, batch: MicroBatch, beta: float, ratio: float) -> tupl
     loss = mix(loss_general, loss_dpo, ratio)
     metrics["loss"] = loss.detach()
     return loss, metrics
+
+
+def general_loss(rows: LogProbs) -> Tensor:
+    """Mean cross-entropy of corpus rows, with L2Wrap in its gradient."""
+    return l2wrap(-rows.logps.mean(), rows.max_logits)
 
 
 def pair_metrics(logps: Tensor, ref_logps: Tensor, terms: DPOTerms) -> dict[str, Tensor]:

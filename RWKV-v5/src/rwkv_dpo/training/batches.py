@@ -35,7 +35,7 @@ class MicroBatches(Dataset):
             else:
                 rows = [item_at(i, len(self.pairs), c.seed) for i in samples]
             pairs, ref_logps = [self.pairs.pair(row) for row in rows], self.pairs.ref_logps[rows]
-        return collate(windows, pairs, ref_logps, c.chunk_ctx)
+        return collate(windows, pairs, ref_logps, c.chunk_ctx, c.tbptt == 1)
 
     @cached_property
     def _length_order(self) -> LengthOrder:

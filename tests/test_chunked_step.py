@@ -6,12 +6,16 @@ import torch
 from conftest import random_model
 from hypothesis import given
 from hypothesis import strategies as st
-from rwkv_dpo import chunks as chunks_module
-from rwkv_dpo.chunks import plan_chunks, score_chunks
+from rwkv_dpo import chunked_step
+from rwkv_dpo.chunked_step import score_chunks
+from rwkv_dpo.chunks import plan_chunks
 from rwkv_dpo.forest import ForestBuilder, Step, build_step
-from rwkv_dpo.objective import collate, objective, score_rows
+from rwkv_dpo.linear_logprobs import LogProbs
+from rwkv_dpo.losses import dpo_loss, l2wrap, mix
+from rwkv_dpo.objective import answer_logps, collate, objective, score_rows
 from rwkv_dpo.wkv import choose_backend
 
+BETA = 0.3
 RNG = np.random.default_rng(0)
 
 
@@ -33,14 +37,17 @@ CASES = {
 }  # fmt: skip
 
 
-def loss_and_gradients(model, case, chunk_ctx, beta=0.3):
+def batch_of(case, chunk_ctx, truncated=False):
     windows, pairs = CASES[case]
-    refs = np.stack([np.array([-4.0 * len(c), -4.0 * len(r)]) for _, c, r in pairs]) if pairs else np.zeros((0, 2))
-    batch = collate(windows, pairs, refs, chunk_ctx)
-    assert bool(batch.chunks) == bool(chunk_ctx)
-    ratio = 0.6 if windows and pairs else float(bool(windows))
+    refs = np.array([[-4.0 * len(chosen), -4.0 * len(rejected)] for _, chosen, rejected in pairs])
+    return collate(windows, pairs, refs, chunk_ctx, truncated), 0.6 if windows and pairs else float(bool(windows))
+
+
+def loss_and_gradients(model, case, chunk_ctx, truncated=False):
+    batch, ratio = batch_of(case, chunk_ctx, truncated)
+    assert (batch.plan is not None) == bool(chunk_ctx)
     model.zero_grad()
-    loss, metrics = objective(model, batch, beta, ratio)
+    loss, metrics = objective(model, batch, BETA, ratio)
     # Whatever scales the loss (loss scaling, accumulation) has to reach the gradients.
     (3 * loss).backward()
     return loss, metrics, {name: p.grad for name, p in model.named_parameters()}
@@ -60,7 +67,7 @@ def assert_same(got, want, tolerance):
 @pytest.mark.parametrize("chunk_ctx", [16, 17, 64, 1000])
 @pytest.mark.parametrize("case", CASES)
 def test_chunks_change_no_gradient(tiny_shape, monkeypatch, case, chunk_ctx, direct_borders):
-    monkeypatch.setattr(chunks_module, "DIRECT_BORDERS", direct_borders)
+    monkeypatch.setattr(chunked_step, "DIRECT_BORDERS", direct_borders)
     model = random_model(tiny_shape, wkv=choose_backend("chunked", torch.device("cpu")).wkv5)
     want = loss_and_gradients(model, case, 0)
     assert_same(loss_and_gradients(model, case, chunk_ctx), want, 1e-9)
@@ -110,7 +117,7 @@ def test_any_tree_of_segments_may_be_cut(tiny_shape):
     step = Step(forest, rows, torch.from_numpy(tokens(rows.numel())), rows.numel(), empty, empty, 0)
     weights = torch.randn(2, rows.numel(), dtype=torch.float64)
     grads = []
-    for scored in (score_rows(model, step), *(score_chunks(model, plan_chunks(step, size), rows.numel()) for size in (16, 20, 5, 500))):
+    for scored in (score_rows(model, step), *(score_chunks(model, plan_chunks(step, size)) for size in (16, 20, 5, 500))):
         loss = (weights[0] * scored.logps).sum() + (weights[1] * scored.max_logits).sum()
         grads.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
     for got in grads[1:]:
@@ -118,24 +125,62 @@ def test_any_tree_of_segments_may_be_cut(tiny_shape):
             torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
 
 
+def chunk_by_chunk(model, plan, truncated=False):
+    """The chunks with autograd through all of them."""
+    live, parts = [], []
+    for chunk in plan.chunks:
+        hidden, live = chunked_step._advance(model, chunk, live)
+        parts.append(chunked_step._score(model, chunk, hidden))
+        if truncated:
+            live = chunked_step._detached(live)
+    order = torch.cat([chunk.places for chunk in plan.chunks]).argsort()
+    return LogProbs(*(torch.cat(part)[order] for part in zip(*parts, strict=True)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_truncated_gradients_are_those_of_states_without_gradients(tiny_shape, case):
+    model = random_model(tiny_shape)
+    got = loss_and_gradients(model, case, 16, truncated=True)
+    batch, ratio = batch_of(case, 16, truncated=True)
+    rows, n = chunk_by_chunk(model, batch.plan, truncated=True), batch.step.n_window_rows
+    general, dpo = torch.zeros(()), torch.zeros(())
+    if n:
+        general = l2wrap(-rows.logps[:n].mean(), rows.max_logits[:n])
+    if batch.step.n_pairs:
+        dpo = dpo_loss(answer_logps(rows.logps, batch.step), batch.ref_logps, BETA).losses.mean()
+    model.zero_grad()
+    loss = mix(general, dpo, ratio)
+    (3 * loss).backward()
+    assert got[0].item() == pytest.approx(loss.item(), rel=1e-9)
+    exact = loss_and_gradients(random_model(tiny_shape), case, 16)
+    assert got[0].item() == pytest.approx(exact[0].item(), rel=1e-12)
+    for name, p in model.named_parameters():
+        assert (got[2][name] - p.grad).norm() <= 1e-9 * p.grad.norm() + 1e-15, name
+    differs = max(float((g - exact[2][name]).norm() / g.norm().clamp(min=1e-12)) for name, g in got[2].items())
+    assert differs > 1e-3 if case != "short" else differs < 1e-9
+
+
+def test_truncated_windows_may_take_two_passes(tiny_shape):
+    """As they do in fp16, where the scale of the loss has to be known first."""
+    model = random_model(tiny_shape)
+    plan = plan_chunks(build_step(*CASES["both"]), 16, truncated=True)
+    weights = torch.randn(plan.n_rows, dtype=torch.float64)
+    got = torch.autograd.grad((score_chunks(model, plan).logps * weights).sum(), list(model.parameters()))
+    want = torch.autograd.grad((chunk_by_chunk(model, plan, truncated=True).logps * weights).sum(), list(model.parameters()))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
+
+
 def test_dropout_draws_the_same_again_in_the_backward_pass(tiny_shape, monkeypatch):
     """Against the chunks with autograd through all of them, from the same seed."""
     model = random_model(tiny_shape, dropout=0.3).train()
-    batch = collate([tokens(90)], [], np.zeros((0, 2)), 16)
-
-    def through_all():
-        live, logps = [], []
-        for chunk in batch.chunks:
-            hidden, live = chunks_module._advance(model, chunk, live)
-            logps.append(chunks_module._score(model, chunk, hidden).logps)
-        return torch.cat(logps).mean()
-
+    plan = plan_chunks(build_step([tokens(90)], []), 16)
     torch.manual_seed(5)
-    want = torch.autograd.grad(through_all(), list(model.parameters()))
+    want = torch.autograd.grad(chunk_by_chunk(model, plan).logps.mean(), list(model.parameters()))
     for direct_borders in (32, 2):
-        monkeypatch.setattr(chunks_module, "DIRECT_BORDERS", direct_borders)
+        monkeypatch.setattr(chunked_step, "DIRECT_BORDERS", direct_borders)
         torch.manual_seed(5)
-        loss = score_chunks(model, batch.chunks, 89).logps.mean()
+        loss = score_chunks(model, plan).logps.mean()
         after = torch.get_rng_state()
         for g, w in zip(torch.autograd.grad(loss, list(model.parameters())), want, strict=True):
             torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
@@ -171,7 +216,7 @@ def test_chunks_hold_every_token_once_and_no_more_than_asked(window_lengths, pai
     if not window_lengths and not pair_lengths:
         return
     step = build_step([tokens(n + 1) for n in window_lengths], [tuple(map(tokens, pair)) for pair in pair_lengths])
-    chunks = plan_chunks(step, size)
+    chunks = plan_chunks(step, size).chunks
     sizes = [chunk.forest.tokens.numel() for chunk in chunks]
     assert all(0 < n <= size for n in sizes)
     assert sorted(torch.cat([c.forest.tokens for c in chunks]).tolist()) == sorted(step.forest.tokens.tolist())
@@ -182,7 +227,7 @@ def test_chunks_hold_every_token_once_and_no_more_than_asked(window_lengths, pai
 
 def test_short_segments_share_a_chunk_and_long_ones_have_one_state_at_a_border():
     step = build_step([tokens(129)], [(tokens(9), tokens(5), tokens(7)) for _ in range(3)])
-    chunks = plan_chunks(step, 64)
+    chunks = plan_chunks(step, 64).chunks
     # Two chunks of the window; the prompts together; all answers together.
     assert [c.forest.n_roots for c in chunks] == [1, 1, 3, 6]
     assert [c.keep.numel() for c in chunks] == [1, 0, 3, 0]
