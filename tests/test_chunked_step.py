@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from rwkv_dpo import chunked_step
 from rwkv_dpo.chunked_step import score_chunks
 from rwkv_dpo.chunks import plan_chunks
+from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.forest import ForestBuilder, Step, build_step
 from rwkv_dpo.linear_logprobs import LogProbs
 from rwkv_dpo.losses import dpo_loss, l2wrap, mix
-from rwkv_dpo.objective import answer_logps, collate, objective, score_rows
+from rwkv_dpo.objective import answer_logps, collate, corpus_loss, objective, score_pairs, score_rows
 from rwkv_dpo.wkv import choose_backend
 
 BETA = 0.3
@@ -206,6 +207,19 @@ def test_without_gradients_only_the_first_pass_runs(tiny_shape):
     for g, w in zip(got, want, strict=True):
         assert not g.requires_grad
         torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-9)
+
+
+def test_scoring_takes_no_more_tokens_at_once_than_it_may(tiny_shape):
+    model, sizes = random_model(tiny_shape), []
+    model.register_forward_pre_hook(lambda module, arguments: sizes.append(arguments[0].tokens.numel()))
+    pairs, windows = pack_pairs([tuple(map(np.asarray, pair)) for pair in PAIRS]), WINDOWS[:2]
+    whole = score_pairs(model, pairs, 1000), corpus_loss(model, windows, 1000)
+    assert max(sizes) > 100
+    sizes.clear()
+    parts = score_pairs(model, pairs, 16), corpus_loss(model, windows, 16)
+    assert max(sizes) == 16
+    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-9)
+    assert parts[1] == pytest.approx(whole[1], rel=1e-9)
 
 
 lengths = st.integers(1, 60)

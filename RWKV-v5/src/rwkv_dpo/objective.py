@@ -106,16 +106,25 @@ def pair_metrics(logps: Tensor, ref_logps: Tensor, terms: DPOTerms) -> dict[str,
 def score_pairs(model: RWKV, pairs: PairSet, batch_tokens: int, progress: Callable[[int], None] = lambda n: None) -> np.ndarray:
     """Log-probabilities of both answers of every pair under `model`: float64 [pairs, 2], nats, each an fp32 sum.
 
-    Pairs go through sorted by length in batches of up to batch_tokens tokens; `progress` is told how many each batch held.
+    Pairs go through sorted by length in batches of up to batch_tokens tokens; a longer one goes in chunks of so many. `progress` is
+    told how many each batch held.
     """
     device = model.head.weight.device
     lengths = np.array([sum(part.size for part in pairs.pair(i)) for i in range(len(pairs))])
     result = np.full((len(pairs), 2), np.nan)
     for batch in token_batches(np.argsort(lengths, kind="stable"), lengths, batch_tokens):
-        step = build_step([], [pairs.pair(i) for i in batch]).to(device)
-        result[batch] = answer_logps(score_rows(model, step).logps, step).double().cpu().numpy()
+        step = build_step([], [pairs.pair(i) for i in batch])
+        logps = answer_logps(_score_in_parts(model, step, batch_tokens).logps, step.to(device))
+        result[batch] = logps.double().cpu().numpy()
         progress(len(batch))
     return result
+
+
+def _score_in_parts(model: RWKV, step: Step, batch_tokens: int) -> LogProbs:
+    """score_rows of a step on the CPU, with no more than batch_tokens tokens at once."""
+    device = model.head.weight.device
+    plan = plan_chunks(step, batch_tokens).to(device) if step.forest.tokens.numel() > batch_tokens else None
+    return score_rows(model, step.to(device), plan)
 
 
 def token_batches(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
@@ -133,12 +142,10 @@ def token_batches(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> 
 
 
 @torch.no_grad()
-def corpus_loss(model: RWKV, windows: Sequence[np.ndarray]) -> float:
-    """Mean negative log-likelihood (nats a token) of windows of [T + 1] token ids."""
-    device = model.head.weight.device
+def corpus_loss(model: RWKV, windows: Sequence[np.ndarray], batch_tokens: int) -> float:
+    """Mean negative log-likelihood (nats a token) of windows of [T + 1] token ids, up to batch_tokens tokens at once."""
     total, count = 0.0, 0
     for window in windows:
-        step = build_step([window], []).to(device)
-        logps = score_rows(model, step).logps
+        logps = _score_in_parts(model, build_step([window], []), batch_tokens).logps
         total, count = total - float(logps.double().sum()), count + logps.numel()
     return total / count

@@ -104,7 +104,7 @@ def build_model(config: RunConfig, shape: ModelShape, weights: dict[str, torch.T
 def build_trainer(config: RunConfig, folder: Path, pairs: PairSet | None, valid: PairSet | None, device: torch.device) -> pl.Trainer:
     callbacks: list[pl.Callback] = [MetricsLog(config, folder), Checkpoints(config, folder)]
     if pairs is not None:
-        callbacks.append(ReferenceCheck(pairs))
+        callbacks.append(ReferenceCheck(config, pairs))
     if valid is not None:
         callbacks.append(ValidPairs(config, folder, valid))
     if config.enable_progress_bar:
