@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.data_file:
             corpus = open_corpus(args.data_file, args.data_type, model.shape.vocab_size, args.ctx_len)
             starts = range(0, corpus.n_tokens - args.ctx_len, args.ctx_len)
-            report["corpus_loss"] = corpus_loss(model, [corpus.window(start, args.ctx_len + 1) for start in starts])
+            report["corpus_loss"] = corpus_loss(model, [corpus.window(start, args.ctx_len + 1) for start in starts], args.batch_tokens)
         if args.prompt:
             prompt = f"User: {args.prompt}\n\nAssistant:"
             report["answer"] = generate(model, WorldTokenizer(), prompt, args.max_tokens, args.temperature, args.top_p, args.seed)

@@ -47,8 +47,8 @@ WARMUP = 4
 CASES = {"256/200/150": (256, 200, 150), "512/128/128": (512, 128, 128)}
 
 
-def build(way: str, shape: ModelShape, precision: str, backend: str, device: torch.device) -> RWKV:
-    model = empty_model(shape, "5", choose_backend(backend, device).wkv5, DTYPES[precision])
+def build(way: str, shape: ModelShape, precision: str, backend: str, device: torch.device, grad_cp: str = "0") -> RWKV:
+    model = empty_model(shape, "5", choose_backend(backend, device).wkv5, DTYPES[precision], grad_cp)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -208,6 +208,23 @@ def language_model_child(args: argparse.Namespace, model: RWKV, precision: str) 
     }  # fmt: skip
 
 
+def time_recomputing(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """What --grad_cp and --chunk_ctx cost in time: forward and backward of one window and one pair."""
+    windows = [make_pairs((WINDOW + 1, 1, 1), 1, args.shape.vocab_size)[0][0]]
+    pairs, refs = make_pairs(CASES["256/200/150"], 1, args.shape.vocab_size), np.full((1, 2), -2000.0)
+    rows = []
+    for p in DTYPES:
+        runs = {}
+        for grad_cp, chunk_ctx in (("0", 0), ("selective", 0), ("1", 0), ("0", 256)):
+            model = build("forest", args.shape, p, args.wkv_backend, device, grad_cp)
+            batch = collate(windows, pairs, refs, chunk_ctx).to(device)
+            runs[f"chunk_ctx {chunk_ctx}" if chunk_ctx else f"grad_cp {grad_cp}"] = step_of(model, ours, batch)
+        seconds = alternate(runs, args.repeats, WARMUP)
+        row: dict = {"precision": p, **{f"{name} ms": 1000 * s for name, s in seconds.items()}}
+        rows.append(report(row | {f"{name} / plain": s / seconds["grad_cp 0"] for name, s in seconds.items() if name != "grad_cp 0"}))
+    return rows
+
+
 def against_stock(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """With torch's default settings on the original's side: the original's way as it would run, in processes that take turns."""
     rows = []
@@ -293,6 +310,7 @@ def report(row: dict) -> dict:
 
 PARTS = {
     "pairs": time_pairs,
+    "recomputing": time_recomputing,
     "against_stock": against_stock,
     "scoring": time_scoring,
     "language_model": time_language_model,

@@ -16,7 +16,7 @@ ORIGINAL: dict[str, object] = {
     "load_model": '', "wandb": '', "proj_dir": 'out', "random_seed": -1, "data_file": '', "data_type": 'utf-8', "vocab_size": 0,
     "ctx_len": 1024, "epoch_steps": 1000, "epoch_count": 500, "epoch_begin": 0, "epoch_save": 5, "micro_bsz": 12, "n_layer": 6,
     "n_embd": 512, "dim_att": 0, "dim_ffn": 0, "pre_ffn": 0, "head_qk": 0, "tiny_att_dim": 0, "tiny_att_layer": -999, "lr_init":
-    0.0006, "lr_final": 1e-05, "warmup_steps": -1, "beta1": 0.9, "beta2": 0.99, "adam_eps": 1e-08, "grad_cp": 0, "dropout": 0,
+    0.0006, "lr_final": 1e-05, "warmup_steps": -1, "beta1": 0.9, "beta2": 0.99, "adam_eps": 1e-08, "grad_cp": "0", "dropout": 0,
     "weight_decay": 0, "weight_decay_final": -1, "my_pile_version": 1, "my_pile_stage": 0, "my_pile_shift": -1, "my_pile_edecay": 0,
     "layerwise_lr": 1, "ds_bucket_mb": 200, "my_sample_len": 0, "my_ffn_shift": 1, "my_att_shift": 1, "head_size_a": 64,
     "head_size_divisor": 8, "my_pos_emb": 0, "load_partial": 0, "magic_prime": 0, "my_qa_mask": 0, "my_random_steps": 0, "my_testing":

@@ -11,15 +11,16 @@ PACKAGE = Path(__file__).resolve().parents[1] / "RWKV-v5" / "src" / "rwkv_dpo"
 # As in CONTRIBUTING.md. Folders count as one place.
 FLOORS = [
     {"errors", "atomic", "schedule", "sampling", "config", "losses"},
-    {"flags", "wkv", "linear_logprobs", "data", "forest", "device"},
-    {"model", "objective"},
+    {"flags", "wkv", "linear_logprobs", "data", "forest", "chunks", "device"},
+    {"model", "chunked_step", "objective"},
     {"training", "evaluation"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # Within a floor these look at one another in one direction.
 WITHIN = {
     ("config", "schedule"), ("config", "errors"), ("sampling", "errors"), ("atomic", "errors"),
-    ("forest", "data"), ("objective", "model"), ("training", "evaluation"),
+    ("forest", "data"), ("chunks", "forest"), ("chunked_step", "model"), ("objective", "model"), ("objective", "chunked_step"),
+    ("training", "evaluation"),
 }  # fmt: skip
 STANDARD_ONLY = {"errors", "atomic", "schedule", "sampling", "config"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

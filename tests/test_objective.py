@@ -142,7 +142,7 @@ def test_ratio_0_needs_no_windows_and_ratio_1_no_pairs(tiny_shape):
     assert only_pairs.item() == metrics["loss_dpo"].item()
     assert "loss_general" not in metrics
     only_corpus, metrics = objective(model, collate([np.arange(9)], [], np.zeros((0, 2))), 0.1, 1.0)
-    assert only_corpus.item() == pytest.approx(corpus_loss(model, [np.arange(9)]))
+    assert only_corpus.item() == pytest.approx(corpus_loss(model, [np.arange(9)], 100))
     assert "rewards/margins" not in metrics
 
 

@@ -25,7 +25,7 @@ def test_metrics_of_known_scores(tiny_shape):
     assert got["rewards/accuracies"] == 0.75
     assert got["rewards/margins"] == pytest.approx(0.5)  # (15 * 1 - 5 * 1) / 20
     assert got["logps/accuracies"] == (logps[:, 0] > logps[:, 1]).mean()
-    assert margins_from_reference(model, shifted).tolist() == pytest.approx([2.0] * 15 + [-2.0] * 5, abs=1e-4)
+    assert margins_from_reference(model, shifted, 4096).tolist() == pytest.approx([2.0] * 15 + [-2.0] * 5, abs=1e-4)
 
 
 def test_the_report_compares_checkpoints(tmp_path, capsys):

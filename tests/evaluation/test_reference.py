@@ -30,9 +30,9 @@ def counted(monkeypatch):
     """Real scoring, with a list of the sizes of the batches that were computed."""
     sizes = []
 
-    def score(model, pairs, rows):
+    def score(model, pairs, rows, batch_tokens):
         sizes.append(len(rows))
-        return score_batch(model, pairs, rows)
+        return score_batch(model, pairs, rows, batch_tokens)
 
     monkeypatch.setattr(reference, "score_batch", score)
     return sizes
@@ -45,7 +45,7 @@ def test_scores_are_each_pairs_own_and_the_header_names_the_checkpoint(checkpoin
     assert sum(told) == len(pairs)
     assert len(told) > 5
     model = load_model(checkpoint, device=torch.device("cpu"), compute_dtype=torch.float32, wkv_backend="reference")
-    alone = np.concatenate([score_batch(model, pairs, np.array([i])) for i in range(len(pairs))])
+    alone = np.concatenate([score_batch(model, pairs, np.array([i]), 1000) for i in range(len(pairs))])
     # fp32 sums of up to 20 terms, in another order.
     np.testing.assert_allclose(scored.ref_logps, alone, rtol=1e-5)
 

@@ -85,7 +85,9 @@ def assert_same(one, many):
 
 @pytest.mark.parametrize("changes", [
     {"strategy": "ddp"}, {"strategy": "deepspeed_stage_1"}, {"strategy": "deepspeed_stage_2"}, {"strategy": "deepspeed_stage_3"},
-    {"strategy": "deepspeed_stage_3", "grad_cp": 1},
+    {"strategy": "deepspeed_stage_3", "grad_cp": 1}, {"strategy": "deepspeed_stage_3", "grad_cp": "selective"},
+    {"strategy": "ddp", "chunk_ctx": 16, "grad_cp": 1},
+    {"strategy": "deepspeed_stage_2", "chunk_ctx": 16},
 ], ids=str)  # fmt: skip
 def test_two_processes_of_one_sample_train_as_one_process_of_two(data, tmp_path, one_process, changes):
     finish(launch(data, tmp_path / "out", devices=2, **changes))

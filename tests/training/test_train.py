@@ -117,6 +117,7 @@ CHANGES = [
     {"beta1": 0.5}, {"beta2": 0.9}, {"adam_eps": 1e-2}, {"weight_decay": 0.5}, {"weight_decay": 0.5, "weight_decay_final": 0.1},
     {"layerwise_lr": 0}, {"magic_prime": 317}, {"magic_prime": 317, "my_pile_shift": 3}, {"my_pile_edecay": 1}, {"my_exit": 0},
     {"my_exit_tokens": 72}, {"my_exit_tokens": -72}, {"precision": "bf16"}, {"head_size_divisor": 4}, {"epoch_begin": 1},
+    {"ctx_len": 40, "chunk_ctx": 16, "tbptt": 1},
 ]  # fmt: skip
 
 
@@ -132,7 +133,8 @@ def test_every_flag_of_the_arithmetic_changes_the_result(data, tmp_path, changes
 
 
 @pytest.mark.parametrize("changes", [
-    {"grad_cp": 1}, {"wkv_backend": "reference"}, {"wkv_backend": "cpu"}, {"precision": "tf32"}, {"strategy": "ddp"},
+    {"grad_cp": 1}, {"grad_cp": "selective"}, {"chunk_ctx": 16}, {"chunk_ctx": 17, "grad_cp": 1},
+    {"wkv_backend": "reference"}, {"wkv_backend": "cpu"}, {"precision": "tf32"}, {"strategy": "ddp"},
 ], ids=str)  # fmt: skip
 def test_flags_of_execution_change_nothing_but_rounding(data, tmp_path, changes):
     a, b = run(data, tmp_path / "a"), run(data, tmp_path / "b", **changes)
@@ -301,7 +303,12 @@ BAD = [
     ({"magic_prime": 100}, "--magic_prime 100"),
     ({"my_pile_stage": 2, "magic_prime": 317}, "rwkv-"),
     ({"my_pile_stage": 1, "magic_prime": 317}, "--my_pile_stage 1 makes initial weights"),
-    ({"grad_cp": 2}, "--grad_cp 2: 0 and 1"),
+    ({"grad_cp": 2}, "--grad_cp '2': accepted are '0', '1', 'selective'"),
+    ({"chunk_ctx": 15}, r"--chunk_ctx 15: 0 \(off\), and 16 or more"),
+    ({"chunk_ctx": -1}, r"--chunk_ctx -1: 0 \(off\), and 16 or more"),
+    ({"tbptt": 1}, "--tbptt 1 cuts gradients between chunks: it needs --chunk_ctx"),
+    ({"tbptt": 2, "chunk_ctx": 16}, "--tbptt 2: 0 and 1"),
+    ({"chunk_ctx": 16, "strategy": "deepspeed_stage_3"}, "--chunk_ctx 16: not with --strategy deepspeed_stage_3"),
     ({"lr_init": "fast"}, "--lr_init: invalid float value: 'fast'"),
     ({"dpo_betta": 1}, r"--dpo_betta: unknown flag; did you mean --dpo_beta\?"),
 ]  # fmt: skip

@@ -86,7 +86,12 @@ class RunConfig:
                         "none: in seeded random order", ("none", "tokens"))  # fmt: skip
     ds_bucket_mb: int = flag(200, "size of DeepSpeed's communication buckets, MB")
     precision: str = flag("fp16", "arithmetic; fp16 and bf16 keep fp32 master weights", ("fp32", "tf32", "fp16", "bf16"))
-    grad_cp: int = flag(0, "1: recompute each block in the backward pass (less memory, more time)")
+    grad_cp: str = flag("0", "1: recompute each block in the backward pass (least memory, a third more time); selective: only what is "
+                        "cheap (a quarter less memory, a few per cent more time)", ("0", "1", "selective"))  # fmt: skip
+    chunk_ctx: int = flag(0, "N of at least 16: run windows and pairs in chunks of N tokens with the same gradient, in the memory of one "
+                          "chunk and a state at each border, for one more forward pass; 0: whole")  # fmt: skip
+    tbptt: int = flag(0, "1: with --chunk_ctx, states carry no gradients from chunk to chunk: an approximation that spares windows the "
+                      "additional pass, and stores nothing at borders")  # fmt: skip
     wkv_backend: str = flag("auto", "implementation of the WKV recurrence", ("auto", "reference", "chunked", "cpu", "cuda"))
     cpu_malloc: int = flag(1, "1: a CPU run keeps freed memory for the next step (faster, up to half as much again); 0: gives it back")
     enable_progress_bar: bool = flag(True, "show a progress bar")
@@ -159,7 +164,7 @@ _AT_LEAST_ONE = (
     "ctx_len", "n_layer", "n_embd", "head_size_a", "head_size_divisor", "epoch_steps", "epoch_count", "micro_bsz",
     "accumulate_grad_batches", "devices", "num_nodes", "ds_bucket_mb", "keep", "max_bad_steps",
 )  # fmt: skip
-_SWITCHES = ("overwrite", "dpo", "load_partial", "layerwise_lr", "grad_cp", "cpu_malloc")
+_SWITCHES = ("overwrite", "dpo", "load_partial", "layerwise_lr", "tbptt", "cpu_malloc")
 _NOT_NEGATIVE = (
     "vocab_size", "dim_att", "dim_ffn", "epoch_begin", "epoch_save", "lr_init", "lr_final", "weight_decay", "magic_prime",
     "my_pile_edecay", "save_every",
@@ -214,3 +219,9 @@ def check(config: RunConfig) -> None:
         refuse(f"--micro_bsz {c.micro_bsz} on {c.world_size} devices: --my_pile_stage needs a product that divides {PILE_EPOCH_WINDOWS}")
     if c.strategy.startswith("deepspeed") and c.precision == "tf32" and c.accelerator == "cpu":
         refuse("--precision tf32 means nothing on a CPU with DeepSpeed; fp32, bf16 are accepted")
+    if c.chunk_ctx != 0 and c.chunk_ctx < 16:
+        refuse(f"--chunk_ctx {c.chunk_ctx}: 0 (off), and 16 or more tokens are accepted")
+    if c.chunk_ctx and c.strategy.startswith("deepspeed_stage_3"):
+        refuse(f"--chunk_ctx {c.chunk_ctx}: not with --strategy {c.strategy}, which shares out the weights; ddp, deepspeed_stage_2 do")
+    if c.tbptt and not c.chunk_ctx:
+        refuse("--tbptt 1 cuts gradients between chunks: it needs --chunk_ctx")

@@ -19,7 +19,7 @@ def evaluate_pairs(model: RWKV, pairs: PairSet, beta: float, batch_tokens: int) 
     return {name: float(value) for name, value in metrics.items()}
 
 
-def margins_from_reference(model: RWKV, pairs: PairSet, batch_tokens: int = 4096) -> np.ndarray:
+def margins_from_reference(model: RWKV, pairs: PairSet, batch_tokens: int) -> np.ndarray:
     """(chosen - rejected) log-probability of the model minus that of the reference, nats [pairs]; beta not applied."""
     difference = score_pairs(model, pairs, batch_tokens) - pairs.ref_logps
     return difference[:, 0] - difference[:, 1]

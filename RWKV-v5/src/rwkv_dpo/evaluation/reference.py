@@ -46,7 +46,7 @@ def score_with_checkpoint(
     with open_journal(folder / JOURNAL, fingerprint) as journal:
         for i, rows in enumerate(scoring_batches(pairs, batch_tokens)):
             if i == len(journal.records):
-                journal.append(score_batch(model, pairs, rows).astype("<f8").tobytes())
+                journal.append(score_batch(model, pairs, rows, batch_tokens).astype("<f8").tobytes())
             ref_logps[rows] = np.frombuffer(journal.records[i], "<f8").reshape(-1, 2)
             progress(len(rows))
     return pairs.with_ref_logps(ref_logps, checkpoint_sha256, precision)

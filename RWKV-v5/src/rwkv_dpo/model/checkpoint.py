@@ -95,9 +95,7 @@ def check_flags(shape: ModelShape, wanted: Mapping[str, int], path: str | Path) 
         refuse(f"{path}: contradicts {', '.join(wrong)}")
 
 
-def empty_model(
-    shape: ModelShape, version: str, wkv: WKV5, compute_dtype: torch.dtype, grad_cp: bool = False, dropout: float = 0.0
-) -> RWKV:
+def empty_model(shape: ModelShape, version: str, wkv: WKV5, compute_dtype: torch.dtype, grad_cp: str = "0", dropout: float = 0.0) -> RWKV:
     """A model whose weights are not yet set (fp32, on the CPU)."""
     if shape.dim_att % shape.head_size:
         refuse(f"--dim_att {shape.dim_att} is not a multiple of --head_size_a {shape.head_size}")

@@ -1,6 +1,7 @@
 """The stack every RWKV version shares: embedding, blocks of time mix and channel mix, head. Versions differ in the mixes."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_dpo.forest import Forest, LayerState
 from rwkv_dpo.linear_logprobs import LEAN, LogProbs, linear_logprobs
+from rwkv_dpo.model.recompute import forgetting
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.wkv import WKV5
 
@@ -26,15 +28,21 @@ class RWKV(nn.Module):
     """Parameters carry the official names, so that a state dict is an official checkpoint."""
 
     def __init__(
-        self, shape: ModelShape, mixes: Mixes, wkv: WKV5, compute_dtype: torch.dtype, grad_cp: bool = False, dropout: float = 0.0
+        self, shape: ModelShape, mixes: Mixes, wkv: WKV5, compute_dtype: torch.dtype, grad_cp: str = "0", dropout: float = 0.0
     ) -> None:
-        """compute_dtype: of activations and matrix products; the weights keep their own (fp32 in training)."""
+        """compute_dtype: of activations and matrix products; the weights keep their own (fp32 in training).
+        grad_cp: what the backward pass computes again: "0" little, "selective" also norms and shifts, "1" whole blocks."""
         super().__init__()
         self.shape, self.wkv, self.compute_dtype, self.grad_cp = shape, wkv, compute_dtype, grad_cp
         self.emb = nn.Embedding(shape.vocab_size, shape.n_embd)
-        self.blocks = nn.ModuleList(Block(shape, mixes, layer, dropout) for layer in range(shape.n_layer))
+        self.blocks = nn.ModuleList(Block(shape, mixes, layer, dropout, selective=grad_cp == "selective") for layer in range(shape.n_layer))
         self.ln_out = LayerNorm(shape.n_embd)
         self.head = Head(shape.n_embd, shape.vocab_size)
+
+    @property
+    def is_lean(self) -> bool:
+        """Memory matters more than time."""
+        return self.grad_cp == "1"
 
     def forward(self, forest: Forest, initial: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
         """Hidden rows [S, C] after the last norm, and every layer's state at the end of each of the n segments.
@@ -46,7 +54,7 @@ class RWKV(nn.Module):
         states = []
         for layer, block in enumerate(self.blocks):
             arguments = (x, forest, initial[layer] if initial else None, self.wkv)
-            if self.grad_cp and torch.is_grad_enabled():
+            if self.grad_cp == "1" and torch.is_grad_enabled():
                 x, state = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x, state = block(*arguments)
@@ -68,9 +76,13 @@ class Head(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, shape: ModelShape, mixes: Mixes, layer: int, dropout: float) -> None:
+    """Autograd keeps 16.5 numbers per token and channel of an RWKV-5 block with dim_ffn = 3.5 n_embd: both halves' inputs, norms and
+    the tokens before them (6), r, k, v, g, y (5), and the channel mix's key (3.5), gate and value (2). selective: 12.5, without
+    norms and the tokens before."""
+
+    def __init__(self, shape: ModelShape, mixes: Mixes, layer: int, dropout: float, selective: bool) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.selective = dropout, selective
         if layer == 0:
             self.ln0 = LayerNorm(shape.n_embd)
         self.ln1 = LayerNorm(shape.n_embd)
@@ -81,14 +93,29 @@ class Block(nn.Module):
     def forward(self, x: Tensor, forest: Forest, initial: LayerState | None, wkv: WKV5) -> tuple[Tensor, LayerState]:
         if hasattr(self, "ln0"):
             x = self.ln0(x)
-        att_in = self.ln1(x)
-        att_before, att_last = shift(att_in, forest, initial.att_shift if initial else None)
-        att_out, wkv_ends = self.att(att_in, att_before, forest, initial.wkv if initial else None, wkv)
+        att_shift, wkv_start, ffn_shift = initial or (None, None, None)
+        att_in, att_before, att_last = self._enter(self.ln1, x, forest, att_shift)
+        with self._keeping_little(self.ln1, x, forest, att_shift, att_in, att_before):
+            att_out, wkv_ends = self.att(att_in, att_before, forest, wkv_start, wkv)
         x = self._drop(x + att_out)
-        ffn_in = self.ln2(x)
-        ffn_before, ffn_last = shift(ffn_in, forest, initial.ffn_shift if initial else None)
-        x = self._drop(x + self.ffn(ffn_in, ffn_before))
+        ffn_in, ffn_before, ffn_last = self._enter(self.ln2, x, forest, ffn_shift)
+        with self._keeping_little(self.ln2, x, forest, ffn_shift, ffn_in, ffn_before):
+            ffn_out = self.ffn(ffn_in, ffn_before)
+        x = self._drop(x + ffn_out)
         return x, LayerState(att_last, wkv_ends, ffn_last)
+
+    @staticmethod
+    def _enter(norm: nn.Module, x: Tensor, forest: Forest, handed_in: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """A half's input, the tokens before, and each segment's last."""
+        normed = norm(x)
+        return normed, *shift(normed, forest, handed_in)
+
+    def _keeping_little(
+        self, norm: nn.Module, x: Tensor, forest: Forest, handed_in: Tensor | None, normed: Tensor, before: Tensor
+    ) -> AbstractContextManager:
+        if not self.selective:
+            return nullcontext()
+        return forgetting((normed, before), lambda: self._enter(norm, x, forest, handed_in))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -158,7 +158,7 @@ class ValidPairs(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         module.model.eval()
-        metrics = evaluate_pairs(module.model, self.pairs, self.config.dpo_beta, 2 * self.config.ctx_len)
+        metrics = evaluate_pairs(module.model, self.pairs, self.config.dpo_beta, self.config.chunk_ctx or 2 * self.config.ctx_len)
         module.model.train()
         if not trainer.is_global_zero:
             return
@@ -180,14 +180,15 @@ ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5.0, torch.float16: 1.0}
 class ReferenceCheck(pl.Callback):
     """Before the first step: do the pairs' reference log-probabilities come from the model that training starts from?"""
 
-    def __init__(self, pairs: PairSet) -> None:
-        self.pairs = pairs
+    def __init__(self, config: RunConfig, pairs: PairSet) -> None:
+        self.config, self.pairs = config, pairs
 
     def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         if trainer.global_step:
             return  # resumed: the weights have moved on
         module.model.eval()
-        margins = margins_from_reference(module.model, self.pairs.select(range(min(N_CHECKED, len(self.pairs)))))
+        checked = self.pairs.select(range(min(N_CHECKED, len(self.pairs))))
+        margins = margins_from_reference(module.model, checked, self.config.chunk_ctx or 4096)
         module.model.train()
         mean, tolerance = float(np.abs(margins).mean()), ROUNDING[module.model.compute_dtype]
         if not trainer.is_global_zero:

@@ -72,11 +72,12 @@ class StartIsReference(pl.Callback):
         model.to(device).eval()
         ref_logps = np.zeros((len(pairs), 2))
         # Every world_size-th batch, from the shortest to the longest pairs, is about the same work for every rank.
-        batches = scoring_batches(pairs, 2 * self.config.ctx_len)[trainer.global_rank :: trainer.world_size]
+        batch_tokens = 2 * self.config.ctx_len
+        batches = scoring_batches(pairs, batch_tokens)[trainer.global_rank :: trainer.world_size]
         is_quiet = not (self.config.enable_progress_bar and trainer.is_global_zero)
         with tqdm(total=sum(map(len, batches)), unit="pair", desc="reference", disable=is_quiet) as bar:
             for rows in batches:
-                ref_logps[rows] = score_batch(model, pairs, rows)
+                ref_logps[rows] = score_batch(model, pairs, rows, batch_tokens)
                 bar.update(len(rows))
         model.train().to(home)
         total = trainer.strategy.reduce(torch.from_numpy(ref_logps).to(device), reduce_op="sum")

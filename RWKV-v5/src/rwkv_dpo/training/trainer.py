@@ -98,7 +98,7 @@ def build_model(config: RunConfig, shape: ModelShape, weights: dict[str, torch.T
         refuse("--vocab_size is needed without --load_model (65536 for the RWKV World vocabulary)")
     wkv = choose_backend(config.wkv_backend, device).wkv5
     version = version_of(weights, config.load_model) if weights else "5"
-    model = empty_model(shape, version, wkv, COMPUTE_DTYPES[config.precision], grad_cp=config.grad_cp == 1, dropout=config.dropout)
+    model = empty_model(shape, version, wkv, COMPUTE_DTYPES[config.precision], grad_cp=config.grad_cp, dropout=config.dropout)
     if weights is None or config.load_partial:
         init_weights(model, config.lr_init, config.seed)
     if weights is not None:
@@ -114,7 +114,7 @@ def build_trainer(
     if sets and config.dpo_ref == "recompute":
         callbacks.append(StartIsReference(config, folder, sets))
     if pairs is not None:
-        callbacks.append(ReferenceCheck(pairs))
+        callbacks.append(ReferenceCheck(config, pairs))
     if valid is not None:
         callbacks.append(ValidPairs(config, folder, valid, last.halt))
     callbacks.append(last)
