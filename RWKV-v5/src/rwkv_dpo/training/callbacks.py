@@ -18,6 +18,7 @@ from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.pairs import PairSet
 from rwkv_dpo.evaluation.pairs import evaluate_pairs, margins_from_reference
 from rwkv_dpo.model.checkpoint import save_weights
+from rwkv_dpo.model.tuning import Tuning
 from rwkv_dpo.training.module import DPOModule
 
 log = logging.getLogger(__name__)
@@ -106,24 +107,29 @@ class MetricsLog(pl.Callback):
 
 
 class Checkpoints(pl.Callback):
-    """rwkv-{epoch}.pth every epoch_save epochs and after the last, rwkv-final.pth at the end: fp32, official names."""
+    """rwkv-{epoch}.pth every epoch_save epochs and after the last, rwkv-final.pth at the end: fp32, official names. With --peft,
+    what it trains alone: adapter-{epoch} or state-{epoch}.pth."""
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: RunConfig, folder: Path, tuning: Tuning | None = None) -> None:
+        self.config, self.folder, self.tuning = config, folder, tuning
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         c, epoch = self.config, trainer.current_epoch
         is_last = c.epoch_begin + epoch + 1 >= c.last_epoch
         if is_last or (c.epoch_save and epoch % c.epoch_save == 0):
-            self._save(trainer, module, f"rwkv-{c.epoch_begin + epoch}.pth")
+            self._save(trainer, module, str(c.epoch_begin + epoch))
 
     def on_train_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        self._save(trainer, module, "rwkv-final.pth")
+        self._save(trainer, module, "final")
 
-    def _save(self, trainer: pl.Trainer, module: DPOModule, name: str) -> None:
+    def _save(self, trainer: pl.Trainer, module: DPOModule, label: str) -> None:
         weights = full_weights(trainer, module)
-        if trainer.is_global_zero:
-            save_weights(weights, self.folder / name)
+        if not trainer.is_global_zero:
+            return
+        if self.tuning is None:
+            save_weights(weights, self.folder / f"rwkv-{label}.pth")
+        else:
+            self.tuning.save(weights, self.folder, label)
 
 
 class ValidPairs(pl.Callback):
@@ -176,8 +182,8 @@ class ReferenceCheck(pl.Callback):
 
 
 def full_weights(trainer: pl.Trainer, module: DPOModule) -> dict[str, torch.Tensor]:
-    """Every parameter in fp32. With DeepSpeed they are gathered from the ranks, so that all ranks have to call this."""
-    parameters = module.model.named_parameters()
+    """Every trained parameter in fp32. With DeepSpeed they are gathered from the ranks, so that all ranks have to call this."""
+    parameters = [(name, parameter) for name, parameter in module.model.named_parameters() if parameter.requires_grad]
     if not isinstance(trainer.strategy, DeepSpeedStrategy):
         return {name: parameter.detach() for name, parameter in parameters}
     from deepspeed.utils import safe_get_full_fp32_param

@@ -13,7 +13,7 @@ from rwkv_dpo.errors import refuse
 # Settings that leave a run's result as it is.
 _INCIDENTAL = ("overwrite", "wandb", "enable_progress_bar", "cpu_malloc", "wkv_backend", "accelerator")
 # Settings that a continuation of a run changes.
-_CONTINUATION = ("load_model", "epoch_begin", "epoch_count", "my_pile_stage", "my_exit", "warmup_steps")
+_CONTINUATION = ("load_model", "epoch_begin", "epoch_count", "my_pile_stage", "my_exit", "warmup_steps", "peft_load")
 
 
 def prepare_folder(config: RunConfig) -> None:

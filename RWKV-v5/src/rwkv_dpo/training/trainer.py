@@ -18,6 +18,7 @@ from rwkv_dpo.model.checkpoint import SHAPE_FLAGS, check_flags, empty_model, loa
 from rwkv_dpo.model.init import init_weights
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.model.tuning import Tuning, begin_tuning
 from rwkv_dpo.sampling import check_magic_prime
 from rwkv_dpo.training.batches import build_loader
 from rwkv_dpo.training.callbacks import Checkpoints, MetricsLog, ReferenceCheck, ValidPairs
@@ -101,8 +102,10 @@ def build_model(config: RunConfig, shape: ModelShape, weights: dict[str, torch.T
     return model
 
 
-def build_trainer(config: RunConfig, folder: Path, pairs: PairSet | None, valid: PairSet | None, device: torch.device) -> pl.Trainer:
-    callbacks: list[pl.Callback] = [MetricsLog(config, folder), Checkpoints(config, folder)]
+def build_trainer(
+    config: RunConfig, folder: Path, pairs: PairSet | None, valid: PairSet | None, device: torch.device, tuning: Tuning | None
+) -> pl.Trainer:
+    callbacks: list[pl.Callback] = [MetricsLog(config, folder), Checkpoints(config, folder, tuning)]
     if pairs is not None:
         callbacks.append(ReferenceCheck(pairs))
     if valid is not None:
@@ -132,13 +135,16 @@ def train(config: RunConfig, given: frozenset[str]) -> None:
         shape = replace(shape, vocab_size=corpus.vocab_size)
     torch.manual_seed(config.seed)  # for dropout
     model = build_model(config, shape, weights, device)
+    tuning = begin_tuning(model, config, given)
     folder = Path(config.proj_dir)
     begin_folder(config, model if weights is None else None, corpus)
     if config.my_pile_stage == 1:
         log.info("wrote %s; now run with --my_pile_stage 2 or 3", folder / "rwkv-init.pth")
         return
     log.info("%s", describe(config, shape, corpus, pairs, device))
-    trainer = build_trainer(config, folder, pairs, valid, device)
+    if tuning is not None:
+        log.info("%s", describe_tuning(config, model))
+    trainer = build_trainer(config, folder, pairs, valid, device, tuning)
     loader = build_loader(config, corpus, pairs, trainer.global_rank, device.type == "cuda")
     trainer.fit(DPOModule(model, config), loader)
 
@@ -165,3 +171,8 @@ def describe(config: RunConfig, shape: ModelShape, corpus: Corpus | None, pairs:
         f"epochs {config.epoch_begin} to {config.last_epoch - 1}, {config.total_steps} optimizer steps of "
         f"{config.micro_bsz} x {config.accumulate_grad_batches} x {config.world_size} samples, lr {config.lr_init:g} to {config.lr_final:g}"
     )
+
+
+def describe_tuning(config: RunConfig, model: RWKV) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"--peft {config.peft}: trains {trained:,} numbers; {sum(p.numel() for p in model.parameters()) - trained:,} stay as they are"
