@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model
+from materialised import Materialised
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.errors import InputError
@@ -102,19 +103,7 @@ def test_loss_and_gradients_are_those_of_materialised_weights(tiny_shape, method
     plain = random_model(tiny_shape, torch.float64)
     loss, _ = objective(model, batch(tiny_shape), 0.3, 0.5)
     got = torch.autograd.grad(loss, list(trained(model).values()))
-
-    class Plain:
-        """What objective() calls, on weights that are results of autograd."""
-
-        grad_cp, weights = False, materialised(model, method)
-
-        def __call__(self, forest):
-            return torch.func.functional_call(plain, self.weights, (forest,))
-
-        def head(self, *arguments, **options):
-            return torch.func.functional_call(plain.head, {"weight": self.weights["head.weight"]}, arguments, options)
-
-    want_loss, _ = objective(Plain(), batch(tiny_shape), 0.3, 0.5)
+    want_loss, _ = objective(Materialised(plain, materialised(model, method)), batch(tiny_shape), 0.3, 0.5)
     want = torch.autograd.grad(want_loss, list(trained(model).values()))
     # float64 sums of a few hundred terms, in another order.
     torch.testing.assert_close(loss, want_loss, rtol=1e-9, atol=1e-9)
