@@ -11,8 +11,8 @@ from materialised import Materialised
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.errors import InputError
-from rwkv_dpo.model.adapter_files import read_adapter
-from rwkv_dpo.model.adapters import METHODS, add_adapter, merged_weights, parse_layers, plan_adapter
+from rwkv_dpo.model.adapter_files import METHODS, read_adapter
+from rwkv_dpo.model.adapters import add_adapter, merged_weights, parse_layers, plan_adapter
 from rwkv_dpo.model.linear import Linear
 from rwkv_dpo.model.tuning import begin_tuning, load_tuned
 from rwkv_dpo.objective import collate, objective

@@ -12,12 +12,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from rwkv_dpo.errors import InputError, refuse
+from rwkv_dpo.errors import refuse
+from rwkv_dpo.model.tensor_files import read_safetensors, write_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+METHODS = ("lora", "dora", "pissa", "rslora")
 # What peft.PeftModel puts before the names of the model that it wraps.
 PREFIX = "base_model.model."
 # Settings of peft that change the function and that we don't have, with the values that mean "without".
@@ -59,10 +60,7 @@ class SavedAdapter:
 
 def write_adapter(folder: Path, config: Any, method: str, tensors: Mapping[str, Tensor]) -> None:
     """config: peft's. tensors: as in SavedAdapter, the extra ones among them."""
-    from safetensors.torch import save_file
-
-    values = {PREFIX + name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
-    save_file(values, folder / WEIGHTS, metadata={"format": "pt", "method": method})
+    write_safetensors({PREFIX + name: value.float() for name, value in tensors.items()}, folder / WEIGHTS, {"method": method})
     config.inference_mode = True
     config.save_pretrained(str(folder))
 
@@ -74,8 +72,11 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     for name, accepted in _NEUTRAL.items():
         if config.get(name, accepted[0]) not in accepted:
             refuse(f"{path}: {CONFIG} has {name} {config[name]!r}; {accepted[0]!r} is accepted")
-    tensors, method = _read_tensors(path / WEIGHTS)
-    method = method or ("dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora")
+    if not (path / WEIGHTS).is_file():
+        refuse(f"{path / WEIGHTS}: no such file")
+    tensors, metadata = read_safetensors(path / WEIGHTS)
+    tensors = {name.removeprefix(PREFIX): value.float() for name, value in tensors.items()}
+    method = metadata.get("method") or ("dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora")
     if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
         refuse(
             f"{path}: its base model was changed at the start (init_lora_weights {config['init_lora_weights']!r}), and the folder doesn't "
@@ -85,6 +86,8 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     r, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(r, int) or not isinstance(alpha, int) or r < 1 or not adapter:
         refuse(f"{path}: not a LoRA adapter (r {r!r}, lora_alpha {alpha!r}, {len(adapter)} tensors)")
+    if method not in METHODS:
+        refuse(f"{path / WEIGHTS}: its metadata names the method {method!r}; accepted are {', '.join(METHODS)}")
     if method == "pissa":
         r, alpha = r // 2, alpha // 2
     saved = SavedAdapter(path, method, r, alpha, adapter, {n: x for n, x in tensors.items() if n not in adapter})
@@ -104,17 +107,3 @@ def _read_config(path: Path) -> dict:
     except (OSError, ValueError) as error:
         refuse(f"{path}: not readable as JSON ({error})")
     return config if isinstance(config, dict) else refuse(f"{path}: not a JSON object")
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        refuse(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            method = (file.metadata() or {}).get("method")
-            tensors = {name.removeprefix(PREFIX): file.get_tensor(name).to(torch.float32) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
-    return tensors, method

@@ -16,7 +16,6 @@ from rwkv_dpo.model.checkpoint import Weights
 from rwkv_dpo.model.linear import Linear
 from rwkv_dpo.model.rwkv import RWKV, Head
 
-METHODS = ("lora", "dora", "pissa", "rslora")
 # --train_extra: which official names each word stands for.
 EXTRAS = {"time": r".*\.time_.*", "ln": r"(.*\.)?ln(\d|_x|_out)\..*", "emb": r"emb\.weight", "head": r"head\.weight"}
 # Power iterations of PiSSA's truncated SVD. Any precision would do: what A and B lack, the frozen rest has.
