@@ -54,9 +54,10 @@ def test_a_run_begins_at_the_reference_learns_and_saves_what_it_trained_alone(da
     assert "not the one that scored" not in caplog.text
     assert records[0]["loss_dpo"] == pytest.approx(np.log(2), abs=1e-4)
     assert records[-1]["rewards/margins"] > records[0]["rewards/margins"] + 1e-4
-    tuned = {saved_as(tmp_path, method, label).name for label in ("0", "1", "final")}
+    tuned = {saved_as(tmp_path, method, label).name for label in ("init", "0", "1", "final")}
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "metrics.jsonl", "train_log.txt", "valid.jsonl", *tuned}
     assert (logits_of(data, saved_as(tmp_path, method)) - logits_of(data)).abs().max() > 1e-3
+    torch.testing.assert_close(logits_of(data, saved_as(tmp_path, method, "init")), logits_of(data), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -124,6 +125,22 @@ def test_training_goes_on_from_what_was_saved(data, tmp_path, small, caplog, met
     run(data, tmp_path / "second", peft=method, peft_load=saved, lr_init=1e-9, lr_final=1e-9, epoch_count=1)
     # Steps of 1e-9 leave it where it was.
     torch.testing.assert_close(logits_of(data, saved_as(tmp_path / "second", method)), logits_of(data, saved), rtol=0, atol=1e-4)
+
+
+def test_pissa_is_taken_up_again_from_its_saved_start(data, tmp_path):  # noqa: F811
+    run(data, tmp_path, peft="pissa", lora_r=4, lora_alpha=8, epoch_count=1)
+    config = RunConfig(load_model=str(data / "model.pth"), precision="fp32", peft="pissa", lora_r=4, lora_alpha=8, wkv_backend="chunked")
+
+    def frozen(seed, start):
+        torch.manual_seed(seed)
+        model = build_model(config, SHAPE, read_weights(data / "model.pth"), torch.device("cpu"))
+        begin_tuning(model, config, frozenset(), start)
+        return model.blocks[1].att.key.base_layer.weight
+
+    saved = [frozen(seed, str(tmp_path / "adapter-init")) for seed in (5, 6)]
+    assert torch.equal(*saved)
+    # Where it came from: a decomposition with the run's seed.
+    torch.testing.assert_close(saved[0], frozen(0, ""), rtol=0, atol=1e-6)
 
 
 CHANGES = [

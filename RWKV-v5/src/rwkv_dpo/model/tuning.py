@@ -15,7 +15,8 @@ Tuning = Adapter | States
 def begin_tuning(model: RWKV, config: RunConfig, given: frozenset[str], start: str = "") -> Tuning | None:
     """Adds to the model what --peft trains, at its start, and freezes the rest. None with --peft none.
 
-    Where training goes on from a file (`start`, else --peft_load), the file decides; given flags must agree.
+    Where training goes on from a file (--peft_load, or `start` before it), the file decides; given flags must agree. A run that is
+    taken up again gives what it saved as its start: PiSSA's matrices come from there, not from another decomposition.
     """
     if config.peft == "none":
         return None

@@ -143,7 +143,7 @@ def train(config: RunConfig, given: frozenset[str]) -> None:
         return
     log.info("%s", describe(config, shape, corpus, pairs, device))
     if tuning is not None:
-        log.info("%s", describe_tuning(config, model))
+        begin_tuned(config, tuning, model)
     trainer = build_trainer(config, folder, pairs, valid, device, tuning)
     loader = build_loader(config, corpus, pairs, trainer.global_rank, device.type == "cuda")
     trainer.fit(DPOModule(model, config), loader)
@@ -173,6 +173,10 @@ def describe(config: RunConfig, shape: ModelShape, corpus: Corpus | None, pairs:
     )
 
 
-def describe_tuning(config: RunConfig, model: RWKV) -> str:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"--peft {config.peft}: trains {trained:,} numbers; {sum(p.numel() for p in model.parameters()) - trained:,} stay as they are"
+@rank_zero_only
+def begin_tuned(config: RunConfig, tuning: Tuning, model: RWKV) -> None:
+    """Says what --peft trains, and saves where it starts: the reference, and what PiSSA took out of the matrices."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    n_trained, n_all = (sum(p.numel() for p in some) for some in (trained.values(), model.parameters()))
+    log.info("--peft %s: trains %s numbers; %s stay as they are", config.peft, f"{n_trained:,}", f"{n_all - n_trained:,}")
+    tuning.save(trained, Path(config.proj_dir), "init")
