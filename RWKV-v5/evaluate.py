@@ -2,6 +2,7 @@
 """Compare checkpoints: preference accuracy and margin on pairs, perplexity on a corpus, and an answer to a prompt.
 
 evaluate.py --load_model base.pth tuned.pth --pairs testset.save --data_file default_text_document
+evaluate.py --load_model base.pth --peft_load out/adapter-final --pairs testset.save
 """
 
 import argparse
@@ -27,14 +28,18 @@ def main(arguments: list[str] | None = None) -> None:
     from rwkv_dpo.evaluation.generate import generate
     from rwkv_dpo.evaluation.pairs import evaluate_pairs
     from rwkv_dpo.model.checkpoint import load_model
+    from rwkv_dpo.model.tuning import load_tuned
     from rwkv_dpo.objective import corpus_loss
 
     device = pick_device(args.device, "--device")
     set_up(device, args.precision)
     reports = []
-    for path in args.load_model:
+    columns = [(path, "") for path in args.load_model] + [(args.load_model[0], tuned) for tuned in args.peft_load]
+    for path, tuned in columns:
         model = load_model(path, device=device, compute_dtype=COMPUTE_DTYPES[args.precision], wkv_backend=args.wkv_backend)
-        report: dict = {"checkpoint": path}
+        if tuned:
+            load_tuned(model, tuned)
+        report: dict = {"checkpoint": tuned or path}
         if args.pairs:
             report |= evaluate_pairs(model, load_pairs(args.pairs, model.shape.vocab_size), args.dpo_beta, args.batch_tokens)
         if args.data_file:
@@ -54,6 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load_model", nargs="+", required=True, help="checkpoints, a column each")
+    parser.add_argument("--peft_load", nargs="+", default=[], help="adapter folders or state files on the first checkpoint, a column each")
     parser.add_argument("--pairs", help="preference pairs (.save), scored by the first checkpoint or any other reference")
     parser.add_argument("--dpo_beta", type=float, default=0.1, help="for the reward margin (0.1)")
     parser.add_argument("--data_file", help="corpus, as train.py takes it")

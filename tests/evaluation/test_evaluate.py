@@ -1,17 +1,20 @@
 """evaluate.py, and the numbers in its report."""
 
 import json
+from pathlib import Path
 
 import evaluate
 import numpy as np
 import pytest
 import torch
 from conftest import random_model
-from rwkv_dpo.data.pairs import pack_pairs, save_pairs
+from rwkv_dpo.config import RunConfig
+from rwkv_dpo.data.pairs import load_pairs, pack_pairs, save_pairs
 from rwkv_dpo.errors import InputError
 from rwkv_dpo.evaluation.pairs import evaluate_pairs, margins_from_reference
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.model.tuning import begin_tuning
 from rwkv_dpo.objective import score_pairs
 
 
@@ -67,6 +70,33 @@ def test_the_report_compares_checkpoints(tmp_path, capsys):
     assert "m0.pth" in table
     assert f"{np.exp(first['corpus_loss']):.2f}" in table
     assert "answers:" in table
+
+
+def test_adapters_and_states_get_a_column_each(tmp_path, capsys):
+    shape = ModelShape(1, 32, 32, 96, 65536, head_size=32)
+    pairs = pack_pairs([([1, 2], [3, 4], [5]), ([7], [8], [9, 10])])
+    base = random_model(shape, torch.float32)
+    save_weights(base.state_dict(), tmp_path / "base.pth")
+    save_pairs(tmp_path / "p.save", pairs.with_ref_logps(score_pairs(base, pairs, 99), "0" * 64, "fp32"))
+    want = []
+    for method in ("lora", "state"):
+        model = random_model(shape, torch.float32)
+        tuning = begin_tuning(model, RunConfig(peft=method), frozenset())
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            for p in trained.values():
+                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        tuning.save(trained, tmp_path, "final")
+        want.append(evaluate_pairs(model.eval(), load_pairs(tmp_path / "p.save", 65536), 0.1, 99))
+    arguments = ["--peft_load", tmp_path / "adapter-final", tmp_path / "state-final.pth", "--device", "cpu", "--out", tmp_path / "r.json"]
+    evaluate.main(list(map(str, ["--load_model", tmp_path / "base.pth", "--pairs", tmp_path / "p.save", *arguments])))
+    reports = json.loads((tmp_path / "r.json").read_text())
+    assert [Path(r["checkpoint"]).name for r in reports] == ["base.pth", "adapter-final", "state-final.pth"]
+    assert reports[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    for report, metrics in zip(reports[1:], want, strict=True):
+        assert report["rewards/margins"] == pytest.approx(metrics["rewards/margins"], abs=1e-4)
+        assert abs(report["rewards/margins"]) > 1e-3
+    assert "adapter-final" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -4,7 +4,8 @@ import contextlib
 import glob
 import hashlib
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,7 +14,7 @@ from rwkv_dpo.errors import InputError
 _CHUNK = 1 << 24
 
 
-class _Hashed:
+class HashedFile:
     """A binary file open for writing from its start to its end, that knows the sha256 of what went in and why it failed."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -29,6 +30,11 @@ class _Hashed:
             raise
         self.sha256.update(data)
         return written
+
+    def fill(self, write: Callable[[str], None]) -> None:
+        """For writers that take a path: write(path) makes all of the file."""
+        write(self.file.name)
+        self.sha256 = _sha256(self.file.name)
 
     def flush(self) -> None:
         self.file.flush()
@@ -52,7 +58,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def hashed_write(path: str | Path) -> Iterator[BinaryIO]:
+def hashed_write(path: str | Path) -> Iterator[HashedFile]:
     """As atomic_write, with `path`.sha256 beside it in the form of sha256sum. The file takes writes one after the other only.
 
     The old hash goes before the name moves and the new one comes after: a crash may leave a whole file without a hash, never
@@ -61,9 +67,9 @@ def hashed_write(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
     with _one_line(path), _unfinished(path) as unfinished:
         with open(unfinished, "wb") as file:
-            hashed = _Hashed(file)
+            hashed = HashedFile(file)
             try:
-                yield hashed  # type: ignore[misc]  # all of BinaryIO that torch.save uses
+                yield hashed
                 file.flush()
                 os.fsync(file.fileno())
             except RuntimeError as error:
@@ -81,17 +87,22 @@ def hash_path(path: str | Path) -> Path:
 
 def fault_of(path: str | Path) -> str:
     """What is wrong with a file that hashed_write wrote, in a few words; "" when it has the bytes that were written."""
-    digest = hashlib.sha256()
     try:
         expected = hash_path(path).read_text(errors="replace").split(" ")[0]
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
+        digest = _sha256(path)
     except FileNotFoundError as error:
         return "has no .sha256 beside it" if Path(path).exists() else f"can't be read: {error.strerror}"
     except OSError as error:
         return f"can't be read: {error.strerror}"
     return "" if digest.hexdigest() == expected else "does not have the sha256 that it was written with"
+
+
+def _sha256(path: str | Path) -> "hashlib._Hash":
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest
 
 
 @contextlib.contextmanager
@@ -128,6 +139,33 @@ def _is_alive(process: int) -> bool:
     except OSError:
         pass
     return True
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a new folder beside `path` that takes its name when the block ends well, and is removed when it does not.
+
+    Its files are on the disk before the name moves. A folder of that name makes way first: a crash between the two renames
+    leaves it, whole, under a hidden name. An OSError becomes InputError.
+    """
+    path = Path(path)
+    unfinished, former = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    try:
+        unfinished.mkdir()
+        yield unfinished
+        for file in unfinished.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        _sync_folder(unfinished)
+        if path.exists():
+            os.rename(path, former)
+        os.rename(unfinished, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -46,6 +46,15 @@ class RunConfig:
     dropout: float = flag(0.0, "dropout after every half block")
     load_partial: int = flag(0, "1: weights that the checkpoint lacks keep their initial values")
     my_testing: str = flag("", "model version as RWKV-LM spells it", ("", "r3r4", "x052"))
+    peft: str = flag("none", "what is trained: every weight; an adapter of few weights beside them; or the state that sequences begin from",
+                     ("none", "lora", "dora", "pissa", "rslora", "state"))  # fmt: skip
+    lora_r: int = flag(32, "rank of the adapter's matrices")
+    lora_alpha: int = flag(64, "scale of the adapter: it adds alpha / r times its product (rslora: alpha / sqrt(r))")
+    lora_dropout: float = flag(0.0, "dropout of the adapter's input")
+    lora_targets: str = flag("receptance,key,value,gate,output", "projections with an adapter; att.key or ffn.key for one half alone")
+    lora_layers: str = flag("", "layers with an adapter, such as 0-11 or 0,5-7; empty: all")
+    train_extra: str = flag("", "weights trained in full beside the adapter: any of time, ln, emb, head")
+    peft_load: str = flag("", "adapter folder, or with --peft state a state file, to go on from")
 
     epoch_steps: int = flag(1000, "micro-batches on each device in an epoch; a multiple of accumulate_grad_batches")
     epoch_count: int = flag(500, "epochs to train")
@@ -162,14 +171,15 @@ class RunConfig:
 
 _AT_LEAST_ONE = (
     "ctx_len", "n_layer", "n_embd", "head_size_a", "head_size_divisor", "epoch_steps", "epoch_count", "micro_bsz",
-    "accumulate_grad_batches", "devices", "num_nodes", "ds_bucket_mb", "keep", "max_bad_steps",
+    "accumulate_grad_batches", "devices", "num_nodes", "ds_bucket_mb", "keep", "max_bad_steps", "lora_r", "lora_alpha",
 )  # fmt: skip
 _SWITCHES = ("overwrite", "dpo", "load_partial", "layerwise_lr", "tbptt", "cpu_malloc")
 _NOT_NEGATIVE = (
     "vocab_size", "dim_att", "dim_ffn", "epoch_begin", "epoch_save", "lr_init", "lr_final", "weight_decay", "magic_prime",
     "my_pile_edecay", "save_every",
 )  # fmt: skip
-_BELOW_ONE = ("beta1", "beta2", "dropout")
+_BELOW_ONE = ("beta1", "beta2", "dropout", "lora_dropout")
+_ADAPTER_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "lora_layers", "train_extra")
 
 
 def check(config: RunConfig) -> None:
@@ -225,3 +235,25 @@ def check(config: RunConfig) -> None:
         refuse(f"--chunk_ctx {c.chunk_ctx}: not with --strategy {c.strategy}, which shares out the weights; ddp, deepspeed_stage_2 do")
     if c.tbptt and not c.chunk_ctx:
         refuse("--tbptt 1 cuts gradients between chunks: it needs --chunk_ctx")
+    check_peft(c)
+
+
+def check_peft(c: RunConfig) -> None:
+    """What --peft needs, and what it can't be combined with."""
+    if c.peft in ("none", "state"):
+        for name in _ADAPTER_FLAGS:
+            if getattr(c, name) != RunConfig.__dataclass_fields__[name].default:
+                refuse(f"--{name} {getattr(c, name)}: --peft {c.peft} has no adapter; --peft lora, dora, pissa and rslora have")
+    if c.peft == "none":
+        if c.peft_load:
+            refuse(f"--peft_load {c.peft_load} needs the --peft that it was trained with")
+        return
+    if c.load_model in ("", "0"):
+        refuse(f"--peft {c.peft} needs --load_model: the weights that stay as they are")
+    if c.my_pile_stage or c.load_partial:
+        name = "my_pile_stage" if c.my_pile_stage else "load_partial"
+        refuse(f"--{name} {getattr(c, name)}: --peft {c.peft} trains beside the weights of a whole checkpoint")
+    if c.peft == "pissa" and max(c.weight_decay, c.weight_decay_final) > 0:
+        refuse("--weight_decay with --peft pissa would shrink the model's own main directions; 0 is accepted")
+    if c.peft == "state" and c.strategy.startswith("deepspeed_stage_3"):
+        refuse(f"--strategy {c.strategy}: --peft state trains too little to share out; deepspeed_stage_2 and ddp are accepted")

@@ -1,4 +1,4 @@
-"""Official RWKV `.pth` files: the shape is read from the file, loading is strict and never executes code, saving is atomic."""
+"""Official RWKV files, .pth or .safetensors: the shape is read off them, loading is strict and runs no code, saving is atomic."""
 
 import pickle
 import re
@@ -14,6 +14,7 @@ from rwkv_dpo.errors import InputError, refuse
 from rwkv_dpo.model import v5
 from rwkv_dpo.model.rwkv import RWKV, Mixes
 from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.model.tensor_files import is_safetensors, read_safetensors, write_safetensors
 from rwkv_dpo.wkv import WKV5, choose_backend
 
 Weights = Mapping[str, Tensor]
@@ -35,11 +36,13 @@ SHAPE_FLAGS = {
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .pth file by name, on the CPU (memory-mapped where the file's format allows). Refuses files that are
+    """The tensors of a .pth or .safetensors file by name, on the CPU (memory-mapped where a .pth allows). Refuses files that are
     missing, torn, hold anything but tensors, or would execute code. Prefixes that trainers leave behind are dropped."""
     path = Path(path)
     if not path.is_file():
         refuse(f"{path}: no such checkpoint")
+    if is_safetensors(path):
+        return read_safetensors(path)[0]
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
@@ -131,9 +134,13 @@ def load_model(path: str | Path, *, device: torch.device, compute_dtype: torch.d
 
 
 def save_weights(weights: Weights, path: str | Path) -> None:
-    """Writes a .pth file atomically, with its .sha256 beside it."""
+    """Writes a file atomically, with its .sha256 beside it: safetensors for a name that ends so, else .pth."""
     with hashed_write(path) as file:
-        torch.save({name: value.detach().cpu().contiguous() for name, value in weights.items()}, file)
+        if str(path).endswith(".safetensors"):
+            file.fill(lambda unfinished: write_safetensors(weights, unfinished))
+        else:
+            values = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+            torch.save(values, file)  # type: ignore[arg-type]  # it only writes
 
 
 def _some(names: list[str], limit: int = 4) -> str:

@@ -15,17 +15,24 @@ from torch.autograd.function import once_differentiable
 Prepare = Callable[..., Tensor]
 
 
-class Linear(nn.Module):
+class Linear(nn.Linear):
     """prepare(*inputs) @ weight.T in the dtype of the prepared input; `prepare` runs again in the backward pass."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        super().__init__(n_in, n_out, bias=False)
 
-    def forward(self, *inputs: Tensor, prepare: Prepare | None = None) -> Tensor:
-        if prepare is None:
-            return F.linear(inputs[0], self.weight.to(inputs[0].dtype))
-        return _PreparedLinear.apply(prepare, self.weight, *inputs)
+    def reset_parameters(self) -> None:
+        """Leaves the weight unset: a checkpoint or init.py sets it."""
+
+    def forward(self, *inputs: Tensor, prepare: Prepare | None = None) -> Tensor:  # type: ignore[override]  # several inputs
+        return product(self.weight, *inputs, prepare=prepare)
+
+
+def product(weight: Tensor, *inputs: Tensor, prepare: Prepare | None) -> Tensor:
+    """prepare(*inputs) @ weight.T, keeping the inputs alone for the backward pass; without `prepare`, inputs[0] @ weight.T."""
+    if prepare is None:
+        return F.linear(inputs[0], weight.to(inputs[0].dtype))
+    return _PreparedLinear.apply(prepare, weight, *inputs)
 
 
 class _PreparedLinear(torch.autograd.Function):

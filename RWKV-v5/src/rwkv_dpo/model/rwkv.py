@@ -47,10 +47,12 @@ class RWKV(nn.Module):
     def forward(self, forest: Forest, initial: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
         """Hidden rows [S, C] after the last norm, and every layer's state at the end of each of the n segments.
 
-        initial: what the roots continue from, n_roots rows in each tensor; None for the beginning of time.
+        initial: what the roots continue from, n_roots rows in each tensor; None for the beginning of time, which is the zero
+        state or, where the model has them, its tuned states.
         Logits are `head(hidden)`; in training, `head(hidden, targets)` never makes them all.
         """
         x = self.emb(forest.tokens).to(self.compute_dtype)
+        initial = self.first_states(forest.n_roots) if initial is None else initial
         states = []
         for layer, block in enumerate(self.blocks):
             arguments = (x, forest, initial[layer] if initial else None, self.wkv)
@@ -60,6 +62,14 @@ class RWKV(nn.Module):
                 x, state = block(*arguments)
             states.append(state)
         return self.ln_out(x), states
+
+    def first_states(self, n_roots: int) -> list[LayerState] | None:
+        """The tuned states (`blocks.N.att.time_state`, [H, value, key] as files have them) that roots begin from; None: zero."""
+        tuned = [parameter for name, parameter in self.named_parameters() if name.endswith(".att.time_state")]
+        if not tuned:
+            return None
+        before = torch.zeros(n_roots, self.shape.n_embd, dtype=self.compute_dtype, device=tuned[0].device)
+        return [LayerState(before, state.transpose(1, 2).expand(n_roots, -1, -1, -1), before) for state in tuned]
 
 
 class Head(nn.Module):

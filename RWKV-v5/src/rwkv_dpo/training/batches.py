@@ -42,7 +42,7 @@ class MicroBatches(Dataset):
             windows = [self.corpus.window(start, self.config.ctx_len + 1) for start in starts]
         if self.pairs is not None:
             pairs, ref_logps = [self.pairs.pair(row) for row in rows], self.pairs.ref_logps[rows]
-        return collate(windows, pairs, ref_logps, c.chunk_ctx, c.tbptt == 1)
+        return collate(windows, pairs, ref_logps, self.config.chunk_ctx, self.config.tbptt == 1)
 
     def contents(self, k: int, rank: int) -> tuple[list[int], list[int]]:
         """What micro-batch k of `rank` holds: first tokens of corpus windows, and rows of the pair file."""

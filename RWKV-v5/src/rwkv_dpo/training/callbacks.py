@@ -18,6 +18,7 @@ from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.pairs import PairSet
 from rwkv_dpo.evaluation.pairs import evaluate_pairs, margins_from_reference
 from rwkv_dpo.model.checkpoint import save_weights
+from rwkv_dpo.model.tuning import Tuning
 from rwkv_dpo.training.guard import is_bad, name_samples
 from rwkv_dpo.training.halt import Halt, Halted
 from rwkv_dpo.training.module import DPOModule
@@ -131,23 +132,31 @@ class MetricsLog(pl.Callback):
 
 
 class Checkpoints(pl.Callback):
-    """rwkv-{epoch}.pth every epoch_save epochs and after the last, rwkv-final.pth at the end: fp32, official names."""
+    """rwkv-{epoch}.pth every epoch_save epochs and after the last, rwkv-final.pth at the end: fp32, official names. With --peft,
+    what it trains alone: adapter-{epoch} or state-{epoch}.pth."""
 
-    def __init__(self, config: RunConfig, folder: Path, halt: Halt) -> None:
-        self.config, self.folder, self.halt = config, folder, halt
+    def __init__(self, config: RunConfig, folder: Path, halt: Halt, tuning: Tuning | None) -> None:
+        self.config, self.folder, self.halt, self.tuning = config, folder, halt, tuning
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         c, epoch = self.config, trainer.current_epoch
         is_last = c.epoch_begin + epoch + 1 >= c.last_epoch
         if is_last or (c.epoch_save and epoch % c.epoch_save == 0):
-            self._save(trainer, module, f"rwkv-{c.epoch_begin + epoch}.pth")
+            self._save(trainer, module, str(c.epoch_begin + epoch))
 
     def on_train_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        self._save(trainer, module, "rwkv-final.pth")
+        self._save(trainer, module, "final")
 
-    def _save(self, trainer: pl.Trainer, module: DPOModule, name: str) -> None:
+    def _save(self, trainer: pl.Trainer, module: DPOModule, label: str) -> None:
         weights = full_weights(trainer, module)
-        self.halt.write(trainer, lambda: save_weights(weights, self.folder / name))
+
+        def write() -> None:
+            if self.tuning is None:
+                save_weights(weights, self.folder / f"rwkv-{label}.pth")
+            else:
+                self.tuning.save(weights, self.folder, label)
+
+        self.halt.write(trainer, write)
 
 
 class ValidPairs(pl.Callback):
@@ -202,8 +211,8 @@ class ReferenceCheck(pl.Callback):
 
 
 def full_weights(trainer: pl.Trainer, module: DPOModule) -> dict[str, torch.Tensor]:
-    """Every parameter in fp32. With DeepSpeed they are gathered from the ranks, so that all ranks have to call this."""
-    parameters = module.model.named_parameters()
+    """Every trained parameter in fp32. With DeepSpeed they are gathered from the ranks, so that all ranks have to call this."""
+    parameters = [(name, parameter) for name, parameter in module.model.named_parameters() if parameter.requires_grad]
     if not isinstance(trainer.strategy, DeepSpeedStrategy):
         return {name: parameter.detach() for name, parameter in parameters}
     from deepspeed.utils import safe_get_full_fp32_param

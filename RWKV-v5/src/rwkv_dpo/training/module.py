@@ -42,7 +42,8 @@ class DPOModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         offload = isinstance(self.trainer.strategy, DeepSpeedStrategy) and "offload" in self.config.strategy
-        return build_optimizer(self.model.named_parameters(), self.config, offload)
+        trained = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        return build_optimizer(trained, self.config, offload)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         self.lr, self.weight_decay = set_rates(optimizer, self.config, self.trainer.global_step)

@@ -72,7 +72,7 @@ class StartIsReference(pl.Callback):
         model.to(device).eval()
         ref_logps = np.zeros((len(pairs), 2))
         # Every world_size-th batch, from the shortest to the longest pairs, is about the same work for every rank.
-        batch_tokens = 2 * self.config.ctx_len
+        batch_tokens = self.config.chunk_ctx or 2 * self.config.ctx_len
         batches = scoring_batches(pairs, batch_tokens)[trainer.global_rank :: trainer.world_size]
         is_quiet = not (self.config.enable_progress_bar and trainer.is_global_zero)
         with tqdm(total=sum(map(len, batches)), unit="pair", desc="reference", disable=is_quiet) as bar:

@@ -71,7 +71,7 @@ def save(folder: Path, progress: Progress, parts: dict[str, Any], keep: int) -> 
         raise InputError(f"{folder}: can't be made ({error.strerror})") from error
     path = folder / f"step-{progress.step}.pth"
     with hashed_write(path) as file:
-        torch.save({"form": _FORM, "progress": asdict(progress), **parts}, file)
+        torch.save({"form": _FORM, "progress": asdict(progress), **parts}, file)  # type: ignore[arg-type]  # it only writes
     there = checkpoints_in(folder)
     newest = there.index(path)
     for other in there[:newest] + there[newest + keep :]:
@@ -130,6 +130,13 @@ def choose(config: RunConfig) -> Saved | None:
             return saved
         log.warning("%s %s; the one before is used", path, fault)
     refuse(f"{last_folder(config)}: none of its checkpoints is whole ({paths[0].name} {fault_of(paths[0])}); --resume none begins anew")
+
+
+def start_of(saved: Saved | None) -> str:
+    """The adapter that the run of a checkpoint began with, which it had saved beside; "" without."""
+    if saved is None or saved.progress.config["peft"] in ("none", "state"):
+        return ""
+    return str(saved.path.parent.parent / "adapter-init")
 
 
 def _is_other_run(paths: list[Path], config: RunConfig) -> bool:

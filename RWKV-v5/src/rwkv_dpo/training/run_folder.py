@@ -16,9 +16,9 @@ INCIDENTAL = (
     "keep", "max_bad_steps",
 )  # fmt: skip
 # Settings that a continuation of a run changes.
-CONTINUATION = ("load_model", "epoch_begin", "epoch_count", "my_pile_stage", "my_exit", "warmup_steps")
+CONTINUATION = ("load_model", "epoch_begin", "epoch_count", "my_pile_stage", "my_exit", "warmup_steps", "peft_load")
 # Settings that a resumed run may change: how the work is shared out, and into how many samples it is cut.
-LAYOUT = ("devices", "num_nodes", "strategy", "ds_bucket_mb", "grad_cp", "micro_bsz", "accumulate_grad_batches", "epoch_steps")
+LAYOUT = ("devices", "num_nodes", "strategy", "ds_bucket_mb", "grad_cp", "chunk_ctx", "micro_bsz", "accumulate_grad_batches", "epoch_steps")
 # What grows with the run.
 LOGS = ("metrics.jsonl", "valid.jsonl", "train_log.txt")
 
@@ -55,11 +55,16 @@ def prepare_folder(config: RunConfig, resumes: bool) -> None:
         file.write(json.dumps(asdict(config), indent=1).encode())
 
 
+def final_name(config: RunConfig) -> str:
+    """What a run writes last."""
+    return {"none": "rwkv-final.pth", "state": "state-final.pth"}.get(config.peft, "adapter-final")
+
+
 def is_finished(config: RunConfig) -> bool:
     """Whether the folder holds the end of a run with these settings."""
     folder = Path(config.proj_dir)
     before = read_config(folder / "config.json")
-    if before is None or changes(before, config, INCIDENTAL) or not (folder / "rwkv-final.pth").exists():
+    if before is None or changes(before, config, INCIDENTAL) or not (folder / final_name(config)).exists():
         return False
     lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
     return bool(lines) and f'"step": {config.epoch_begin * config.steps_per_epoch + config.total_steps},' in lines[-1]

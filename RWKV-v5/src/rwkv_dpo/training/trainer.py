@@ -18,6 +18,7 @@ from rwkv_dpo.model.checkpoint import SHAPE_FLAGS, check_flags, empty_model, loa
 from rwkv_dpo.model.init import init_weights
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.model.tuning import Tuning, begin_tuning
 from rwkv_dpo.sampling import check_magic_prime
 from rwkv_dpo.training.batches import build_loader
 from rwkv_dpo.training.callbacks import Checkpoints, MetricsLog, ReferenceCheck, ValidPairs
@@ -25,8 +26,8 @@ from rwkv_dpo.training.halt import Halt, Halted
 from rwkv_dpo.training.last import LastCheckpoints
 from rwkv_dpo.training.module import CLIP_NORM, DPOModule
 from rwkv_dpo.training.reference import StartIsReference, check_scored, tell_differences
-from rwkv_dpo.training.resume import Saved, choose, interrupted_stage, last_folder, sweep
-from rwkv_dpo.training.run_folder import cut_logs, is_finished, newest_epoch, prepare_folder, save_vocabulary
+from rwkv_dpo.training.resume import Saved, choose, interrupted_stage, last_folder, start_of, sweep
+from rwkv_dpo.training.run_folder import cut_logs, final_name, is_finished, newest_epoch, prepare_folder, save_vocabulary
 from rwkv_dpo.training.strategy import build_precision, build_strategy
 from rwkv_dpo.wkv import choose_backend
 
@@ -107,9 +108,10 @@ def build_model(config: RunConfig, shape: ModelShape, weights: dict[str, torch.T
 
 
 def build_trainer(
-    config: RunConfig, folder: Path, pairs: PairSet | None, valid: PairSet | None, device: torch.device, last: LastCheckpoints
+    config: RunConfig, pairs: PairSet | None, valid: PairSet | None, device: torch.device, last: LastCheckpoints, tuning: Tuning | None
 ) -> pl.Trainer:
-    callbacks: list[pl.Callback] = [last.metrics, Checkpoints(config, folder, last.halt)]
+    folder = Path(config.proj_dir)
+    callbacks: list[pl.Callback] = [last.metrics, Checkpoints(config, folder, last.halt, tuning)]
     sets = [one for one in (pairs, valid) if one is not None]
     if sets and config.dpo_ref == "recompute":
         callbacks.append(StartIsReference(config, folder, sets))
@@ -145,17 +147,21 @@ def train(config: RunConfig, given: frozenset[str]) -> None:
     model = build_model(config, shape, weights, device)
     folder = Path(config.proj_dir)
     if config.resume == "auto" and not config.overwrite and is_finished(config):
-        log.info("%s holds the end of this run (rwkv-final.pth); --resume none trains it again", config.proj_dir)
+        log.info("%s holds the end of this run (%s); --resume none trains it again", folder, final_name(config))
         return
-    saved = begin_folder(config, model if weights is None else None, corpus)
+    saved = rank_zero_only(choose)(config)
+    tuning = begin_tuning(model, config, given, start_of(saved))
+    begin_folder(config, saved, model if weights is None else None, corpus)
     if config.my_pile_stage == 1:
         log.info("wrote %s; now run with --my_pile_stage 2 or 3", folder / "rwkv-init.pth")
         return
     log.info("%s", describe(config, shape, corpus, pairs, device))
+    if tuning is not None:
+        begin_tuned(config, tuning, model)
     rank_zero_only(tell_differences)(config, {"dpo_train_file": pairs, "dpo_valid_file": valid})
     halt = Halt()
     last = LastCheckpoints(config, MetricsLog(config, folder, halt), halt, saved, {})
-    trainer = build_trainer(config, folder, pairs, valid, device, last)
+    trainer = build_trainer(config, pairs, valid, device, last, tuning)
     loader = build_loader(config, corpus, pairs, trainer.global_rank, device.type == "cuda")
     try:
         trainer.fit(DPOModule(model, config), loader)
@@ -172,10 +178,9 @@ def end(halted: Halted) -> None:
 
 
 @rank_zero_only
-def begin_folder(config: RunConfig, new_model: RWKV | None, corpus: Corpus | None) -> Saved | None:
-    """What a run writes before its first step, and the checkpoint that it goes on from."""
+def begin_folder(config: RunConfig, saved: Saved | None, new_model: RWKV | None, corpus: Corpus | None) -> None:
+    """What a run writes before its first step. saved: the checkpoint that it goes on from."""
     folder = Path(config.proj_dir)
-    saved = choose(config)
     sweep(config)
     goes_on_here = saved is not None and saved.path.resolve().parent == last_folder(config).resolve()
     prepare_folder(config, goes_on_here)
@@ -185,7 +190,6 @@ def begin_folder(config: RunConfig, new_model: RWKV | None, corpus: Corpus | Non
         save_weights(new_model.state_dict(), folder / "rwkv-init.pth")
     if corpus is not None and corpus.characters:
         save_vocabulary(corpus.characters, folder / "vocab.json")
-    return saved
 
 
 def describe(config: RunConfig, shape: ModelShape, corpus: Corpus | None, pairs: PairSet | None, device: torch.device) -> str:
@@ -199,3 +203,12 @@ def describe(config: RunConfig, shape: ModelShape, corpus: Corpus | None, pairs:
         f"epochs {config.epoch_begin} to {config.last_epoch - 1}, {config.total_steps} optimizer steps of "
         f"{config.micro_bsz} x {config.accumulate_grad_batches} x {config.world_size} samples, lr {config.lr_init:g} to {config.lr_final:g}"
     )
+
+
+@rank_zero_only
+def begin_tuned(config: RunConfig, tuning: Tuning, model: RWKV) -> None:
+    """Says what --peft trains, and saves where it starts: the reference, and what PiSSA took out of the matrices."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    n_trained, n_all = (sum(p.numel() for p in some) for some in (trained.values(), model.parameters()))
+    log.info("--peft %s: trains %s numbers; %s stay as they are", config.peft, f"{n_trained:,}", f"{n_all - n_trained:,}")
+    tuning.save(trained, Path(config.proj_dir), "init")

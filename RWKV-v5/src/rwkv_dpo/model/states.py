@@ -1,0 +1,57 @@
+"""State tuning: the weights stay as they are; what trains is the WKV state that every sequence begins from.
+
+Files are those of RWKV-PEFT and RWKV-Runner: a .pth of `blocks.N.att.time_state`, each [H, N, N] with the value's index before
+the key's. Sources: RWKV-PEFT's cuda/wkv6state_cuda.cu (the thread of value i reads row i, key by key), and the `rwkv` package's
+model.py, which transposes the last two dimensions into its own [H, key, value].
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_dpo.errors import refuse
+from rwkv_dpo.model.adapters import keep_frozen
+from rwkv_dpo.model.checkpoint import Weights, read_weights, save_weights
+from rwkv_dpo.model.rwkv import RWKV
+
+
+@dataclass(frozen=True)
+class States:
+    """The tuned states of a model."""
+
+    def save(self, trained: Weights, folder: Path, label: str) -> None:
+        """Writes folder/state-{label}.pth."""
+        save_weights(trained, folder / f"state-{label}.pth")
+
+
+def add_states(model: RWKV, saved: Weights | None = None) -> States:
+    """Gives the model trainable first states, zero or as saved, and freezes everything else."""
+    keep_frozen(model.requires_grad_(False))
+    shape = model.shape
+    for layer, block in enumerate(model.blocks):
+        state = torch.zeros(shape.n_head, shape.head_size, shape.head_size, device=model.ln_out.weight.device)
+        if saved is not None:
+            state.copy_(saved[state_name(layer)])
+        block.get_submodule("att").register_parameter("time_state", nn.Parameter(state))
+    return States()
+
+
+def read_states(path: str | Path, model: RWKV) -> dict[str, Tensor]:
+    """Refuses files that aren't states, or are those of a model of another shape."""
+    states = read_weights(path)
+    other = [name for name in states if not name.endswith(".att.time_state")]
+    if other:
+        refuse(f"{path}: not a state file ({other[0]} is no blocks.N.att.time_state)")
+    shape = model.shape
+    wanted = {state_name(layer): (shape.n_head, shape.head_size, shape.head_size) for layer in range(shape.n_layer)}
+    found = {name: tuple(value.shape) for name, value in states.items()}
+    if found != wanted:
+        odd = next(name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name))
+        refuse(f"{path}: states of another model: {odd} is {found.get(odd, 'missing')}, this model has {wanted.get(odd, 'no such layer')}")
+    return states
+
+
+def state_name(layer: int) -> str:
+    return f"blocks.{layer}.att.time_state"

@@ -1,0 +1,42 @@
+"""Safetensors files: reading and writing dictionaries of floating-point tensors."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from rwkv_dpo.errors import InputError, refuse
+
+
+def is_safetensors(path: Path) -> bool:
+    """By the content: eight bytes of length, then a JSON object. Neither an archive nor a pickle begins so."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors by name, on the CPU, and the file's metadata. Refuses files that are torn or hold other numbers."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+    for name, value in tensors.items():
+        if not value.is_floating_point():
+            refuse(f"{path}: entry {name!r} holds {value.dtype}; floating-point tensors are accepted")
+    return tensors, metadata
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Raises OSError when the file cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    values = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    try:
+        save_file(values, path, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error

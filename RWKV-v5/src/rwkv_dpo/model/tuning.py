@@ -1,0 +1,64 @@
+"""What --peft trains: from flags, or from a file or folder that an earlier run wrote, to a model that is ready for it."""
+
+from pathlib import Path
+
+from rwkv_dpo.config import RunConfig
+from rwkv_dpo.errors import refuse
+from rwkv_dpo.model.adapter_files import SavedAdapter, read_adapter
+from rwkv_dpo.model.adapters import Adapter, AdapterPlan, add_adapter, plan_adapter
+from rwkv_dpo.model.rwkv import RWKV
+from rwkv_dpo.model.states import States, add_states, read_states
+
+Tuning = Adapter | States
+
+
+def begin_tuning(model: RWKV, config: RunConfig, given: frozenset[str], start: str = "") -> Tuning | None:
+    """Adds to the model what --peft trains, at its start, and freezes the rest. None with --peft none.
+
+    Where training goes on from a file (--peft_load, or `start` before it), the file decides; given flags must agree. A run that is
+    taken up again gives what it saved as its start: PiSSA's matrices come from there, not from another decomposition.
+    """
+    if config.peft == "none":
+        return None
+    start = start or config.peft_load
+    if config.peft == "state":
+        return add_states(model, read_states(start, model) if start else None)
+    c = config
+    plan = plan_adapter(model, c.peft, c.lora_r, c.lora_alpha, c.lora_dropout, c.lora_targets, c.lora_layers, c.train_extra)
+    if not start:
+        return add_adapter(model, plan)
+    saved = read_adapter(start)
+    check_modules(model, saved)
+    _check_given(plan, saved, given)
+    extra = tuple(dict.fromkeys((*saved.extra, *plan.extra)))
+    return add_adapter(model, AdapterPlan(saved.method, saved.r, saved.alpha, plan.dropout, saved.modules, extra), saved)
+
+
+def load_tuned(model: RWKV, path: str | Path) -> RWKV:
+    """Adds an adapter folder or a state file to a model that is to be run."""
+    if Path(path).is_dir():
+        saved = read_adapter(path)
+        check_modules(model, saved)
+        add_adapter(model, AdapterPlan(saved.method, saved.r, saved.alpha, 0.0, saved.modules, tuple(saved.extra)), saved)
+    else:
+        add_states(model, read_states(path, model))
+    return model.requires_grad_(False).eval()
+
+
+def check_modules(model: RWKV, saved: SavedAdapter) -> None:
+    own = {name for name, _ in model.named_modules()}
+    unknown = [name for name in saved.modules if name not in own]
+    if unknown:
+        refuse(f"{saved.path}: an adapter of another model: this one has no {unknown[0]} (layers 0-{model.shape.n_layer - 1})")
+
+
+def _check_given(plan: AdapterPlan, saved: SavedAdapter, given: frozenset[str]) -> None:
+    wrong = [f"--peft {plan.method} (it holds {saved.method})"] if plan.method != saved.method else []
+    for flag, wanted, found in (("lora_r", plan.r, saved.r), ("lora_alpha", plan.alpha, saved.alpha)):
+        if flag in given and wanted != found:
+            wrong.append(f"--{flag} {wanted} (it has {found})")
+    if given & {"lora_targets", "lora_layers"} and set(plan.modules) != set(saved.modules):
+        odd = sorted(set(plan.modules) ^ set(saved.modules))[0]
+        wrong.append(f"--lora_targets and --lora_layers ({odd} is {'not in it' if odd in plan.modules else 'in it'})")
+    if wrong:
+        refuse(f"{saved.path}: contradicts {', '.join(wrong)}")

@@ -1,0 +1,211 @@
+"""Training adapters and states through train.py, on tiny models and CPU."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+from materialised import Materialised
+from rwkv_dpo.config import RunConfig
+from rwkv_dpo.data.corpus import open_corpus
+from rwkv_dpo.data.pairs import load_pairs
+from rwkv_dpo.errors import InputError
+from rwkv_dpo.flags import parse_flags
+from rwkv_dpo.forest import ForestBuilder
+from rwkv_dpo.model.adapter_files import read_adapter
+from rwkv_dpo.model.checkpoint import load_model, read_weights, save_weights
+from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.model.tuning import begin_tuning, load_tuned
+from rwkv_dpo.objective import objective
+from rwkv_dpo.training.batches import MicroBatches
+from rwkv_dpo.training.trainer import build_model
+from test_train import SHAPE, data, flags, run  # noqa: F401  # `data` is a fixture
+
+METHODS = ("lora", "dora", "pissa", "rslora", "state")
+
+
+@pytest.fixture
+def small(data):  # noqa: F811
+    """Flags of a run whose adapters have rank 4; --peft state takes no adapter's flags."""
+    return lambda method, **changes: {"peft": method, **({} if method == "state" else {"lora_r": 4, "lora_alpha": 8}), **changes}
+
+
+def saved_as(proj_dir, method, label="final"):
+    return proj_dir / (f"state-{label}.pth" if method == "state" else f"adapter-{label}")
+
+
+def logits_of(data, path=None):  # noqa: F811
+    model = load_model(data / "model.pth", device=torch.device("cpu"), compute_dtype=torch.float32, wkv_backend="chunked")
+    if path is not None:
+        load_tuned(model, path)
+    builder = ForestBuilder()
+    builder.add(np.arange(1, 20))
+    with torch.no_grad():
+        return model.head(model(builder.build()[0])[0])
+
+
+@pytest.mark.parametrize("grad_cp", [0, 1])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_begins_at_the_reference_learns_and_saves_what_it_trained_alone(data, tmp_path, small, caplog, method, grad_cp):  # noqa: F811
+    rate = 0.1 if method == "state" else 1e-3
+    with caplog.at_level("INFO"):
+        records = run(data, tmp_path, dpo_valid_file=data / "train.save", **small(method, grad_cp=grad_cp, lr_init=rate, lr_final=rate))
+    margin = next(line for line in caplog.text.splitlines() if "mean |margin|" in line)
+    assert float(margin.split("pairs ")[1].split()[0]) < 1e-4
+    assert "not the one that scored" not in caplog.text
+    assert records[0]["loss_dpo"] == pytest.approx(np.log(2), abs=1e-4)
+    assert records[-1]["rewards/margins"] > records[0]["rewards/margins"] + 1e-4
+    tuned = {saved_as(tmp_path, method, label).name for label in ("init", "0", "1", "final")}
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "metrics.jsonl", "train_log.txt", "valid.jsonl", *tuned}
+    assert (logits_of(data, saved_as(tmp_path, method)) - logits_of(data)).abs().max() > 1e-3
+    torch.testing.assert_close(logits_of(data, saved_as(tmp_path, method, "init")), logits_of(data), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_checkpointing_trains_the_same(data, tmp_path, small, method):  # noqa: F811
+    for grad_cp in (0, 1):
+        run(data, tmp_path / str(grad_cp), **small(method, grad_cp=grad_cp, epoch_count=1))
+    a, b = (logits_of(data, saved_as(tmp_path / str(grad_cp), method)) for grad_cp in (0, 1))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_lora_trains_as_a_hand_written_parametrization_does(data, tmp_path):  # noqa: F811
+    given = {"peft": "lora", "lora_r": 4, "lora_alpha": 8, "train_extra": "ln", "lr_init": 1e-2, "lr_final": 1e-2, "epoch_count": 1,
+             "weight_decay": 0.1}  # fmt: skip
+    run(data, tmp_path, **given)
+    got = read_adapter(tmp_path / "adapter-final")
+
+    config, names = parse_flags(flags(data, tmp_path, **given))
+    torch.manual_seed(config.seed)
+    model = build_model(config, SHAPE, read_weights(data / "model.pth"), torch.device("cpu"))
+    begin_tuning(model, config, names)  # for A's start alone; what follows knows no adapter
+    start = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+    plain = random_model(SHAPE, torch.float32)
+    base = read_weights(data / "model.pth")
+
+    def weights():
+        made = {}
+        for name, value in base.items():
+            prefix = name.removesuffix("weight")
+            made[name] = start.get(name, value)
+            if f"{prefix}lora_A.default.weight" in start:
+                made[name] = value + 2.0 * start[f"{prefix}lora_B.default.weight"] @ start[f"{prefix}lora_A.default.weight"]
+        return made
+
+    matrices = [p for p in start.values() if p.dim() > 1]
+    vectors = [p for p in start.values() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.99), eps=1e-8)
+    corpus = open_corpus(str(data / "corpus.bin"), "uint16", SHAPE.vocab_size, config.ctx_len)
+    batches = MicroBatches(config, corpus, load_pairs(data / "train.save", SHAPE.vocab_size), 0)
+    for k in range(config.epoch_steps):
+        optimizer.zero_grad()
+        objective(Materialised(plain, weights()), batches[k], config.dpo_beta, config.ratio)[0].backward()
+        torch.nn.utils.clip_grad_norm_(list(start.values()), 1.0)
+        optimizer.step()
+    assert set(got.tensors) | set(got.extra) == {name.replace(".default", "") for name in start}
+    for name, p in start.items():
+        value = (got.tensors | got.extra)[name.replace(".default", "")]
+        # Adam turns rounding of small gradients into steps of a share of the rate.
+        torch.testing.assert_close(value, p.detach(), rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_keeps_the_trained_weights_in_fp32(data, tmp_path, small, method):  # noqa: F811
+    rate = 1e-4 if method == "state" else 1e-6
+    run(data, tmp_path, **small(method, precision="bf16", lr_init=rate, lr_final=rate, epoch_count=1))
+    change = (logits_of(data, saved_as(tmp_path, method)) - logits_of(data)).abs().max()
+    assert 0 < change < 0.01
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_goes_on_from_what_was_saved(data, tmp_path, small, caplog, method):  # noqa: F811
+    rate = 0.1 if method == "state" else 1e-3
+    run(data, tmp_path / "first", **small(method, lr_init=rate, lr_final=rate))
+    saved = saved_as(tmp_path / "first", method)
+    run(data, tmp_path / "second", peft=method, peft_load=saved, lr_init=1e-9, lr_final=1e-9, epoch_count=1)
+    # Steps of 1e-9 leave it where it was.
+    torch.testing.assert_close(logits_of(data, saved_as(tmp_path / "second", method)), logits_of(data, saved), rtol=0, atol=1e-4)
+
+
+def test_pissa_is_taken_up_again_from_its_saved_start(data, tmp_path):  # noqa: F811
+    run(data, tmp_path, peft="pissa", lora_r=4, lora_alpha=8, epoch_count=1)
+    config = RunConfig(load_model=str(data / "model.pth"), precision="fp32", peft="pissa", lora_r=4, lora_alpha=8, wkv_backend="chunked")
+
+    def frozen(seed, start):
+        torch.manual_seed(seed)
+        model = build_model(config, SHAPE, read_weights(data / "model.pth"), torch.device("cpu"))
+        begin_tuning(model, config, frozenset(), start)
+        return model.blocks[1].att.key.base_layer.weight
+
+    saved = [frozen(seed, str(tmp_path / "adapter-init")) for seed in (5, 6)]
+    assert torch.equal(*saved)
+    # Where it came from: a decomposition with the run's seed.
+    torch.testing.assert_close(saved[0], frozen(0, ""), rtol=0, atol=1e-6)
+
+
+CHANGES = [
+    {"lora_r": 2}, {"lora_alpha": 32}, {"lora_dropout": 0.5}, {"lora_targets": "att.key"}, {"lora_layers": "1"}, {"train_extra": "time"},
+    {"peft": "dora"}, {"peft": "rslora"}, {"peft": "pissa"},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lora(data, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("lora")
+    run(data, folder, peft="lora", lora_r=4, lora_alpha=8, epoch_count=1, lr_init=1e-2)
+    return logits_of(data, folder / "adapter-final")
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_every_flag_changes_the_result(data, tmp_path, lora, changes):  # noqa: F811
+    run(data, tmp_path, **{"peft": "lora", "lora_r": 4, "lora_alpha": 8, "epoch_count": 1, "lr_init": 1e-2, **changes})
+    assert (logits_of(data, tmp_path / "adapter-final") - lora).abs().max() > 1e-3
+
+
+def test_ddp_trains_adapters_and_states_in_one_process_too(data, tmp_path, small):  # noqa: F811
+    for method in ("lora", "state"):
+        run(data, tmp_path / method / "plain", **small(method, epoch_count=1))
+        run(data, tmp_path / method / "ddp", **small(method, epoch_count=1, strategy="ddp"))
+        a, b = (logits_of(data, saved_as(tmp_path / method / name, method)) for name in ("plain", "ddp"))
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+BAD = [
+    ({"peft": "ia3"}, "--peft 'ia3': accepted are"),
+    ({"peft": "lora", "lora_r": 0}, "--lora_r 0: at least 1"),
+    ({"peft": "lora", "lora_dropout": 1}, "--lora_dropout 1.0: from 0 up to"),
+    ({"peft": "lora", "lora_targets": "att.query"}, "--lora_targets att.query: unknown; accepted are att.gate, att.key"),
+    ({"peft": "lora", "lora_layers": "0-2"}, "--lora_layers 0-2: not layers of this model"),
+    ({"peft": "lora", "train_extra": "all"}, "--train_extra all: unknown; accepted are time, ln, emb, head"),
+    ({"peft": "lora", "load_model": None}, "--peft lora needs --load_model"),
+    ({"peft": "lora", "load_partial": 1}, "--load_partial 1: --peft lora trains beside"),
+    ({"peft": "pissa", "weight_decay": 0.1}, "--weight_decay with --peft pissa"),
+    ({"peft": "lora", "peft_load": "nowhere"}, r"nowhere/adapter_config.json: no such file"),
+    ({"peft": "state", "peft_load": "nowhere.pth"}, r"nowhere.pth: no such checkpoint"),
+    ({"peft_load": "x"}, "--peft_load x needs the --peft"),
+    ({"lora_r": 8}, "--lora_r 8: --peft none has no adapter"),
+    ({"peft": "state", "train_extra": "ln"}, "--train_extra ln: --peft state has no adapter"),
+    ({"peft": "state", "strategy": "deepspeed_stage_3"}, "--strategy deepspeed_stage_3: --peft state"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[str(changes) for changes, _ in BAD])
+def test_bad_input_is_refused_before_anything_is_written(data, tmp_path, changes, message):  # noqa: F811
+    with pytest.raises(InputError, match=message) as error:
+        run(data, tmp_path / "out", **changes)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_states_and_adapters_of_another_shape_are_refused(data, tmp_path, small):  # noqa: F811
+    other = random_model(ModelShape(n_layer=2, n_embd=64, dim_att=64, dim_ffn=96, vocab_size=61, head_size=8), torch.float32)
+    for method in ("lora", "state"):
+        config = RunConfig(peft=method)
+        model = random_model(other.shape, torch.float32)
+        tuning = begin_tuning(model, config, frozenset())
+        tuning.save({name: p for name, p in model.named_parameters() if p.requires_grad}, tmp_path, "0")
+        with pytest.raises(InputError, match="another"):
+            run(data, tmp_path / "out", peft=method, peft_load=saved_as(tmp_path, method, "0"))
+    save_weights(other.state_dict(), tmp_path / "model.pth")
+    with pytest.raises(InputError, match="not a state file"):
+        run(data, tmp_path / "out", peft="state", peft_load=tmp_path / "model.pth")
