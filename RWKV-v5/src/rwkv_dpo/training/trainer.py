@@ -21,7 +21,9 @@ from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.sampling import check_magic_prime
 from rwkv_dpo.training.batches import build_loader
 from rwkv_dpo.training.callbacks import Checkpoints, MetricsLog, ReferenceCheck, ValidPairs
+from rwkv_dpo.training.dry_run import dry_run
 from rwkv_dpo.training.module import CLIP_NORM, DPOModule
+from rwkv_dpo.training.optim import check_optim
 from rwkv_dpo.training.run_folder import newest_epoch, prepare_folder, save_vocabulary
 from rwkv_dpo.training.strategy import build_precision, build_strategy
 from rwkv_dpo.wkv import choose_backend
@@ -121,9 +123,13 @@ def build_trainer(config: RunConfig, folder: Path, pairs: PairSet | None, valid:
 
 def train(config: RunConfig, given: frozenset[str]) -> None:
     """One run, from checked settings to rwkv-final.pth."""
+    if config.dry_run:
+        print(dry_run(config, resolve_shape(config, given)[0]))
+        return
     device = pick_device(config.accelerator, "--accelerator")
     if device.type == "cuda" and config.devices > torch.cuda.device_count():
         refuse(f"--devices {config.devices}: this machine has {torch.cuda.device_count()}")
+    check_optim(config)
     config = plan_stage(config)
     set_up(device, config.precision, keep_memory=config.cpu_malloc == 1)
     shape, weights = resolve_shape(config, given)
@@ -132,8 +138,10 @@ def train(config: RunConfig, given: frozenset[str]) -> None:
         shape = replace(shape, vocab_size=corpus.vocab_size)
     torch.manual_seed(config.seed)  # for dropout
     model = build_model(config, shape, weights, device)
+    is_new = weights is None
+    del weights  # a mapped file counts as memory in use for as long as a tensor refers to it
     folder = Path(config.proj_dir)
-    begin_folder(config, model if weights is None else None, corpus)
+    begin_folder(config, model if is_new else None, corpus)
     if config.my_pile_stage == 1:
         log.info("wrote %s; now run with --my_pile_stage 2 or 3", folder / "rwkv-init.pth")
         return
