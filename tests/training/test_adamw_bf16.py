@@ -199,3 +199,27 @@ def test_temporaries_stay_within_a_chunk():
 
 def _allocations(profile):
     return [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_moments_follow_fp32_ones_and_repeat():
+    def train(make):
+        generator = torch.Generator().manual_seed(3)
+        weights = [torch.nn.Parameter(torch.ones(shape, device="cuda")) for shape in ((3000, 2000), (5,))]
+        optimizer = make(weights)
+        for _ in range(30):
+            for weight in weights:
+                weight.grad = (1 + torch.randn(weight.shape, generator=generator)).cuda()
+            optimizer.step()
+        return optimizer.state[weights[0]], weights[0].detach()
+
+    (exact, weight), (state, ours), (again, _) = (
+        train(lambda p: torch.optim.AdamW(p, **SETTINGS)),
+        train(lambda p: AdamWBF16(p, **SETTINGS)),
+        train(lambda p: AdamWBF16(p, **SETTINGS)),
+    )
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(state[name], again[name])
+        assert state[name].float().mean().item() == pytest.approx(exact[name].mean().item(), rel=1e-3)
+    assert (ours - weight).abs().mean() < 0.02 * (weight - 1).abs().mean()
