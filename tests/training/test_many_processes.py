@@ -105,6 +105,17 @@ def test_two_processes_share_the_scoring_of_the_reference(data, tmp_path, one_pr
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize(("optim", "strategy"), [
+    ("adamw_bf16state", "ddp"), ("adamw_bf16state", "deepspeed_stage_2"), ("adamw_bf16state", "deepspeed_stage_3"),
+    ("adamw8bit", "ddp"), ("adamw8bit", "deepspeed_stage_2"),
+])  # fmt: skip
+def test_small_moments_train_on_two_processes_as_fp32_ones_on_one(data, tmp_path, one_process, optim, strategy):
+    finish(launch(data, tmp_path / "out", devices=2, optim=optim, strategy=strategy))
+    records, _ = result(tmp_path / "out")
+    for a, b in zip(one_process[0], records, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.01), a["step"]
+
+
 def torchrun(node: int, port: str) -> dict:
     agent = ("-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1")
     return {"launcher": (sys.executable, *agent, "--master_addr", "127.0.0.1", "--master_port", port)}

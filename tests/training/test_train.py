@@ -8,14 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 import train
 from conftest import random_model
-from rwkv_dpo.data.pairs import file_sha256, pack_pairs, save_original, save_pairs
+from rwkv_dpo.data.pairs import file_sha256, load_pairs, pack_pairs, save_original, save_pairs
 from rwkv_dpo.errors import InputError
+from rwkv_dpo.flags import parse_flags
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.objective import score_pairs
+from rwkv_dpo.training.batches import build_loader
+from rwkv_dpo.training.module import DPOModule
+from rwkv_dpo.training.trainer import build_model, build_trainer, open_data, resolve_shape
 
 SHAPE = ModelShape(n_layer=2, n_embd=32, dim_att=32, dim_ffn=96, vocab_size=61, head_size=8)
 TRAIN = Path(train.__file__)
@@ -118,6 +123,7 @@ CHANGES = [
     {"layerwise_lr": 0}, {"magic_prime": 317}, {"magic_prime": 317, "my_pile_shift": 3}, {"my_pile_edecay": 1}, {"my_exit": 0},
     {"my_exit_tokens": 72}, {"my_exit_tokens": -72}, {"precision": "bf16"}, {"head_size_divisor": 4}, {"epoch_begin": 1},
     {"ctx_len": 40, "chunk_ctx": 16, "tbptt": 1},
+    {"optim": "adamw_bf16state"}, {"optim": "adamw8bit"},
 ]  # fmt: skip
 
 
@@ -146,6 +152,23 @@ def test_fp16_scales_the_loss_and_learns(data, tmp_path):
     assert records[-1]["rewards/margins"] > 0.1
     assert records[-1]["grad_norm"] is not None
     assert final_weights(tmp_path)["head.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("optim", ["adamw_bf16state", "adamw8bit"])
+def test_small_moments_learn_like_fp32_ones(data, tmp_path, optim):
+    """60 steps on pairs and corpus: the last steps' losses and margins within a few per cent of AdamW's."""
+    lengths = {"epoch_steps": 60, "epoch_count": 1, "lr_init": 2e-3, "lr_final": 1e-3}
+    plain, small = run(data, tmp_path / "plain", **lengths), run(data, tmp_path / optim, optim=optim, **lengths)
+    assert plain[-1]["loss_dpo"] < 0.8 * plain[0]["loss_dpo"]
+    for name in ("loss", "loss_dpo", "rewards/margins"):
+        a, b = (np.mean([r[name] for r in records[-10:]]) for records in (plain, small))
+        assert b == pytest.approx(a, rel=0.03), name
+
+
+def test_an_optimizer_whose_package_is_missing_is_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--optim adamw8bit needs the package bitsandbytes"):
+        run(data, tmp_path / "out", optim="adamw8bit")
 
 
 def test_bf16_keeps_fp32_master_weights(data, tmp_path):
@@ -212,6 +235,63 @@ def test_staged_pretraining_starts_stops_and_continues_from_the_newest_checkpoin
     assert records[-1]["lr"] == pytest.approx(1e-4)
     # Adam starts afresh, so the weights differ a little, but the second epoch saw the same windows.
     assert (final_weights(out)["head.weight"] - whole["head.weight"]).abs().max() < 0.01
+
+
+def test_a_dry_run_reports_and_leaves_nothing_behind(data, tmp_path, capsys):
+    train.main(flags(data, tmp_path / "out", dry_run=1))
+    report = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    n = sum(w.numel() for w in torch.load(data / "model.pth", weights_only=True).values())
+    assert f"{n:,} parameters, {n:,} of them trained" in report
+    pairs = load_pairs(data / "train.save")
+    sizes = sorted(sum(part.size for part in pairs.pair(i)) - 2 for i in range(10))
+    assert f"2 x 12 tokens of corpus and the 2 longest of 10 pairs; {24 + sum(sizes[-2:])} tokens" in report
+    assert "--grad_cp 1 " in report
+    with pytest.raises(InputError, match="--vocab_size is needed for --dry_run 1"):
+        train.main(flags(data, tmp_path / "out", dry_run=1, load_model=None))
+
+
+def test_a_dry_run_needs_no_gpu_and_no_files(data, tmp_path, capsys, caplog):
+    """A model of 7 billion parameters, for a GPU, from its flags."""
+    sizes = {"n_layer": 32, "n_embd": 4096, "vocab_size": 65536, "head_size_a": 64, "ctx_len": 4096, "micro_bsz": 1}
+    train.main(flags(data, tmp_path, dry_run=1, load_model=None, accelerator="gpu", wkv_backend=None, dpo_train_file="none.save", **sizes))
+    assert "7,518,044,160 parameters" in capsys.readouterr().out
+    assert "none.save is not there" in caplog.text
+
+
+@pytest.mark.parametrize("changes", [
+    {"micro_bsz": 3}, {"ctx_len": 3000}, {"precision": "bf16"}, {"grad_cp": 1}, {"optim": "adamw_bf16state"}, {"cpu_malloc": 1},
+    {"dpo": 0}, {"wkv_backend": "reference"}, {"accumulate_grad_batches": 4}, {"strategy": "deepspeed_stage_2"},
+], ids=str)  # fmt: skip
+def test_what_a_dry_run_says_depends_on_the_flags(data, tmp_path, capsys, changes):
+    reports = []
+    sizes = {"load_model": None, "n_layer": 24, "n_embd": 1024, "vocab_size": 65536, "head_size_a": 64, "ctx_len": 4096}
+    for settings in (sizes, sizes | changes):
+        train.main(flags(data, tmp_path, dry_run=1, **settings))
+        reports.append(capsys.readouterr().out.split("with one flag changed")[0])
+    assert reports[0] != reports[1]
+
+
+class GradientsAtTheStart(pl.Callback):
+    """How many parameters have a gradient when a micro-batch begins."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.counts.append(sum(p.grad is not None for p in module.parameters()))
+
+
+def test_gradients_are_gone_before_the_next_forward_pass_unless_they_accumulate(data, tmp_path):
+    config, given = parse_flags(flags(data, tmp_path, accumulate_grad_batches=2, epoch_count=1))
+    shape, weights = resolve_shape(config, given)
+    corpus, pairs, _ = open_data(config, shape.vocab_size)
+    model = build_model(config, shape, weights, torch.device("cpu"))
+    trainer, counter = build_trainer(config, tmp_path, pairs, None, torch.device("cpu")), GradientsAtTheStart()
+    trainer.callbacks.append(counter)
+    trainer.fit(DPOModule(model, config), build_loader(config, corpus, pairs, 0, on_gpu=False))
+    n = len(list(model.parameters()))
+    assert counter.counts == [0, n, 0, n]
 
 
 def test_a_folder_of_another_run_is_refused_unless_overwritten(data, tmp_path):
@@ -309,6 +389,9 @@ BAD = [
     ({"tbptt": 1}, "--tbptt 1 cuts gradients between chunks: it needs --chunk_ctx"),
     ({"tbptt": 2, "chunk_ctx": 16}, "--tbptt 2: 0 and 1"),
     ({"chunk_ctx": 16, "strategy": "deepspeed_stage_3"}, "--chunk_ctx 16: not with --strategy deepspeed_stage_3"),
+    ({"optim": "sgd"}, "--optim 'sgd': accepted are 'adamw', 'adamw8bit', 'adamw_bf16state'"),
+    ({"optim": "adamw8bit", "strategy": "deepspeed_stage_2_offload"}, "--strategy deepspeed_stage_2_offload takes adamw"),
+    ({"dry_run": 2}, "--dry_run 2: 0 and 1"),
     ({"lr_init": "fast"}, "--lr_init: invalid float value: 'fast'"),
     ({"dpo_betta": 1}, r"--dpo_betta: unknown flag; did you mean --dpo_beta\?"),
 ]  # fmt: skip

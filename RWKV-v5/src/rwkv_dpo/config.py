@@ -21,6 +21,7 @@ class RunConfig:
     load_model: str = flag("", "checkpoint (.pth) to start from; empty: make initial weights and save them as rwkv-init.pth")
     proj_dir: str = flag("out", "folder for checkpoints, logs and config.json")
     overwrite: int = flag(0, "1: use a proj_dir that holds a run with other settings")
+    dry_run: int = flag(0, "1: don't train, print the parameters, the estimated peak memory by part and what each memory flag would save")
     wandb: str = flag("", "Weights & Biases project; empty: don't use it")
     random_seed: int = flag(-1, "seed of initial weights, sampling and dropout; -1: 0")
 
@@ -73,6 +74,8 @@ class RunConfig:
     beta1: float = flag(0.9, "Adam")
     beta2: float = flag(0.99, "Adam")
     adam_eps: float = flag(1e-8, "Adam")
+    optim: str = flag("adamw", "AdamW's moments, by bytes a trainable parameter: adamw fp32, 8; adamw_bf16state bf16 rounded "
+                      "stochastically, 4; adamw8bit 8-bit by bitsandbytes, 2", ("adamw", "adamw8bit", "adamw_bf16state"))  # fmt: skip
     weight_decay: float = flag(0.0, "decay of the matrices, decoupled (AdamW)")
     weight_decay_final: float = flag(-1.0, "weight decay at the last step; -1: constant")
     layerwise_lr: int = flag(1, "1: time_decay learns twice as fast; 0: one rate for all")
@@ -173,7 +176,7 @@ _AT_LEAST_ONE = (
     "ctx_len", "n_layer", "n_embd", "head_size_a", "head_size_divisor", "epoch_steps", "epoch_count", "micro_bsz",
     "accumulate_grad_batches", "devices", "num_nodes", "ds_bucket_mb", "keep", "max_bad_steps", "lora_r", "lora_alpha",
 )  # fmt: skip
-_SWITCHES = ("overwrite", "dpo", "load_partial", "layerwise_lr", "tbptt", "cpu_malloc")
+_SWITCHES = ("overwrite", "dry_run", "dpo", "load_partial", "layerwise_lr", "tbptt", "cpu_malloc")
 _NOT_NEGATIVE = (
     "vocab_size", "dim_att", "dim_ffn", "epoch_begin", "epoch_save", "lr_init", "lr_final", "weight_decay", "magic_prime",
     "my_pile_edecay", "save_every",
@@ -227,6 +230,8 @@ def check(config: RunConfig) -> None:
         refuse(f"--my_pile_stage {c.my_pile_stage} needs --magic_prime")
     if c.my_pile_stage and PILE_EPOCH_WINDOWS % (c.micro_bsz * c.world_size):
         refuse(f"--micro_bsz {c.micro_bsz} on {c.world_size} devices: --my_pile_stage needs a product that divides {PILE_EPOCH_WINDOWS}")
+    if c.optim != "adamw" and "offload" in c.strategy:
+        refuse(f"--optim {c.optim}: --strategy {c.strategy} takes adamw only, whose state it keeps in host memory")
     if c.strategy.startswith("deepspeed") and c.precision == "tf32" and c.accelerator == "cpu":
         refuse("--precision tf32 means nothing on a CPU with DeepSpeed; fp32, bf16 are accepted")
     if c.chunk_ctx != 0 and c.chunk_ctx < 16:

@@ -18,6 +18,8 @@ CHUNK_ROWS = 2048
 KEEP_BYTES = 512 << 20
 # Where memory matters more than time.
 LEAN = {"chunk_rows": 256, "keep_bytes": 0}
+# Tokens of the vocabulary whose weights' gradients are computed together.
+GRADIENT_COLUMNS = 8192
 # Rows of one softmax tile: on a CPU 16 rows of 65,536 fp32 logits are 4 MB, which stay in the cache between passes; on an
 # accelerator it takes more to fill the chip.
 CPU_TILE_ROWS, TILE_ROWS = 16, 256
@@ -65,8 +67,8 @@ class _LinearLogProbs(torch.autograd.Function):
             kept.append(logits if keep else None)
             del logits, part
         logps -= sums.log()
-        ctx.save_for_backward(hidden, compute_weight, targets, max_logits, sums)
-        ctx.kept, ctx.chunk_rows, ctx.weight_dtype = kept, chunk_rows, weight.dtype
+        ctx.save_for_backward(hidden, weight, targets, max_logits, sums)
+        ctx.kept, ctx.chunk_rows = kept, chunk_rows
         ctx.set_materialize_grads(False)
         return logps, max_logits
 
@@ -80,23 +82,27 @@ class _LinearLogProbs(torch.autograd.Function):
             grad_max_logits = torch.zeros_like(sums)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.empty_like(weight) if hidden.shape[0] else torch.zeros_like(weight)
+        compute_weight = weight.to(hidden.dtype)
         for i, rows in enumerate(_slices(0, hidden.shape[0], ctx.chunk_rows)):
             exps, ctx.kept[i] = ctx.kept[i], None
             is_kept = exps is not None
             if not is_kept:
-                exps = hidden[rows] @ weight.T
+                exps = hidden[rows] @ compute_weight.T
             for tile, part in _tiles(rows, exps):
                 x = part.to(sums.dtype) if is_kept else _exps(part.to(sums.dtype), max_logits[tile])
                 part.copy_(_grad_logits(x, sums[tile], targets[tile], grad_logps[tile], grad_max_logits[tile]))
             if grad_hidden is not None:
-                torch.mm(exps, weight, out=grad_hidden[rows])
-            if ctx.needs_input_grad[1]:
-                product = exps.T @ hidden[rows]
-                # Several chunks add up in the weight's own dtype: fp32 master weights get an fp32 sum.
-                grad_weight = product.to(ctx.weight_dtype) if grad_weight is None else grad_weight.add_(product)
+                torch.mm(exps, compute_weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                # Several chunks add up in the weight's own dtype: fp32 master weights get an fp32 sum. A part of the vocabulary at
+                # a time: the product in bf16, and its copy in fp32, are never there as a whole.
+                for columns in _slices(0, weight.shape[0], GRADIENT_COLUMNS):
+                    product = exps[:, columns].T @ hidden[rows]
+                    grad_weight[columns].copy_(product) if i == 0 else grad_weight[columns].add_(product)
+                    del product
             del exps, part
-        if grad_weight is None and ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros(weight.shape, dtype=ctx.weight_dtype, device=weight.device)
         return grad_hidden, grad_weight, None, None, None
 
 

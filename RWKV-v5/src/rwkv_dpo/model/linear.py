@@ -39,10 +39,10 @@ class _PreparedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, prepare, weight, *inputs):
         prepared = prepare(*inputs)
-        ctx.prepare, ctx.weight_dtype = prepare, weight.dtype
-        weight = weight.to(prepared.dtype)
+        ctx.prepare = prepare
+        # The weight itself: kept as cast, all layers' copies would wait together for the backward pass.
         ctx.save_for_backward(weight, *inputs)
-        return F.linear(prepared, weight)
+        return F.linear(prepared, weight.to(prepared.dtype))
 
     @staticmethod
     @once_differentiable
@@ -52,6 +52,7 @@ class _PreparedLinear(torch.autograd.Function):
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_(needs) for x, needs in zip(saved, needed, strict=True)]
             prepared = ctx.prepare(*inputs)
-        grad_weight = (grad.T @ prepared.detach()).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
-        grads = iter(torch.autograd.grad(prepared, [x for x in inputs if x.requires_grad], grad @ weight) if any(needed) else ())
+        grad_weight = (grad.T @ prepared.detach()).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        wanted = [x for x in inputs if x.requires_grad]
+        grads = iter(torch.autograd.grad(prepared, wanted, grad @ weight.to(grad.dtype)) if wanted else ())
         return None, grad_weight, *(next(grads) if needs else None for needs in needed)

@@ -48,6 +48,9 @@ class DPOModule(pl.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         self.lr, self.weight_decay = set_rates(optimizer, self.config, self.trainer.global_step)
         optimizer.step(closure=optimizer_closure)
+        if not isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            # Lightning would drop the gradients after the next forward pass, whose activations they needn't stand beside.
+            optimizer.zero_grad()
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):

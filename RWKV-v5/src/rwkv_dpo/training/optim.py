@@ -1,5 +1,7 @@
 """AdamW and its parameter groups, with RWKV-LM's layer-wise learning rates."""
 
+import importlib.util
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,7 +9,9 @@ import torch
 from torch import Tensor
 
 from rwkv_dpo.config import RunConfig
+from rwkv_dpo.errors import refuse
 from rwkv_dpo.schedule import lr_at, weight_decay_at
+from rwkv_dpo.training.adamw_bf16 import AdamWBF16
 
 
 def lr_scale(name: str, pile_stage: int) -> float:
@@ -40,7 +44,22 @@ def build_optimizer(parameters: Iterable[tuple[str, Tensor]], config: RunConfig,
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    match config.optim:
+        case "adamw_bf16state":
+            return AdamWBF16(groups, seed=config.seed, **settings)
+        case "adamw8bit":
+            # On import it warns of a 4-bit kernel that an optimizer doesn't need.
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(groups, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def check_optim(config: RunConfig) -> None:
+    """Refuses an optimizer whose library is not there, before a run begins."""
+    if config.optim == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        refuse("--optim adamw8bit needs the package bitsandbytes (pip install bitsandbytes); adamw_bf16state needs nothing and saves half")
 
 
 def set_rates(optimizer: torch.optim.Optimizer, config: RunConfig, steps_since_start: int) -> tuple[float, float]:

@@ -71,9 +71,10 @@ def build_precision(config: RunConfig, device: torch.device) -> dict[str, Any]:
 
 
 def build_strategy(config: RunConfig, device: torch.device) -> str | Strategy:
-    if config.strategy == "auto":
-        return "ddp" if config.world_size > 1 else "auto"
-    if config.strategy == "ddp":
+    if config.strategy == "auto" and config.world_size == 1:
+        return "auto"
+    if config.strategy in ("auto", "ddp"):
+        # Gradients live in the buckets that are sent, not beside them.
         return DDPStrategy(gradient_as_bucket_view=True)
     stage, _, offload = config.strategy.removeprefix("deepspeed_stage_").partition("_")
     settings: dict[str, Any] = {

@@ -22,9 +22,11 @@ from rwkv_dpo.model.tuning import Tuning, begin_tuning
 from rwkv_dpo.sampling import check_magic_prime
 from rwkv_dpo.training.batches import build_loader
 from rwkv_dpo.training.callbacks import Checkpoints, MetricsLog, ReferenceCheck, ValidPairs
+from rwkv_dpo.training.dry_run import dry_run
 from rwkv_dpo.training.halt import Halt, Halted
 from rwkv_dpo.training.last import LastCheckpoints
 from rwkv_dpo.training.module import CLIP_NORM, DPOModule
+from rwkv_dpo.training.optim import check_optim
 from rwkv_dpo.training.reference import StartIsReference, check_scored, tell_differences
 from rwkv_dpo.training.resume import Saved, choose, interrupted_stage, last_folder, start_of, sweep
 from rwkv_dpo.training.run_folder import cut_logs, final_name, is_finished, newest_epoch, prepare_folder, save_vocabulary
@@ -134,9 +136,13 @@ def build_trainer(
 
 def train(config: RunConfig, given: frozenset[str]) -> None:
     """One run, from checked settings to rwkv-final.pth."""
+    if config.dry_run:
+        print(dry_run(config, resolve_shape(config, given)[0]))
+        return
     device = pick_device(config.accelerator, "--accelerator")
     if device.type == "cuda" and config.devices > torch.cuda.device_count():
         refuse(f"--devices {config.devices}: this machine has {torch.cuda.device_count()}")
+    check_optim(config)
     config = plan_stage(config)
     set_up(device, config.precision, keep_memory=config.cpu_malloc == 1)
     shape, weights = resolve_shape(config, given)
@@ -145,13 +151,15 @@ def train(config: RunConfig, given: frozenset[str]) -> None:
         shape = replace(shape, vocab_size=corpus.vocab_size)
     torch.manual_seed(config.seed)  # for dropout
     model = build_model(config, shape, weights, device)
+    is_new = weights is None
+    del weights  # a mapped file counts as memory in use for as long as a tensor refers to it
     folder = Path(config.proj_dir)
     if config.resume == "auto" and not config.overwrite and is_finished(config):
         log.info("%s holds the end of this run (%s); --resume none trains it again", folder, final_name(config))
         return
     saved = rank_zero_only(choose)(config)
     tuning = begin_tuning(model, config, given, start_of(saved))
-    begin_folder(config, saved, model if weights is None else None, corpus)
+    begin_folder(config, saved, model if is_new else None, corpus)
     if config.my_pile_stage == 1:
         log.info("wrote %s; now run with --my_pile_stage 2 or 3", folder / "rwkv-init.pth")
         return

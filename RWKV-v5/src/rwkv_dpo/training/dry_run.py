@@ -1,0 +1,92 @@
+"""--dry_run 1: what a run would need, without running it."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rwkv_dpo.config import RunConfig
+from rwkv_dpo.data.pairs import PairSet, load_pairs
+from rwkv_dpo.device import COMPUTE_DTYPES
+from rwkv_dpo.errors import refuse
+from rwkv_dpo.model.checkpoint import empty_model
+from rwkv_dpo.model.linear import Linear
+from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.training.memory import PARTS, Plan, alternatives, estimate, total
+from rwkv_dpo.wkv import reference
+
+log = logging.getLogger(__name__)
+
+LORA_RANK = 32
+GRAD_CP = {0: "none", 1: "full"}
+
+
+def dry_run(config: RunConfig, shape: ModelShape) -> str:
+    """The report: parameters, the largest micro-batch, estimated peak memory by part, and what each memory flag would save."""
+    if shape.vocab_size < 1:
+        refuse("--vocab_size is needed for --dry_run 1 without --load_model")
+    model = _model_without_memory(shape)
+    plan, batch = plan_of(config, shape, sum(p.numel() for p in model.parameters()))
+    n_lora = sum(LORA_RANK * sum(m.weight.shape) for m in model.modules() if isinstance(m, Linear))
+    n_state = shape.n_layer * shape.dim_att * shape.head_size
+    parts, peak = estimate(plan), total(plan)
+    lines = [
+        f"RWKV-5 L{shape.n_layer} D{shape.n_embd} vocabulary {shape.vocab_size:,}: {plan.n_parameters:,} parameters, "
+        f"{plan.n_trainable:,} of them trained",
+        f"largest micro-batch: {batch}; {plan.n_tokens:,} tokens, {plan.n_rows:,} of them scored",
+        f"estimated peak memory on {'each' if config.world_size > 1 else 'the'} {'GPU' if plan.on_gpu else 'CPU process'}, GB",
+        *(f"  {name:<12}{parts[name] / 1e9:8.2f}" for name in PARTS),
+        f"  {'together':<12}{peak / 1e9:8.2f}" + ("" if plan.on_gpu else "   (and about 0.5 for Python and the libraries)"),
+        "with one flag changed, GB",
+    ]
+    for flag, other in alternatives(plan, n_lora, n_state).items():
+        saved = peak - total(other)
+        lines.append(f"  {flag:<24}{total(other) / 1e9:8.2f}   " + (f"saves {saved / 1e9:.2f}" if saved > 5e6 else "saves nothing"))
+    return "\n".join(lines)
+
+
+def plan_of(config: RunConfig, shape: ModelShape, n_parameters: int) -> tuple[Plan, str]:
+    """The run as `memory.estimate` takes it, and its largest micro-batch in words."""
+    c = config
+    windows = c.micro_bsz if c.uses_corpus else 0
+    pair_sizes, pair_words = _largest_pairs(c) if c.uses_pairs else (np.zeros((0, 2), dtype=np.int64), "")
+    on_gpu = c.accelerator in ("gpu", "cuda") or (c.accelerator == "auto" and torch.cuda.is_available())
+    zero_stage = int(c.strategy.split("_")[2]) if c.strategy.startswith("deepspeed") else 0
+    words = [f"{windows} x {c.ctx_len:,} tokens of corpus"] if windows else []
+    plan = Plan(
+        shape=shape, n_parameters=n_parameters, n_trainable=n_parameters, trains_head=True, frozen_bytes=4,
+        compute_bytes=COMPUTE_DTYPES[c.precision].itemsize, optim=c.optim, grad_cp=GRAD_CP[c.grad_cp], chunk_ctx=0,
+        n_tokens=windows * c.ctx_len + int(pair_sizes[:, 0].sum()), n_rows=windows * c.ctx_len + int(pair_sizes[:, 1].sum()),
+        n_segments=windows + 3 * len(pair_sizes),
+        # ddp keeps gradients in its buckets.
+        accumulates=c.accumulate_grad_batches > 1 or (c.world_size > 1 and not zero_stage),
+        on_gpu=on_gpu, wkv_backend=c.wkv_backend if c.wkv_backend != "auto" else "cuda" if on_gpu else "cpu",
+        keeps_heap=not on_gpu and c.cpu_malloc == 1, zero_stage=zero_stage, world_size=c.world_size,
+        bucket_bytes=4 * min(c.ds_bucket_mb * 1_000_000, n_parameters) if zero_stage else 0,
+    )  # fmt: skip
+    return plan, " and ".join(words + ([pair_words] if pair_words else []))
+
+
+def _largest_pairs(config: RunConfig) -> tuple[np.ndarray, str]:
+    """Tokens and scored rows [micro_bsz, 2] of the pairs that make the largest micro-batch, and what they are in words."""
+    n = config.micro_bsz
+    if not Path(config.dpo_train_file).is_file():
+        log.warning("--dpo_train_file %s is not there: pairs are taken to be --ctx_len long, half of it answers", config.dpo_train_file)
+        half = max(config.ctx_len // 2, 1)
+        return np.tile([half + 2 * half, 2 * half], (n, 1)), f"{n} made-up pairs of {half} + {half} or {half} tokens"
+    sizes = _pair_sizes(load_pairs(config.dpo_train_file))
+    longest = sizes[np.argsort(sizes[:, 0], kind="stable")[::-1]]
+    # Fewer pairs than a micro-batch holds come several times.
+    return np.resize(longest, (n, 2)), f"the {n} longest of {len(sizes):,} pairs"
+
+
+def _pair_sizes(pairs: PairSet) -> np.ndarray:
+    """Tokens and scored rows [n, 2]: prompt and answers once, without each answer's last token, which is only a target."""
+    lengths = np.diff(pairs.offsets).reshape(-1, 3)
+    return np.stack([lengths.sum(1) - 2, lengths[:, 1] + lengths[:, 2]], axis=1)
+
+
+def _model_without_memory(shape: ModelShape) -> torch.nn.Module:
+    with torch.device("meta"):
+        return empty_model(shape, "5", reference.wkv5, torch.float32)
