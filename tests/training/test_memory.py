@@ -16,7 +16,7 @@ from rwkv_dpo.wkv import chunked, cpu
 SHAPE = ModelShape(n_layer=4, n_embd=256, dim_att=256, dim_ffn=896, vocab_size=8192)
 BACKENDS = {"cpu": cpu.wkv5, "chunked": chunked.wkv5}
 PLAN = Plan(
-    shape=SHAPE, n_parameters=0, n_trainable=0, trains_head=True, frozen_bytes=4, compute_bytes=2, optim="adamw", grad_cp="none",
+    shape=SHAPE, n_parameters=0, n_trainable=0, trains_head=True, frozen_bytes=4, compute_bytes=2, optim="adamw", grad_cp="0",
     chunk_ctx=0, n_tokens=0, n_rows=0, n_segments=0, accumulates=False, on_gpu=False, wkv_backend="cpu",
 )  # fmt: skip
 
@@ -37,21 +37,25 @@ CASES = {
     "a window": {},
     "a long window": {"window": 3000},
     "fp32": {"compute_bytes": 4},
-    "grad_cp": {"grad_cp": "full"},
-    "grad_cp fp32": {"grad_cp": "full", "compute_bytes": 4},
-    "grad_cp, a long window": {"grad_cp": "full", "window": 3000},
+    "grad_cp": {"grad_cp": "1"},
+    "grad_cp fp32": {"grad_cp": "1", "compute_bytes": 4},
+    "grad_cp, a long window": {"grad_cp": "1", "window": 3000},
+    "selective": {"grad_cp": "selective"},
+    "chunks": {"chunk_ctx": 256, "window": 3000},
+    "chunks with grad_cp": {"chunk_ctx": 512, "window": 3000, "grad_cp": "1"},
+    "many chunks": {"chunk_ctx": 64, "window": 4000},
     "chunked WKV": {"wkv_backend": "chunked"},
     "chunked WKV fp32": {"wkv_backend": "chunked", "compute_bytes": 4},
     "pairs": {"window": 0, "pairs": (256, 200, 150)},
     "pairs and a window": {"window": 600, "pairs": (256, 200, 150)},
-    "pairs with grad_cp": {"window": 0, "pairs": (256, 200, 150), "grad_cp": "full"},
+    "pairs with grad_cp": {"window": 0, "pairs": (256, 200, 150), "grad_cp": "1"},
     "accumulated": {"accumulates": True},
-    "accumulated with grad_cp": {"accumulates": True, "grad_cp": "full"},
-    "bf16 moments": {"optim": "adamw_bf16state", "grad_cp": "full", "window": 64},
-    "8-bit moments": {"optim": "adamw8bit", "grad_cp": "full", "window": 64},
+    "accumulated with grad_cp": {"accumulates": True, "grad_cp": "1"},
+    "bf16 moments": {"optim": "adamw_bf16state", "grad_cp": "1", "window": 64},
+    "8-bit moments": {"optim": "adamw8bit", "grad_cp": "1", "window": 64},
     "few tokens": {"window": 20},
     "a large vocabulary": {"window": 2500, "shape": replace(SHAPE, n_layer=2, vocab_size=65536)},
-    "a large vocabulary, grad_cp": {"window": 600, "shape": replace(SHAPE, n_layer=2, vocab_size=65536), "grad_cp": "full"},
+    "a large vocabulary, grad_cp": {"window": 600, "shape": replace(SHAPE, n_layer=2, vocab_size=65536), "grad_cp": "1"},
 }
 
 
@@ -60,10 +64,10 @@ def measured(plan: Plan, window: int, pair_lengths: tuple[int, ...]) -> tuple[Pl
     rng = np.random.default_rng(0)
     dtype = {2: torch.bfloat16, 4: torch.float32}[plan.compute_bytes]
     model = random_model(plan.shape, torch.float32, wkv=BACKENDS[plan.wkv_backend])
-    model.compute_dtype, model.grad_cp = dtype, plan.grad_cp == "full"
+    model.compute_dtype, model.grad_cp = dtype, plan.grad_cp
     windows = [rng.integers(1, 8192, window + 1)] if window else []
     pairs = [tuple(rng.integers(1, 8192, n) for n in pair_lengths)] * 2 if pair_lengths else []
-    batch = collate(windows, pairs, np.zeros((len(pairs), 2)))
+    batch = collate(windows, pairs, np.zeros((len(pairs), 2)), plan.chunk_ctx)
     ratio = 0.5 if windows and pairs else float(bool(windows))
     optimizer = build_optimizer(model.named_parameters(), RunConfig(optim=plan.optim), offload=False)
 
@@ -105,7 +109,7 @@ LARGE = replace(
 
 
 def test_the_parts_are_those_of_the_arithmetic():
-    parts = estimate(replace(LARGE, grad_cp="full"))
+    parts = estimate(replace(LARGE, grad_cp="1"))
     assert tuple(parts) == PARTS
     assert parts["weights"] == parts["gradients"] == 4 * 461_721_600
     assert parts["optimizer"] == 8 * 461_721_600
@@ -126,7 +130,7 @@ def test_every_alternative_that_is_offered_takes_less_and_none_is_offered_twice(
     assert all(total(offer) < total(slow_heap) for offer in offers.values())
     assert total(offers["--grad_cp 1"]) < total(offers["--grad_cp selective"])
     assert total(offers["--peft state"]) < total(offers["--peft lora --lora_r 32"])
-    taken = replace(LARGE, grad_cp="full", chunk_ctx=512, optim="adamw8bit", n_trainable=1_600_000, frozen_bytes=2, trains_head=False)
+    taken = replace(LARGE, grad_cp="1", chunk_ctx=512, optim="adamw8bit", n_trainable=1_600_000, frozen_bytes=2, trains_head=False)
     assert alternatives(taken, 15_000_000, 1_600_000) == {}
 
 
@@ -134,7 +138,8 @@ def test_chunks_bound_the_activations_but_for_their_states():
     frozen = replace(LARGE, chunk_ctx=512, n_trainable=1_600_000, frozen_bytes=2, trains_head=False)
     short, long = (estimate(replace(frozen, n_tokens=n, n_rows=n)) for n in (4096, 65536))
     assert long["activations"] == short["activations"]
-    assert long["states"] - short["states"] == (65536 - 4096) // 512 * 24 * (16 * 64 * 64 * 4 + 2 * 1024 * 2)
+    # 8 chunks keep the states at each border; of 128, every twelfth border's and those between two such.
+    assert long["states"] - short["states"] == (2 * 12 - 8) * 24 * (16 * 64 * 64 * 4 + 2 * 1024 * 2)
 
 
 @pytest.mark.parametrize(("stage", "weights", "gradients", "moments"), [(1, 8 + 4, 8, 8), (2, 8 + 4, 4, 8), (3, 4, 4, 8)])

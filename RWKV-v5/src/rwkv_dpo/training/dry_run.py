@@ -10,8 +10,11 @@ from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.pairs import PairSet, load_pairs
 from rwkv_dpo.device import COMPUTE_DTYPES
 from rwkv_dpo.errors import refuse
+from rwkv_dpo.model.adapter_files import read_adapter
+from rwkv_dpo.model.adapters import plan_adapter
 from rwkv_dpo.model.checkpoint import empty_model
 from rwkv_dpo.model.linear import Linear
+from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.training.memory import PARTS, Plan, alternatives, estimate, total
 from rwkv_dpo.wkv import reference
@@ -19,7 +22,6 @@ from rwkv_dpo.wkv import reference
 log = logging.getLogger(__name__)
 
 LORA_RANK = 32
-GRAD_CP = {0: "none", 1: "full"}
 
 
 def dry_run(config: RunConfig, shape: ModelShape) -> str:
@@ -27,7 +29,7 @@ def dry_run(config: RunConfig, shape: ModelShape) -> str:
     if shape.vocab_size < 1:
         refuse("--vocab_size is needed for --dry_run 1 without --load_model")
     model = _model_without_memory(shape)
-    plan, batch = plan_of(config, shape, sum(p.numel() for p in model.parameters()))
+    plan, batch = plan_of(config, model)
     n_lora = sum(LORA_RANK * sum(m.weight.shape) for m in model.modules() if isinstance(m, Linear))
     n_state = shape.n_layer * shape.dim_att * shape.head_size
     parts, peak = estimate(plan), total(plan)
@@ -46,26 +48,46 @@ def dry_run(config: RunConfig, shape: ModelShape) -> str:
     return "\n".join(lines)
 
 
-def plan_of(config: RunConfig, shape: ModelShape, n_parameters: int) -> tuple[Plan, str]:
+def plan_of(config: RunConfig, model: RWKV) -> tuple[Plan, str]:
     """The run as `memory.estimate` takes it, and its largest micro-batch in words."""
-    c = config
+    c, n_weights = config, sum(p.numel() for p in model.parameters())
+    n_added, extra = _tuned(c, model)
+    n_trainable = n_weights if c.peft == "none" else n_added + sum(model.get_parameter(name).numel() for name in extra)
+    compute_bytes = COMPUTE_DTYPES[c.precision].itemsize
     windows = c.micro_bsz if c.uses_corpus else 0
     pair_sizes, pair_words = _largest_pairs(c) if c.uses_pairs else (np.zeros((0, 2), dtype=np.int64), "")
     on_gpu = c.accelerator in ("gpu", "cuda") or (c.accelerator == "auto" and torch.cuda.is_available())
     zero_stage = int(c.strategy.split("_")[2]) if c.strategy.startswith("deepspeed") else 0
     words = [f"{windows} x {c.ctx_len:,} tokens of corpus"] if windows else []
     plan = Plan(
-        shape=shape, n_parameters=n_parameters, n_trainable=n_parameters, trains_head=True, frozen_bytes=4,
-        compute_bytes=COMPUTE_DTYPES[c.precision].itemsize, optim=c.optim, grad_cp=GRAD_CP[c.grad_cp], chunk_ctx=0,
+        shape=model.shape, n_parameters=n_weights + n_added, n_trainable=n_trainable,
+        trains_head=c.peft == "none" or "head.weight" in extra, frozen_bytes=compute_bytes,
+        compute_bytes=compute_bytes, optim=c.optim, grad_cp=c.grad_cp, chunk_ctx=c.chunk_ctx,
         n_tokens=windows * c.ctx_len + int(pair_sizes[:, 0].sum()), n_rows=windows * c.ctx_len + int(pair_sizes[:, 1].sum()),
         n_segments=windows + 3 * len(pair_sizes),
         # ddp keeps gradients in its buckets.
         accumulates=c.accumulate_grad_batches > 1 or (c.world_size > 1 and not zero_stage),
         on_gpu=on_gpu, wkv_backend=c.wkv_backend if c.wkv_backend != "auto" else "cuda" if on_gpu else "cpu",
         keeps_heap=not on_gpu and c.cpu_malloc == 1, zero_stage=zero_stage, world_size=c.world_size,
-        bucket_bytes=4 * min(c.ds_bucket_mb * 1_000_000, n_parameters) if zero_stage else 0,
+        bucket_bytes=4 * min(c.ds_bucket_mb * 1_000_000, n_trainable) if zero_stage else 0,
     )  # fmt: skip
     return plan, " and ".join(words + ([pair_words] if pair_words else []))
+
+
+def _tuned(config: RunConfig, model: RWKV) -> tuple[int, tuple[str, ...]]:
+    """How many numbers --peft adds to the model, and the weights that it trains beside them."""
+    c, shape = config, model.shape
+    if c.peft == "none":
+        return 0, ()
+    if c.peft == "state":
+        return shape.n_layer * shape.dim_att * shape.head_size, ()
+    if c.peft_load:
+        saved = read_adapter(c.peft_load)
+        return sum(x.numel() for x in saved.split()[0].values()), tuple(saved.extra)
+    plan = plan_adapter(model, c.peft, c.lora_r, c.lora_alpha, c.lora_dropout, c.lora_targets, c.lora_layers, c.train_extra)
+    sides = [model.get_parameter(f"{name}.weight").shape for name in plan.modules]
+    n_magnitudes = sum(n_out for n_out, _ in sides) if c.peft == "dora" else 0
+    return plan.r * sum(map(sum, sides)) + n_magnitudes, plan.extra
 
 
 def _largest_pairs(config: RunConfig) -> tuple[np.ndarray, str]:
@@ -87,6 +109,6 @@ def _pair_sizes(pairs: PairSet) -> np.ndarray:
     return np.stack([lengths.sum(1) - 2, lengths[:, 1] + lengths[:, 2]], axis=1)
 
 
-def _model_without_memory(shape: ModelShape) -> torch.nn.Module:
+def _model_without_memory(shape: ModelShape) -> RWKV:
     with torch.device("meta"):
         return empty_model(shape, "5", reference.wkv5, torch.float32)

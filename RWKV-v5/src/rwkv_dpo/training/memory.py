@@ -12,9 +12,11 @@ Weights and the optimizer's state stand beside all of them, and gradients too wh
 libraries take (about 0.5 GB) comes on top.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from rwkv_dpo.chunked_step import DIRECT_BORDERS
 from rwkv_dpo.linear_logprobs import CHUNK_ROWS, CPU_TILE_ROWS, GRADIENT_COLUMNS, KEEP_BYTES, LEAN, TILE_ROWS
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.training.adamw_bf16 import CHUNK, CPU_CHUNK
@@ -38,7 +40,7 @@ class Plan:
     frozen_bytes: int  # of a parameter that is not trained; trained ones are fp32
     compute_bytes: int  # of an activation: 2 for bf16 and fp16, 4 for fp32
     optim: str  # as --optim
-    grad_cp: str  # none, selective, full
+    grad_cp: str  # as --grad_cp
     chunk_ctx: int  # tokens that are computed together; 0: all
     n_tokens: int  # of the largest micro-batch, every token once
     n_rows: int  # of them scored by the head
@@ -59,12 +61,16 @@ def estimate(plan: Plan) -> dict[str, float]:
     """Bytes by part at the moment of the peak; their sum is the peak."""
     lasting = {"weights": _weights(plan), "optimizer": _optimizer(plan), "states": _states(plan)}
     gradients = _gradients(plan)
-    before = gradients if plan.accumulates else 0.0
+    # Chunks add to gradients of their own, which the parameters' take over at the end of the backward pass.
+    if plan.accumulates and plan.chunk_ctx:
+        gradients *= 2
+    accumulates = plan.accumulates or plan.chunk_ctx > 0
+    before = gradients if accumulates else 0.0
     saved, own = _saved(plan), _block_temporaries(plan)
     # Under accumulation a new gradient is made before it is added: the largest is the embedding's or the head's.
-    added = 4.0 * plan.shape.vocab_size * plan.shape.n_embd if plan.accumulates and plan.trains_head else 0.0
+    added = 4.0 * plan.shape.vocab_size * plan.shape.n_embd if accumulates and plan.trains_head else 0.0
     head = _head(plan)
-    head_gradient = 4.0 * plan.shape.vocab_size * plan.shape.n_embd if plan.trains_head and not plan.accumulates else 0.0
+    head_gradient = 4.0 * plan.shape.vocab_size * plan.shape.n_embd if plan.trains_head and not accumulates else 0.0
     moments = (
         {"gradients": before, "activations": saved, "head": head.weight + head.kept + head.computed},
         {"gradients": before + head_gradient, "activations": saved, "head": head.weight + head.product + head.logits, "temporaries": added},
@@ -90,8 +96,8 @@ def alternatives(plan: Plan, n_lora: int, n_state: int) -> dict[str, Plan]:
     """
     frozen: dict[str, Any] = {"trains_head": False, "frozen_bytes": plan.compute_bytes}
     changes: dict[str, dict[str, Any]] = {
-        "--grad_cp 1": {"grad_cp": "full"},
-        "--grad_cp selective": {"grad_cp": "selective"} if plan.grad_cp == "none" else {},
+        "--grad_cp 1": {"grad_cp": "1"},
+        "--grad_cp selective": {"grad_cp": "selective"} if plan.grad_cp == "0" else {},
         "--chunk_ctx 512": {"chunk_ctx": 512} if plan.chunk_ctx == 0 or plan.chunk_ctx > 512 else {},
         "--peft lora --lora_r 32": {"n_parameters": plan.n_parameters + n_lora, "n_trainable": n_lora, **frozen},
         "--peft state": {"n_parameters": plan.n_parameters + n_state, "n_trainable": n_state, **frozen},
@@ -131,6 +137,8 @@ def _states(plan: Plan) -> float:
     """What segments, and chunks of them, hand on to the next: in every layer the WKV state (fp32) and two token rows."""
     s = plan.shape
     n_chunks = -(-plan.n_tokens // plan.chunk_ctx) if plan.chunk_ctx else 0
+    if n_chunks > DIRECT_BORDERS:
+        n_chunks = 2 * (math.isqrt(n_chunks - 1) + 1)
     return (plan.n_segments + n_chunks) * s.n_layer * (4.0 * s.dim_att * s.head_size + 2.0 * s.n_embd * plan.compute_bytes)
 
 
@@ -157,13 +165,13 @@ def _kept_by_wkv(plan: Plan) -> float:
 def _saved(plan: Plan) -> float:
     """All activations that the forward pass leaves to the backward pass: the blocks', the norm's before the head, the scored rows."""
     s, n_tokens = plan.shape, _live(plan.n_tokens, plan)
-    block = s.n_embd * plan.compute_bytes if plan.grad_cp == "full" else _kept_by_block(plan)
+    block = s.n_embd * plan.compute_bytes if plan.grad_cp == "1" else _kept_by_block(plan)
     outside = s.n_embd * plan.compute_bytes * (2.0 * n_tokens + _live(plan.n_rows, plan))
     return block * s.n_layer * n_tokens + outside
 
 
 def _saved_by_first_block(plan: Plan) -> float:
-    block = plan.shape.n_embd * plan.compute_bytes if plan.grad_cp == "full" else _kept_by_block(plan)
+    block = plan.shape.n_embd * plan.compute_bytes if plan.grad_cp == "1" else _kept_by_block(plan)
     return block * _live(plan.n_tokens, plan)
 
 
@@ -171,7 +179,7 @@ def _block_temporaries(plan: Plan) -> float:
     """Of one block's backward, at its widest: the channel mix prepares its wide row again and makes two gradients of it. A block
     that is recomputed has all its activations there as well, but for the three rows that are used up by then."""
     wide = 3.0 * plan.shape.dim_ffn * plan.compute_bytes
-    again = _kept_by_block(plan) - 3.0 * plan.shape.n_embd * plan.compute_bytes if plan.grad_cp == "full" else 0.0
+    again = _kept_by_block(plan) - 3.0 * plan.shape.n_embd * plan.compute_bytes if plan.grad_cp == "1" else 0.0
     return (wide + again) * _live(plan.n_tokens, plan)
 
 
@@ -193,7 +201,7 @@ def _head(plan: Plan) -> _Head:
     s, n_rows = plan.shape, _live(plan.n_rows, plan)
     n_weight, row = float(s.vocab_size * s.n_embd), float(s.vocab_size * plan.compute_bytes)
     weight_bytes = 4 if plan.trains_head else plan.frozen_bytes
-    chunk_rows, keep_bytes = (LEAN["chunk_rows"], LEAN["keep_bytes"]) if plan.grad_cp == "full" else (CHUNK_ROWS, KEEP_BYTES)
+    chunk_rows, keep_bytes = (LEAN["chunk_rows"], LEAN["keep_bytes"]) if plan.grad_cp == "1" else (CHUNK_ROWS, KEEP_BYTES)
     n_kept = n_rows if n_rows * row <= keep_bytes else int(keep_bytes // (chunk_rows * row)) * chunk_rows
     tiles = 3.0 * 4 * s.vocab_size * min(n_rows, TILE_ROWS if plan.on_gpu else CPU_TILE_ROWS)
     return _Head(
