@@ -10,7 +10,6 @@ Scoring is the long part. Started again with the same flags, a run that was kill
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
@@ -36,11 +35,13 @@ def main(arguments: list[str] | None = None) -> None:
         refuse(f"{args.source}: no usable pair among its {prepared.report.n_read} rows")
     # Here, not above: --help and a mistyped flag need no PyTorch.
     from rwkv_dpo.evaluation.reference import discard_journal, score_with_checkpoint
+    from tqdm import tqdm
 
-    pairs = score_with_checkpoint(
-        prepared.pairs, args.load_model, args.out_dir, device=args.device, precision=args.precision, batch_tokens=args.batch_tokens,
-        wkv_backend=args.wkv_backend, progress=progress_line(len(prepared.pairs)),
-    )  # fmt: skip
+    with tqdm(total=len(prepared.pairs), unit="pair", desc="reference") as bar:
+        pairs = score_with_checkpoint(
+            prepared.pairs, args.load_model, args.out_dir, device=args.device, precision=args.precision, batch_tokens=args.batch_tokens,
+            wkv_backend=args.wkv_backend, progress=bar.update,
+        )  # fmt: skip
     rows = split_rows(prepared.prompt_keys, args.valid_ratio, args.test_ratio, args.seed)
     files = write_splits(args.out_dir, pairs, rows, save_original if args.original_format else save_pairs)
     reference = reference_summary(pairs)
@@ -101,17 +102,6 @@ def tell_dropped(report: Report) -> None:
             print(f"{where}: dropped: {reason}")
         if n_more := n_dropped[reason] - len(places):
             print(f"... and {n_more} more: {reason}")
-
-
-def progress_line(n_pairs: int) -> Callable[[int], None]:
-    n_done = 0
-
-    def advance(n: int) -> None:
-        nonlocal n_done
-        n_done += n
-        print(f"\rreference: {n_done}/{n_pairs} pairs", end="\n" if n_done == n_pairs else "", file=sys.stderr, flush=True)
-
-    return advance
 
 
 if __name__ == "__main__":

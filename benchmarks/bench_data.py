@@ -1,11 +1,15 @@
 #!/usr/bin/env python3
 """Speed of the data commands on a CPU, into benchmarks/results/data_cpu.json.
 
-    python benchmarks/bench_data.py [--parts make_data pairs] [--repeats 3] [--megabytes 64] [--rows 62000]
+    python benchmarks/bench_data.py [--parts make_data pairs scoring] [--repeats 3] [--megabytes 64] [--rows 62000]
 
 make_data.py, started as a program, against a loop over the pure Python tokenizer of the package `rwkv` with the same reader and
-writer; preparing UltraFeedback-like rows, in a process of its own so that its memory can be told; loading the pairs. All text is
-made up here, of the vocabulary's own words. The corpora of both tokenizers have to be the same bytes, or nothing is timed.
+writer; preparing UltraFeedback-like rows, in a process of its own so that its memory can be told; loading the pairs; scoring pairs
+of UltraFeedback's lengths under a reference, against the original's way (a full forward of prompt + answer for each answer, full
+logits). All text is made up here, of the vocabulary's own words. Both sides have to give the same corpora, and the same
+log-probabilities, or nothing is timed.
+
+Scoring is timed in processes that take turns: "stock" has torch's default settings, "tuned" those that prepare_pairs.py makes.
 """
 
 import argparse
@@ -20,26 +24,33 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "RWKV-v5" / "src"))
 
-import measure  # noqa: E402 (the path above makes the package importable without installing it)
+import bench_step  # noqa: E402 (the path above makes the package importable without installing it)
+import measure  # noqa: E402 (as above)
 import numpy as np  # noqa: E402 (as above)
 import pyrwkv_tokenizer  # noqa: E402 (as above)
+import torch  # noqa: E402 (as above)
 from rwkv.rwkv_tokenizer import TRIE_TOKENIZER  # noqa: E402 (as above)
 from rwkv_dpo.data.binidx import write_binidx  # noqa: E402 (as above)
 from rwkv_dpo.data.documents import open_documents  # noqa: E402 (as above)
-from rwkv_dpo.data.pairs import load_pairs, save_pairs  # noqa: E402 (as above)
+from rwkv_dpo.data.pairs import load_pairs, pack_pairs, save_pairs  # noqa: E402 (as above)
 from rwkv_dpo.data.prepare import prepare, split_rows  # noqa: E402 (as above)
 from rwkv_dpo.data.sources import read_preferences  # noqa: E402 (as above)
 from rwkv_dpo.data.tokenizer import VOCAB_SIZE, WorldTokenizer  # noqa: E402 (as above)
+from rwkv_dpo.device import tune_cpu  # noqa: E402 (as above)
+from rwkv_dpo.model.shape import ModelShape  # noqa: E402 (as above)
+from rwkv_dpo.objective import score_pairs  # noqa: E402 (as above)
 from rwkv_dpo.sampling import item_at  # noqa: E402 (as above)
 
 VOCABULARY = Path(pyrwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
 MARKS = {
     "make_data": {"times": 6},
     "pairs": {"prepare_seconds": 60, "prepare_peak_gb": 2, "load_seconds": 1},
+    "scoring": {"times fp32": 1.7, "times bf16": 1.7, "times bf16 against fp32": 5},
 }
 
 
@@ -50,7 +61,14 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=64, help="of text for make_data")
     parser.add_argument("--rows", type=int, default=62_000, help="preferences to prepare")
     parser.add_argument("--prepare", nargs=2, type=Path, metavar=("ROWS", "PAIRS"), help=argparse.SUPPRESS)
+    parser.add_argument("--n_layer", type=int, default=12, help="of the reference")
+    parser.add_argument("--n_embd", type=int, default=768, help="of the reference")
+    parser.add_argument("--scored_pairs", type=int, default=16)
+    parser.add_argument("--score", nargs=3, metavar=("WAY", "PRECISION", "SETTINGS"), help=argparse.SUPPRESS)
     flags = parser.parse_args()
+    if flags.score:
+        print(scoring_seconds(flags))
+        return
     if flags.prepare:
         print(json.dumps(prepared(*flags.prepare)))
         return
@@ -119,6 +137,68 @@ def prepared(rows: Path, pairs: Path) -> dict[str, object]:
     }
 
 
+def time_scoring(folder: Path, flags: argparse.Namespace) -> dict[str, object]:
+    check_scoring_parity()
+    jobs = [(way, precision, "stock") for precision in ("fp32", "bf16") for way in ("original", "ours")]
+    jobs += [("ours", precision, "tuned") for precision in ("fp32", "bf16")]
+    times: dict[str, list[float]] = {" ".join(job): [] for job in jobs}
+    for _ in range(flags.repeats):
+        for job in times:
+            command = [sys.executable, __file__, *sys.argv[1:], "--score", *job.split()]
+            child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            times[job].append(float(child.stdout.splitlines()[-1]))
+    seconds = {job: median(values) for job, values in times.items()}
+    lengths = np.array([[len(part) for part in pair] for pair in scored_pairs(flags)])
+    return {
+        "model": f"{flags.n_layer} layers, {flags.n_embd} wide, vocabulary {VOCAB_SIZE}",
+        "pairs": f"{len(lengths)}, mean tokens of prompt, chosen, rejected: {' '.join(f'{n:.0f}' for n in lengths.mean(0))}",
+        "ms_per_pair": {job: round(1000 * value / len(lengths), 1) for job, value in seconds.items()},
+        "times fp32": round(seconds["original fp32 stock"] / seconds["ours fp32 stock"], 2),
+        "times bf16": round(seconds["original bf16 stock"] / seconds["ours bf16 stock"], 2),
+        "times fp32, ours tuned": round(seconds["original fp32 stock"] / seconds["ours fp32 tuned"], 2),
+        "times bf16, ours tuned": round(seconds["original bf16 stock"] / seconds["ours bf16 tuned"], 2),
+        "times bf16 against fp32": round(seconds["original fp32 stock"] / seconds["ours bf16 tuned"], 2),
+    }
+
+
+def check_scoring_parity() -> None:
+    """Both ways on a small model in fp32, to 1e-3 nats in sums of some 100; some pairs share their prompt."""
+    model = bench_step.build("original", ModelShape(2, 128, 128, 448, 512), "fp32", "auto", torch.device("cpu"))
+    pairs = bench_step.make_pairs((20, 17, 9), 5, 512)
+    pairs += [(pairs[0][0], *pair[1:]) for pair in pairs[1:3]]
+    with torch.no_grad():
+        original = [[bench_step.original_answer_logp(model, prompt, answer).item() for answer in answers] for prompt, *answers in pairs]
+    worst = np.abs(score_pairs(model, pack_pairs(pairs), 60) - np.array(original)).max()
+    if not worst < 1e-3:
+        sys.exit(f"the two ways of scoring differ by {worst:.1e} nats, so nothing is measured")
+
+
+def scored_pairs(flags: argparse.Namespace) -> list[tuple[np.ndarray, ...]]:
+    """Random tokens in the lengths of ultrafeedback_rows: exponential, with means of 175 tokens for prompts and 350, 300 for answers."""
+    draw = np.random.default_rng(0)
+    lengths = (20 + draw.exponential((155, 330, 280), (flags.scored_pairs, 3))).astype(int).clip(max=1500)
+    return [tuple(draw.integers(1, VOCAB_SIZE, n) for n in row) for row in lengths]
+
+
+def scoring_seconds(flags: argparse.Namespace) -> float:
+    """One way, in this process."""
+    way, precision, settings = flags.score
+    if settings == "tuned":
+        tune_cpu(keep_memory=True)
+    shape = ModelShape(flags.n_layer, flags.n_embd, flags.n_embd, int(flags.n_embd * 3.5) // 32 * 32, VOCAB_SIZE)
+    model = bench_step.build("original" if way == "original" else "forest", shape, precision, "auto", torch.device("cpu"))
+    pairs = scored_pairs(flags)
+
+    def run(pairs: list[tuple[np.ndarray, ...]]) -> None:
+        if way == "original":
+            bench_step.score_original(model, pairs)
+        else:
+            score_pairs(model, pack_pairs(pairs), 8192)
+
+    run(pairs[:2])
+    return measure.alternate({way: lambda: run(pairs)}, 1, warmup=0)[way]
+
+
 def made_up_text(seed: int, n_bytes: int) -> str:
     """The vocabulary's words, short ones more often than long ones, with numbers, punctuation and some Chinese: 4.2 bytes a token,
     where written English has 4.7."""
@@ -160,7 +240,7 @@ def ultrafeedback_rows(n: int) -> Iterator[dict[str, object]]:
         yield {"prompt": prompt, "prompt_id": f"{i:064x}", "chosen": chosen, "rejected": rejected, "messages": chosen, **scores}
 
 
-PARTS = {"make_data": time_make_data, "pairs": time_pairs}
+PARTS = {"make_data": time_make_data, "pairs": time_pairs, "scoring": time_scoring}
 
 if __name__ == "__main__":
     main()

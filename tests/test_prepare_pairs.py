@@ -16,9 +16,9 @@ from rwkv_dpo.data.tokenizer import VOCAB_SIZE, WorldTokenizer
 SCRIPT = Path(__file__).resolve().parents[1] / "RWKV-v5" / "prepare_pairs.py"
 
 
-def prepare_pairs(folder, *arguments, env=None):
+def prepare_pairs(folder, *arguments, **options):
     command = [sys.executable, SCRIPT, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, **options)
 
 
 @pytest.fixture
@@ -143,6 +143,27 @@ def test_a_run_that_is_killed_anywhere_and_started_again_ends_with_the_same_byte
             assert path.read_bytes() == whole.get(path.name, path.read_bytes())
     assert run.returncode == 0, run.stderr
     assert n_kills >= 8
+    assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == whole
+
+
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(source):
+    """A limit on the size of a file stands in for the disk: it stops the journal, or the file of the training pairs."""
+    resource = pytest.importorskip("resource")
+    folder = source.parent
+    model = save_tiny_model(folder / "tiny.pth")
+    common = ("--source", source, "--load_model", model, "--device", "cpu", "--wkv_backend", "reference", "--batch_tokens", 120)
+    no_bytecode = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    for limit, name in ((200, "reference.journal"), (2000, "trainset.save")):
+        limited = prepare_pairs(
+            folder, *common, "--out_dir", "out", env=no_bytecode,
+            preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )  # fmt: skip
+        assert limited.returncode == 2
+        assert limited.stderr.splitlines()[-1] == f"prepare_pairs.py: out/{name}: cannot be written: File too large"
+        assert os.listdir(folder / "out") == ["reference.journal"]
+    assert prepare_pairs(folder, *common, "--out_dir", "out").returncode == 0
+    assert prepare_pairs(folder, *common, "--out_dir", "whole").returncode == 0
+    whole = {path.name: path.read_bytes() for path in (folder / "whole").iterdir()}
     assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == whole
 
 

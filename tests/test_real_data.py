@@ -17,15 +17,15 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="the folder shared/data is not beside the checkout")
-@pytest.mark.parametrize("preferences", ["dpo_en_demo.json", "dpo_zh_demo.json"])
-def test_real_preferences_and_text_become_a_run_that_starts_at_the_reference(tmp_path, caplog, preferences):
+@pytest.mark.parametrize(("preferences", "text"), [("dpo_en_demo.json", "wiki_demo.txt"), ("dpo_zh_demo.json", "c4_demo.jsonl")])
+def test_real_preferences_and_text_become_a_run_that_starts_at_the_reference(tmp_path, caplog, preferences, text):
     model = random_model(ModelShape(1, 32, 32, 96, 65536, head_size=32), torch.float32)
     save_weights(model.state_dict(), tmp_path / "base.pth")
-    make_data.main([str(DATA / "wiki_demo.txt"), "1", "64", "--out", str(tmp_path / "wiki")])
+    make_data.main([str(DATA / text), "1", "64", "--out", str(tmp_path / "text")])
     pairs = ["--source", DATA / preferences, "--load_model", tmp_path / "base.pth", "--out_dir", tmp_path, "--limit", 40, "--ctx_len", 200]
     prepare_pairs.main(list(map(str, [*pairs, "--device", "cpu"])))
     run = {
-        "load_model": tmp_path / "base.pth", "proj_dir": tmp_path / "out", "data_file": tmp_path / "wiki", "data_type": "binidx",
+        "load_model": tmp_path / "base.pth", "proj_dir": tmp_path / "out", "data_file": tmp_path / "text", "data_type": "binidx",
         "ctx_len": 64,
         "dpo_train_file": tmp_path / "trainset.save", "dpo_general_corpus_ratio": 0.5, "accelerator": "cpu", "precision": "fp32",
         "micro_bsz": 2, "epoch_steps": 3, "epoch_count": 1, "enable_progress_bar": False, "cpu_malloc": 0,
