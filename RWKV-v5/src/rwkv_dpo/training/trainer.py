@@ -144,13 +144,15 @@ def train(config: RunConfig, given: frozenset[str]) -> None:
     if config.resume == "auto" and not config.overwrite and is_finished(config):
         log.info("%s holds the end of this run (rwkv-final.pth); --resume none trains it again", config.proj_dir)
         return
-    saved = begin_folder(config, model if weights is None else None, corpus)
+    sizes = {"tokens of the corpus": corpus.n_tokens} if corpus else {}
+    sizes |= {"pairs": len(pairs), "tokens of the pairs": int(pairs.offsets[-1])} if pairs else {}
+    saved = begin_folder(config, model if weights is None else None, corpus, sizes)
     if config.my_pile_stage == 1:
         log.info("wrote %s; now run with --my_pile_stage 2 or 3", folder / "rwkv-init.pth")
         return
     log.info("%s", describe(config, shape, corpus, pairs, device))
     halt = Halt()
-    last = LastCheckpoints(config, MetricsLog(config, folder, halt), halt, saved, {})
+    last = LastCheckpoints(config, MetricsLog(config, folder, halt), halt, saved, sizes)
     trainer = build_trainer(config, folder, pairs, valid, device, last)
     loader = build_loader(config, corpus, pairs, trainer.global_rank, device.type == "cuda")
     try:
@@ -168,10 +170,10 @@ def end(halted: Halted) -> None:
 
 
 @rank_zero_only
-def begin_folder(config: RunConfig, new_model: RWKV | None, corpus: Corpus | None) -> Saved | None:
+def begin_folder(config: RunConfig, new_model: RWKV | None, corpus: Corpus | None, sizes: dict[str, int]) -> Saved | None:
     """What a run writes before its first step, and the checkpoint that it goes on from."""
     folder = Path(config.proj_dir)
-    saved = choose(config)
+    saved = choose(config, sizes)
     sweep(config)
     goes_on_here = saved is not None and saved.path.resolve().parent == last_folder(config).resolve()
     prepare_folder(config, goes_on_here)
