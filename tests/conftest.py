@@ -1,12 +1,14 @@
 """Every test runs on one or two threads: on a small machine more of them fight over the cores."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from lives import Lives
 from rwkv_dpo.model.checkpoint import empty_model
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
@@ -34,3 +36,15 @@ def random_model(shape: ModelShape, dtype: torch.dtype = torch.float64, seed: in
 @pytest.fixture(scope="session")
 def tiny_shape() -> ModelShape:
     return ModelShape(n_layer=2, n_embd=32, dim_att=32, dim_ffn=96, vocab_size=61, head_size=8)
+
+
+@pytest.fixture(scope="module")
+def lives():
+    """Starts runs that can be killed; see lives.py."""
+    # The server of forks finds its imports by PYTHONPATH alone.
+    variables = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": os.pathsep.join(sys.path)}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    yield Lives()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})

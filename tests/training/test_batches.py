@@ -9,7 +9,7 @@ import pytest
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.corpus import Corpus
 from rwkv_dpo.data.pairs import pack_pairs
-from rwkv_dpo.training.batches import EpochNumbers, MicroBatches, build_loader
+from rwkv_dpo.training.batches import EpochNumbers, MicroBatches, Position, build_loader
 
 N_PAIRS = 24
 PAIRS = pack_pairs([([100 + i, 1], [2], [3, 4]) for i in range(N_PAIRS)], np.arange(2.0 * N_PAIRS).reshape(N_PAIRS, 2))
@@ -79,10 +79,29 @@ def test_magic_prime_visits_its_windows_in_rwkv_lms_order():
 
 
 def test_epochs_continue_the_numbering_of_their_micro_batches():
-    numbers = EpochNumbers(epoch_begin=2, epoch_steps=3)
+    numbers = EpochNumbers(epoch_begin=2, epoch_steps=3, position=Position())
     numbers.set_epoch(1)
     assert list(numbers) == [9, 10, 11]
     assert len(numbers) == 3
+
+
+def test_a_resumed_epoch_has_what_is_left_of_it_and_the_next_one_is_whole():
+    numbers = EpochNumbers(epoch_begin=2, epoch_steps=3, position=Position(epoch=1, batch=2))
+    numbers.set_epoch(1)
+    assert list(numbers) == [11]
+    numbers.set_epoch(2)
+    assert list(numbers) == [12, 13, 14]
+
+
+@pytest.mark.parametrize("balance", ["none", "tokens"])
+def test_after_a_change_of_the_micro_batch_the_sequence_goes_on_where_it_was(balance):
+    """3 micro-batches of 2 x 2 pairs, then 12 of 1 pair: every pair of the pass once."""
+    before = replace(CONFIG, devices=2, balance=balance)
+    after = replace(CONFIG, micro_bsz=1, balance=balance)
+    # Micro-batch 3 of 1 pair would begin at sample 3 and has to begin at sample 12.
+    later = MicroBatches(after, None, PAIRS, 0, Position(shift=9))
+    seen = [p for k in range(3) for rank in range(2) for p in pairs_of(MicroBatches(before, None, PAIRS, rank)[k])]
+    assert sorted(seen + [p for k in range(3, 15) for p in pairs_of(later[k])]) == list(range(N_PAIRS))
 
 
 def test_a_worker_process_loads_the_same_batches():

@@ -12,9 +12,9 @@ import pytest
 import torch
 import train
 from conftest import random_model
-from lives import Lives, records
+from lives import records
 from rwkv_dpo.atomic import fault_of
-from rwkv_dpo.data.pairs import pack_pairs, save_pairs
+from rwkv_dpo.data.pairs import load_pairs, pack_pairs, save_pairs
 from rwkv_dpo.errors import InputError
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
@@ -86,16 +86,6 @@ def assert_same(folder, whole):
     for name in ("rwkv-0.pth", "rwkv-1.pth", "rwkv-final.pth"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
     assert not (folder / "last").exists()
-
-
-@pytest.fixture(scope="module")
-def lives():
-    variables = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    yield Lives()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 @pytest.mark.slow
@@ -192,6 +182,12 @@ def test_other_settings_are_not_resumed(data, tmp_path):
         train.main(flags(data, tmp_path / "out", lr_init=2e-3))
     with pytest.raises(InputError, match=r"--epoch_steps 26: .* counts 12 optimizer steps in an epoch; 24 is accepted"):
         train.main(flags(data, tmp_path / "out", epoch_steps=26))
+    save_pairs(tmp_path / "fewer.save", load_pairs(data / "train.save").select(range(20)))
+    (tmp_path / "train.save").write_bytes((data / "train.save").read_bytes())
+    run_until(data, tmp_path / "other", 5, dpo_train_file=tmp_path / "train.save")
+    (tmp_path / "fewer.save").rename(tmp_path / "train.save")
+    with pytest.raises(InputError, match=r"is of a run on other data: now .*'pairs': 20.* then .*'pairs': 30"):
+        train.main(flags(data, tmp_path / "other", dpo_train_file=tmp_path / "train.save"))
     train.main(flags(data, tmp_path / "out", lr_init=2e-3, overwrite=1, epoch_count=1, epoch_steps=2))
     assert [r["step"] for r in records(tmp_path / "out")] == [1]
 

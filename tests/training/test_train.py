@@ -66,7 +66,7 @@ def test_a_run_writes_the_folder_of_the_design(data, tmp_path):
     assert set(records[0]) == {
         "step", "epoch", "loss", "loss_general", "loss_dpo", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
         "logps/chosen", "logps/rejected", "ref_logps/chosen", "ref_logps/rejected", "grad_norm", "lr", "weight_decay", "tokens",
-        "tokens_per_s", "pairs_seen", "peak_memory_gb",
+        "tokens_per_s", "pairs_seen", "skipped_steps", "peak_memory_gb",
     }  # fmt: skip
     for r in records:
         assert r["loss"] == pytest.approx(0.5 * r["loss_general"] + 0.5 * r["loss_dpo"], rel=1e-5)
@@ -75,7 +75,8 @@ def test_a_run_writes_the_folder_of_the_design(data, tmp_path):
     assert records[-1]["pairs_seen"] == 16
     assert records[-1]["rewards/margins"] > records[0]["rewards/margins"]
     names = {p.name for p in tmp_path.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "train_log.txt", "valid.jsonl", "rwkv-0.pth", "rwkv-1.pth", "rwkv-final.pth"}
+    weights = {"rwkv-0.pth", "rwkv-1.pth", "rwkv-final.pth"}
+    assert names == {"config.json", "metrics.jsonl", "train_log.txt", "valid.jsonl"} | weights | {f"{name}.sha256" for name in weights}
     valid = [json.loads(line) for line in (tmp_path / "valid.jsonl").read_text().splitlines()]
     assert [v["epoch"] for v in valid] == [0, 1]
     assert valid[1]["loss_dpo"] < np.log(2)
@@ -300,7 +301,7 @@ def test_a_folder_of_another_run_is_refused_unless_overwritten(data, tmp_path):
         run(data, tmp_path, dpo_beta=0.3)
     with pytest.raises(InputError, match=r"other settings: --load_model .*rwkv-final.pth \(was .*model.pth\)"):
         run(data, tmp_path, load_model=tmp_path / "rwkv-final.pth")
-    run(data, tmp_path)  # the same run again: its old metrics are set aside
+    run(data, tmp_path, resume="none")  # the same run again: its old metrics are set aside
     assert (tmp_path / "metrics.1.jsonl").exists()
     assert len(run(data, tmp_path, dpo_beta=0.3, overwrite=1)) == 8
 

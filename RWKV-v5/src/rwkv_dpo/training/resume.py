@@ -104,8 +104,12 @@ def load(path: Path) -> Saved:
         raise InputError(f"{path}: not a checkpoint to resume from ({reason})") from error
 
 
-def choose(config: RunConfig) -> Saved | None:
-    """The checkpoint that --resume means, None to begin anew. Refuses one of a run with other settings, or that is not whole."""
+def choose(config: RunConfig, data: dict[str, int]) -> Saved | None:
+    """The checkpoint that --resume means, None to begin anew. Refuses one that is not whole, or of a run with other
+    settings or data.
+
+    data: sizes of the corpus and the pair file, by names.
+    """
     if config.resume == "none":
         return None
     if config.resume != "auto":
@@ -117,7 +121,7 @@ def choose(config: RunConfig) -> Saved | None:
         if fault := fault_of(path):
             refuse(f"--resume {path}: {fault}")
         saved = load(path)
-        _check(saved, config)
+        _check(saved, config, data)
         return saved
     paths = checkpoints_in(last_folder(config))
     if not paths or _is_other_run(paths, config):
@@ -126,7 +130,7 @@ def choose(config: RunConfig) -> Saved | None:
         fault = fault_of(path)
         if not fault:
             saved = load(path)
-            _check(saved, config)
+            _check(saved, config, data)
             return saved
         log.warning("%s %s; the one before is used", path, fault)
     refuse(f"{last_folder(config)}: none of its checkpoints is whole ({paths[0].name} {fault_of(paths[0])}); --resume none begins anew")
@@ -148,8 +152,10 @@ def _is_other_run(paths: list[Path], config: RunConfig) -> bool:
     return bool(config.overwrite) or (continues and not changes(before, config, INCIDENTAL + CONTINUATION))
 
 
-def _check(saved: Saved, config: RunConfig) -> None:
+def _check(saved: Saved, config: RunConfig, data: dict[str, int]) -> None:
     before = saved.progress.config
+    if data != saved.progress.data and not config.overwrite:
+        refuse(f"{saved.path} is of a run on other data: now {data}, then {saved.progress.data}; --resume none begins anew")
     changed = changes(before, config, INCIDENTAL + LAYOUT)
     if changed and not config.overwrite:
         refuse(f"{saved.path} is of a run with other settings: {', '.join(changed[:5])}; --resume none begins anew")

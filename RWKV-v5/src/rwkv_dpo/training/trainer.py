@@ -157,7 +157,9 @@ def train(config: RunConfig, given: frozenset[str]) -> None:
     if config.resume == "auto" and not config.overwrite and is_finished(config):
         log.info("%s holds the end of this run (%s); --resume none trains it again", folder, final_name(config))
         return
-    saved = rank_zero_only(choose)(config)
+    sizes = {"tokens of the corpus": corpus.n_tokens} if corpus else {}
+    sizes |= {"pairs": len(pairs), "tokens of the pairs": int(pairs.offsets[-1])} if pairs else {}
+    saved = rank_zero_only(choose)(config, sizes)
     tuning = begin_tuning(model, config, given, start_of(saved))
     begin_folder(config, saved, model if is_new else None, corpus)
     if config.my_pile_stage == 1:
@@ -168,7 +170,7 @@ def train(config: RunConfig, given: frozenset[str]) -> None:
         begin_tuned(config, tuning, model)
     rank_zero_only(tell_differences)(config, {"dpo_train_file": pairs, "dpo_valid_file": valid})
     halt = Halt()
-    last = LastCheckpoints(config, MetricsLog(config, folder, halt), halt, saved, {})
+    last = LastCheckpoints(config, MetricsLog(config, folder, halt), halt, saved, sizes)
     trainer = build_trainer(config, pairs, valid, device, last, tuning)
     loader = build_loader(config, corpus, pairs, trainer.global_rank, device.type == "cuda")
     try:
