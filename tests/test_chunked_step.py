@@ -79,8 +79,10 @@ def test_chunks_change_no_gradient(tiny_shape, monkeypatch, case, chunk_ctx, dir
 def test_in_fp32_the_gradients_agree_to_its_rounding(tiny_shape, backend, grad_cp):
     wkv = choose_backend(backend, torch.device("cpu")).wkv5
     want = loss_and_gradients(random_model(tiny_shape, torch.float32, wkv=wkv), "both", 0)
-    got = loss_and_gradients(random_model(tiny_shape, torch.float32, wkv=wkv, grad_cp=grad_cp), "both", 16)
-    assert_same(got, want, 1e-5)
+    model, sizes = random_model(tiny_shape, torch.float32, wkv=wkv, grad_cp=grad_cp), []
+    model.register_forward_pre_hook(lambda module, arguments: sizes.append(arguments[0].tokens.numel()))
+    assert_same(loss_and_gradients(model, "both", 16), want, 1e-5)
+    assert max(sizes) == 16
 
 
 def test_in_bf16_the_chunks_are_as_near_to_fp32_as_the_whole(tiny_shape):
@@ -170,6 +172,15 @@ def test_truncated_windows_may_take_two_passes(tiny_shape):
     want = torch.autograd.grad((chunk_by_chunk(model, plan, truncated=True).logps * weights).sum(), list(model.parameters()))
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
+
+
+def test_beyond_32_borders_the_states_held_grow_with_the_root(tiny_shape):
+    model = random_model(tiny_shape, wkv=choose_backend("chunked", torch.device("cpu")).wkv5)
+    held = {}
+    for n_chunks in (2, 32, 33, 100):
+        plan = plan_chunks(build_step([tokens(16 * n_chunks + 1)], []), 16)
+        held[n_chunks] = len(score_chunks(model, plan).logps.grad_fn.stored)
+    assert held == {2: 2, 32: 32, 33: 6, 100: 10}
 
 
 def test_dropout_draws_the_same_again_in_the_backward_pass(tiny_shape, monkeypatch):

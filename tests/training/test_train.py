@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 import train
 from conftest import random_model
+from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.pairs import file_sha256, load_pairs, pack_pairs, save_original, save_pairs
 from rwkv_dpo.errors import InputError
 from rwkv_dpo.flags import parse_flags
@@ -123,7 +124,6 @@ CHANGES = [
     {"beta1": 0.5}, {"beta2": 0.9}, {"adam_eps": 1e-2}, {"weight_decay": 0.5}, {"weight_decay": 0.5, "weight_decay_final": 0.1},
     {"layerwise_lr": 0}, {"magic_prime": 317}, {"magic_prime": 317, "my_pile_shift": 3}, {"my_pile_edecay": 1}, {"my_exit": 0},
     {"my_exit_tokens": 72}, {"my_exit_tokens": -72}, {"precision": "bf16"}, {"head_size_divisor": 4}, {"epoch_begin": 1},
-    {"ctx_len": 40, "chunk_ctx": 16, "tbptt": 1},
     {"optim": "adamw_bf16state"}, {"optim": "adamw8bit"},
 ]  # fmt: skip
 
@@ -146,6 +146,24 @@ def test_every_flag_of_the_arithmetic_changes_the_result(data, tmp_path, changes
 def test_flags_of_execution_change_nothing_but_rounding(data, tmp_path, changes):
     a, b = run(data, tmp_path / "a"), run(data, tmp_path / "b", **changes)
     assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_tbptt_cuts_gradients_between_chunks_and_leaves_values(data, tmp_path, precision):
+    ways = {"exact": {"chunk_ctx": 16}, "truncated": {"chunk_ctx": 16, "tbptt": 1}}
+    losses, weights = {}, {}
+    for name, way in ways.items():
+        losses[name] = [r["loss"] for r in run(data, tmp_path / name, ctx_len=40, precision=precision, epoch_count=1, **way)]
+        weights[name] = final_weights(tmp_path / name)
+    assert losses["truncated"][0] == pytest.approx(losses["exact"][0], rel=1e-6)
+    assert losses["truncated"] == pytest.approx(losses["exact"], rel=0.05)
+    assert any(not torch.allclose(weights["truncated"][name], weight, rtol=1e-4) for name, weight in weights["exact"].items())
+
+
+def test_the_model_is_told_what_to_compute_again():
+    for grad_cp in ("0", "1", "selective"):
+        model = build_model(RunConfig(grad_cp=grad_cp, wkv_backend="reference"), SHAPE, None, torch.device("cpu"))
+        assert (model.is_lean, all(block.selective for block in model.blocks)) == (grad_cp == "1", grad_cp == "selective")
 
 
 def test_fp16_scales_the_loss_and_learns(data, tmp_path):
