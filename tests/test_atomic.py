@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from rwkv_dpo.atomic import atomic_write
+from rwkv_dpo.atomic import atomic_folder, atomic_write
 from rwkv_dpo.errors import InputError
 
 
@@ -61,3 +61,32 @@ def test_a_full_disk_is_an_input_error():
     with pytest.raises(InputError, match=r"unused.bin: cannot be written: No space left"):
         write_to_full_disk()
     assert not os.path.exists("unused.bin")
+
+
+def test_a_folder_appears_whole_replaces_the_old_one_and_leaves_nothing_beside_it(tmp_path):
+    for text in ("first", "second"):
+        with atomic_folder(tmp_path / "run") as unfinished:
+            (unfinished / text).write_text(text)
+            assert not (tmp_path / "run" / text).exists()
+        assert [p.name for p in (tmp_path / "run").iterdir()] == [text]
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_folder_that_fails_halfway_leaves_the_old_one(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "old").write_text("old")
+
+    def fail():
+        with atomic_folder(tmp_path / "run") as unfinished:
+            (unfinished / "new").write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["old"]
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"none/run: cannot be written"), atomic_folder(tmp_path / "none" / "run"):
+        pass

@@ -185,7 +185,7 @@ BAD = [
     ({"peft_load": "x"}, "--peft_load x needs the --peft"),
     ({"lora_r": 8}, "--lora_r 8: --peft none has no adapter"),
     ({"peft": "state", "train_extra": "ln"}, "--train_extra ln: --peft state has no adapter"),
-    ({"peft": "state", "strategy": "deepspeed_stage_3"}, "--strategy deepspeed_stage_3: --peft state"),
+    ({"peft": "state", "strategy": "deepspeed_stage_3"}, "--strategy deepspeed_stage_3: DeepSpeed doesn't share out weights that --peft"),
 ]
 
 

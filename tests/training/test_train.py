@@ -15,13 +15,10 @@ from conftest import random_model
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.pairs import file_sha256, load_pairs, pack_pairs, save_original, save_pairs
 from rwkv_dpo.errors import InputError
-from rwkv_dpo.flags import parse_flags
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.objective import score_pairs
-from rwkv_dpo.training.batches import build_loader
-from rwkv_dpo.training.module import DPOModule
-from rwkv_dpo.training.trainer import build_model, build_trainer, open_data, resolve_shape
+from rwkv_dpo.training.trainer import build_model, build_trainer
 
 SHAPE = ModelShape(n_layer=2, n_embd=32, dim_att=32, dim_ffn=96, vocab_size=61, head_size=8)
 TRAIN = Path(train.__file__)
@@ -301,15 +298,17 @@ class GradientsAtTheStart(pl.Callback):
         self.counts.append(sum(p.grad is not None for p in module.parameters()))
 
 
-def test_gradients_are_gone_before_the_next_forward_pass_unless_they_accumulate(data, tmp_path):
-    config, given = parse_flags(flags(data, tmp_path, accumulate_grad_batches=2, epoch_count=1))
-    shape, weights = resolve_shape(config, given)
-    corpus, pairs, _ = open_data(config, shape.vocab_size)
-    model = build_model(config, shape, weights, torch.device("cpu"))
-    trainer, counter = build_trainer(config, tmp_path, pairs, None, torch.device("cpu")), GradientsAtTheStart()
-    trainer.callbacks.append(counter)
-    trainer.fit(DPOModule(model, config), build_loader(config, corpus, pairs, 0, on_gpu=False))
-    n = len(list(model.parameters()))
+def test_gradients_are_gone_before_the_next_forward_pass_unless_they_accumulate(data, tmp_path, monkeypatch):
+    counter = GradientsAtTheStart()
+
+    def build(*arguments):
+        trainer = build_trainer(*arguments)
+        trainer.callbacks.append(counter)
+        return trainer
+
+    monkeypatch.setattr("rwkv_dpo.training.trainer.build_trainer", build)
+    run(data, tmp_path, accumulate_grad_batches=2, epoch_count=1)
+    n = len(final_weights(tmp_path))
     assert counter.counts == [0, n, 0, n]
 
 

@@ -260,5 +260,6 @@ def check_peft(c: RunConfig) -> None:
         refuse(f"--{name} {getattr(c, name)}: --peft {c.peft} trains beside the weights of a whole checkpoint")
     if c.peft == "pissa" and max(c.weight_decay, c.weight_decay_final) > 0:
         refuse("--weight_decay with --peft pissa would shrink the model's own main directions; 0 is accepted")
-    if c.peft == "state" and c.strategy.startswith("deepspeed_stage_3"):
-        refuse(f"--strategy {c.strategy}: --peft state trains too little to share out; deepspeed_stage_2 and ddp are accepted")
+    if c.strategy.startswith("deepspeed_stage_3"):
+        # It gathers a module's weights for the backward pass only where the module's input has a gradient.
+        refuse(f"--strategy {c.strategy}: DeepSpeed doesn't share out weights that --peft freezes; stages 1 and 2, and ddp, are accepted")

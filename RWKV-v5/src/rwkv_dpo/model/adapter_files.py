@@ -86,6 +86,10 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     r, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(r, int) or not isinstance(alpha, int) or r < 1 or not adapter:
         refuse(f"{path}: not a LoRA adapter (r {r!r}, lora_alpha {alpha!r}, {len(adapter)} tensors)")
+    for name, value in adapter.items():
+        ranks = [value.shape[dim] for part, dim in ((".lora_A.", 0), (".lora_B.", 1)) if part in name and value.dim() == 2]
+        if ranks not in ([r], []) or (not ranks and not name.endswith("lora_magnitude_vector")):
+            refuse(f"{path / WEIGHTS}: {name} has shape {tuple(value.shape)}, and {CONFIG} r {r}")
     if method not in METHODS:
         refuse(f"{path / WEIGHTS}: its metadata names the method {method!r}; accepted are {', '.join(METHODS)}")
     if method == "pissa":

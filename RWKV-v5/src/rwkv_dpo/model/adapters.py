@@ -1,6 +1,7 @@
 """Adapters in a model, made by the peft library: few new weights beside matrices that stay as they are."""
 
 import copy
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +51,7 @@ class Adapter:
 
     def write(self, trained: Weights, folder: Path) -> None:
         """A PiSSA adapter becomes the LoRA of twice the rank that does the same to the original matrices: B A - B0 A0."""
-        from peft import get_peft_model_state_dict
-
-        tensors = get_peft_model_state_dict(self.model, state_dict=dict(trained), save_embedding_layers=False)
+        tensors = peft_library().get_peft_model_state_dict(self.model, state_dict=dict(trained), save_embedding_layers=False)
         config = copy.copy(self.config)
         if self.plan.method == "pissa":
             config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
@@ -61,6 +60,15 @@ class Adapter:
                 tensors[name] = torch.cat([now, first]) if ".lora_A." in name else torch.cat([now, -first], dim=1)
         tensors |= {name: trained[name] for name in self.plan.extra}
         write_adapter(folder, config, self.plan.method, tensors)
+
+
+def peft_library() -> Any:
+    """peft, imported where it is used: it takes seconds. It imports bitsandbytes where that is installed, whose warning about a kernel
+    that nobody here needs is left out."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import peft
+
+    return peft
 
 
 def plan_adapter(
@@ -103,21 +111,20 @@ def keep_frozen(model: RWKV, but: tuple[str, ...] = ()) -> None:
 
 def add_adapter(model: RWKV, plan: AdapterPlan, saved: SavedAdapter | None = None) -> Adapter:
     """Puts an adapter into the model, at its start (which changes nothing the model computes) or as it was saved."""
-    from peft import LoraConfig, inject_adapter_in_model
-
+    peft = peft_library()
     from rwkv_dpo.model.adapted_linear import NAME, AdaptedLinear
 
     smallest = min(min(module.weight.shape) for name, module in _projections(model) if name in plan.modules)
     if plan.method == "pissa" and plan.r > smallest:
         refuse(f"--lora_r {plan.r}: with --peft pissa up to the smallest side of the matrices, {smallest}, is accepted")
     is_new_pissa = plan.method == "pissa" and saved is None
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=plan.r, lora_alpha=plan.alpha, lora_dropout=plan.dropout, target_modules=list(plan.modules),
         use_dora=plan.method == "dora", use_rslora=plan.method == "rslora",
-        init_lora_weights=f"pissa_niter_{_PISSA_ITERATIONS}" if is_new_pissa else True,  # type: ignore[arg-type]  # any number goes
+        init_lora_weights=f"pissa_niter_{_PISSA_ITERATIONS}" if is_new_pissa else True,
     )  # fmt: skip
     config._register_custom_module({Linear: AdaptedLinear})
-    inject_adapter_in_model(config, model)
+    peft.inject_adapter_in_model(config, model)
     keep_frozen(model, plan.extra)
     for name, parameter in model.named_parameters():
         if name in plan.extra:
@@ -136,14 +143,12 @@ def add_adapter(model: RWKV, plan: AdapterPlan, saved: SavedAdapter | None = Non
 @torch.no_grad()
 def _restore(model: RWKV, plan: AdapterPlan, saved: SavedAdapter) -> dict[str, Tensor]:
     """Sets the adapter's weights; takes PiSSA's start out of the matrices, and returns it."""
-    from peft import set_peft_model_state_dict
-
     now, start = saved.split()
     own = _adapter_tensors(model)
     wrong = [f"{name} {tuple(now[name].shape)} instead of {tuple(x.shape)}" for name, x in own.items() if now[name].shape != x.shape]
     if wrong:
         refuse(f"{saved.path}: for a model of another shape: {wrong[0]}{f' and {len(wrong) - 1} more' if wrong[1:] else ''}")
-    set_peft_model_state_dict(model, now)
+    peft_library().set_peft_model_state_dict(model, now)
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
     for name, value in saved.extra.items():
         if name not in parameters or parameters[name].shape != value.shape:
@@ -167,9 +172,7 @@ def merged_weights(model: RWKV) -> dict[str, Tensor]:
 
 
 def _adapter_tensors(model: RWKV) -> dict[str, Tensor]:
-    from peft import get_peft_model_state_dict
-
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
+    return peft_library().get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
 def _projections(model: RWKV) -> list[tuple[str, Linear]]:
