@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "RWKV-v5" / "src" / "rwkv_dpo"
 
 # As in CONTRIBUTING.md. Folders count as one place.
 FLOORS = [
-    {"errors", "atomic", "schedule", "sampling", "config", "losses"},
+    {"errors", "atomic", "pickles", "schedule", "sampling", "config", "losses"},
     {"flags", "wkv", "linear_logprobs", "data", "forest", "device"},
     {"model", "objective"},
     {"training", "evaluation"},
@@ -21,7 +21,7 @@ WITHIN = {
     ("config", "schedule"), ("config", "errors"), ("sampling", "errors"), ("atomic", "errors"),
     ("forest", "data"), ("objective", "model"), ("training", "evaluation"),
 }  # fmt: skip
-STANDARD_ONLY = {"errors", "atomic", "schedule", "sampling", "config"}
+STANDARD_ONLY = {"errors", "atomic", "pickles", "schedule", "sampling", "config"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
