@@ -77,3 +77,12 @@ def test_the_report_compares_checkpoints(tmp_path, capsys):
 def test_faults_are_named(arguments, message):
     with pytest.raises(InputError, match=message):
         evaluate.main([*arguments, "--device", "cpu"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("ctx_len", "0"), ("max_tokens", "-1"), ("temperature", "nan"), ("top_p", "1.5"), ("dpo_beta", "inf"), ("seed", "9" * 30)],
+)
+def test_a_number_that_makes_no_sense_is_refused_by_its_flag(flag, value):
+    with pytest.raises(InputError, match=f"--{flag} "):
+        evaluate.parse_flags(["--load_model", "m.pth", f"--{flag}", value])

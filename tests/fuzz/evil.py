@@ -58,7 +58,7 @@ def pickled_pairs() -> dict[str, bytes]:
         "a frame of 2**60 bytes": b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"].",
         "a number of 2**31 bytes": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"1.",
         "lists in lists, 10**9 numbers": pickle.dumps([(nest, [2], [3], -1.0, -1.0)], 4),
-        "one list in 50,000 rows": pickle.dumps([(shared, [2], [3], -1.0, -1.0) for _ in range(50_000)], 4),
+        "one list in 20,000 rows": pickle.dumps([(shared, [2], [3], -1.0, -1.0) for _ in range(20_000)], 4),
         "a list that holds itself": b"\x80\x02]q\0h\0a.",
         "a row that holds itself": b"\x80\x02]q\0(h\0" + _ROW_END + b"a.",
         "a log-probability of 400 digits": pickle.dumps([(*row[:3], 10**400, -1.0)], 2),
@@ -103,12 +103,12 @@ def _members(**changes: bytes) -> dict[str, bytes]:
 
 
 def packed_pairs() -> dict[str, bytes]:
-    bomb = _npy(np.zeros(1 << 28, np.uint8).view(np.int32))
+    bomb = _npy(np.zeros(1 << 26, np.uint8).view(np.int32))
     lies = _npz(_members())
     at = lies.rfind(b"PK\1\2")
     low, top = -(2**63), 2**63 - 1
     return {
-        "zeros that unpack to 256 MB": _npz(_members(tokens=bomb), zipfile.ZIP_DEFLATED),
+        "zeros that unpack to 64 MB": _npz(_members(tokens=bomb), zipfile.ZIP_DEFLATED),
         "a directory that promises 4 GB": lies[: at + 20] + b"\xf0\xff\xff\xff" * 2 + lies[at + 28 :],
         "10**15 tokens": _npz(_members(tokens=_npy_with("(1000000000000000,)", "<i4"))),
         "sizes that wrap around": _npz(_members(tokens=_npy_with("(4294967296, 4294967296)", "<i4"))),
@@ -226,8 +226,8 @@ def checkpoints() -> dict[str, bytes]:
             + b"ctorch._utils\n_rebuild_meta_tensor_no_storage\n(ctorch\nfloat32\n(J\xff\xff\xff\x7fJ\xff\xff\xff\x7ft(K\1K\1t\x89tRs.",
             {},
         ),
-        "a pickle that unpacks to 256 MB": _torch_zip(
-            b"\x80\x02X" + (1 << 28).to_bytes(4, "little") + bytes(1 << 28) + b".", {}, zipfile.ZIP_DEFLATED
+        "a pickle that unpacks to 64 MB": _torch_zip(
+            b"\x80\x02X" + (1 << 26).to_bytes(4, "little") + bytes(1 << 26) + b".", {}, zipfile.ZIP_DEFLATED
         ),
         "a string of 4 GB": _torch_zip(b"\x80\x02X\xf0\xff\xff\xff.", {}),
         "an old file with a string of 4 GB": b"\x80\x02X\xf0\xff\xff\xff.",
@@ -257,10 +257,10 @@ def json_lines() -> dict[str, bytes]:
 def gzipped() -> dict[str, bytes]:
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)
     zeros = bytes(1 << 20)
-    # 600 MB of one line.
-    bomb = b"".join(packer.compress(zeros.replace(b"\0", b"a")) for _ in range(600)) + packer.flush()
+    # 300 MB of one line.
+    bomb = b"".join(packer.compress(zeros.replace(b"\0", b"a")) for _ in range(300)) + packer.flush()
     twice = gzip.compress(bomb)
-    return {"600 MB of one letter": bomb, "a pack in a pack": gzip.compress(twice) + bomb}
+    return {"300 MB of one letter": bomb, "a pack in a pack": gzip.compress(twice) + bomb}
 
 
 def parquet() -> dict[str, bytes]:
@@ -268,7 +268,7 @@ def parquet() -> dict[str, bytes]:
     from pyarrow import parquet as format
 
     file = io.BytesIO()
-    text = pyarrow.array(["a" * (1 << 28)])
+    text = pyarrow.array(["a" * (1 << 26)])
     table = pyarrow.table({"prompt": text, "chosen": text, "rejected": text, "text": text})
     format.write_table(table, file, compression="zstd", use_dictionary=False)
-    return {"four texts of 256 MB": file.getvalue(), "no footer": b"PAR1" * 2, "a footer of 4 GB": b"PAR1" + b"\xff\xff\xff\xff" + b"PAR1"}
+    return {"four texts of 64 MB": file.getvalue(), "no footer": b"PAR1" * 2, "a footer of 4 GB": b"PAR1" + b"\xff\xff\xff\xff" + b"PAR1"}

@@ -32,6 +32,7 @@ class Run:
         self.counts: Counter[str] = Counter()
         self.findings: dict[str, str] = {}
         self.slowest, self.grown = 0.0, 0
+        self.hostile: dict[str, bytes] = {}
 
     def give(self, content: bytes, label: str = "") -> str:
         """What became of one input: accepted, refused, or a finding."""
@@ -56,6 +57,29 @@ class Run:
             self._keep(fault, content, label)
         self.counts[outcome] += 1
         return outcome
+
+    def warm_up(self) -> list[bytes]:
+        """The valid inputs, given once: what a first call imports and keeps is no growth. They have to be accepted. Hostile ones are
+        made here too, because some take more memory than is left under the limit."""
+        seeds, self.hostile = self.reader.seeds(), self.reader.evil()
+        for seed in seeds:
+            if self.give(seed) == "failed" and any("import" not in fault and "memory" not in fault for fault in self.findings.values()):
+                sys.exit(f"{self.name}: a valid input fails: {self.findings}")
+        for kept in self.folder.glob(f"finding-{self.name}-*"):
+            kept.unlink()
+        self.counts.clear()
+        self.findings.clear()
+        self.slowest, self.grown = 0.0, 0
+        return seeds
+
+    def give_hostile(self) -> list[bytes]:
+        """The hostile inputs, given once; all have to be refused. Returns the small ones."""
+        for label, content in self.hostile.items():
+            if self.give(content, label) == "accepted":
+                self._keep(f"{label}: accepted", content, label)
+        if (self.folder / "ran").exists():
+            self._keep("code ran", b"", "")
+        return [content for content in self.hostile.values() if len(content) < 5000]
 
     def _keep(self, fault: str, content: bytes, label: str) -> None:
         kind = fault.split(" for ")[0].rstrip("0123456789 MB")
@@ -86,49 +110,36 @@ def _signature(error: BaseException) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reader", choices=readers.READERS)
+    parser.add_argument("readers", choices=readers.READERS, nargs="+", metavar="READER")
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--engine", choices=("seeded", "atheris"), default="seeded")
+    parser.add_argument("--engine", choices=("seeded", "atheris"), default="seeded", help="atheris takes one reader")
     flags = parser.parse_args()
     os.chdir(flags.folder)
     if flags.engine == "atheris":
         import atheris
 
-        # Only what is not imported yet is instrumented; the reader's modules were, with this file, so the functions themselves are.
         _instrument(atheris)
-    run = Run(flags.reader, flags.folder, Guard())
-    reader, draw = run.reader, random.Random(f"{flags.reader}/{flags.seed}")
-    seeds, hostile = reader.seeds(), reader.evil()
-    # What a first call imports and keeps is no growth.
-    for seed in seeds:
-        if run.give(seed) == "failed" and any("import" not in fault and "memory" not in fault for fault in run.findings.values()):
-            sys.exit(f"a valid input fails: {run.findings}")
-    run.counts.clear()
-    run.findings.clear()
-    run.guard.limit_memory()
-    run.slowest, run.grown = 0.0, 0
-    for label, content in hostile.items():
-        if run.give(content, label) == "accepted":
-            run._keep(f"{label}: accepted", content, label)
-    if (flags.folder / "ran").exists():
-        run._keep("code ran", b"", "")
-    pool = seeds + [content for content in hostile.values() if len(content) < 5000]
-    total = sum(run.counts.values()) + flags.runs
+    guard = Guard()
+    runs = {name: Run(name, flags.folder, guard) for name in flags.readers}
+    pools = {name: run.warm_up() for name, run in runs.items()}
+    guard.limit_memory()
+    for name, run in runs.items():
+        draw, pool = random.Random(f"{name}/{flags.seed}"), pools[name] + run.give_hostile()
+        total = sum(run.counts.values()) + flags.runs
 
-    def one(content: bytes) -> None:
-        run.give(content)
-        if sum(run.counts.values()) % 200 == 0 or sum(run.counts.values()) >= total:
-            run.write()
+        def one(content: bytes, run: Run = run, total: int = total) -> None:
+            run.give(content)
+            if sum(run.counts.values()) % 200 == 0 or sum(run.counts.values()) >= total:
+                run.write()
 
-    run.write()
-    if flags.engine == "seeded":
+        run.write()
+        if flags.engine == "atheris":
+            _fuzz_with_atheris(one, run.reader, pool, flags.folder / f"corpus-{name}", flags.runs, flags.seed)
         for _ in range(flags.runs):
-            one(changed(reader, draw.choice(pool), draw))
-    else:
-        _fuzz_with_atheris(one, reader, pool, flags)
-    run.write()
+            one(changed(run.reader, draw.choice(pool), draw))
+        run.write()
 
 
 def changed(reader: readers.Reader, content: bytes, draw: random.Random) -> bytes:
@@ -147,11 +158,10 @@ def _instrument(atheris) -> None:
                     setattr(module, key, atheris.instrument_func(value))
 
 
-def _fuzz_with_atheris(one, reader: readers.Reader, pool: list[bytes], flags: argparse.Namespace) -> None:
-    """libFuzzer chooses which inputs to go on from, by the branches they take; changes are the reader's own or its."""
+def _fuzz_with_atheris(one, reader: readers.Reader, pool: list[bytes], corpus: Path, runs: int, seed: int) -> None:
+    """libFuzzer chooses which inputs to go on from, by the branches they take; changes are the reader's own or its. It ends the process."""
     import atheris
 
-    corpus = flags.folder / f"corpus-{flags.reader}"
     corpus.mkdir(exist_ok=True)
     for i, content in enumerate(pool):
         (corpus / str(i)).write_bytes(content)
@@ -162,8 +172,8 @@ def _fuzz_with_atheris(one, reader: readers.Reader, pool: list[bytes], flags: ar
         return mutated[:max_size]
 
     arguments = [
-        f"-runs={flags.runs}",
-        f"-seed={flags.seed + 1}",
+        f"-runs={runs}",
+        f"-seed={seed + 1}",
         "-rss_limit_mb=0",
         "-max_len=20000",
         "-print_final_stats=0",
