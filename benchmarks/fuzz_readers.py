@@ -90,7 +90,8 @@ def fuzz(name: str, runs: int, seed: int, engine: str, folder: Path, keep: Path)
         if is_dead := status != 0:
             total["deaths"] = int(total["deaths"]) + 1  # type: ignore[call-overload]
             last = next(iter(sorted(folder.glob("input*"))))
-            shutil.copyfile(last, folder / f"finding-{name}-death{total['deaths']}{READERS[name].suffix}")
+            keep.mkdir(exist_ok=True)
+            shutil.copyfile(last, keep / f"{name}-{engine}-death{total['deaths']}{READERS[name].suffix}")
             findings.append(f"the process ended with {status}")
         for outcome, n in counts.items():
             total[outcome] = int(total[outcome]) + n  # type: ignore[call-overload]

@@ -51,6 +51,8 @@ def test_given_flags_are_told_from_defaults():
     (["--lr_init", "inf"], "--lr_init inf: a number between"),
     (["--dpo_beta", "inf"], "--dpo_beta inf: a number between"),
     (["--weight_decay_final", "nan"], "--weight_decay_final nan: a number between"),
+    (["--lr_init", "1e-320"], "0 or no nearer to it than"),
+    (["--n_layer=--"], "--n_layer: expected one argument, found '--'"),
     (["--adam_eps", "-1"], "--adam_eps -1.0: 0 or more"),
     (["--epoch_count", "9" * 40], "--epoch_count 9{30}: a number between"),
 ])  # fmt: skip
