@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 from rwkv_dpo.atomic import atomic_write
 from rwkv_dpo.data.corpus import open_corpus
 from rwkv_dpo.data.pairs import load_pairs
-from rwkv_dpo.errors import run_script
+from rwkv_dpo.errors import refuse, run_script
 from rwkv_dpo.flags import OneLineParser
 
 
@@ -75,7 +75,19 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--wkv_backend", default="auto", help="auto, reference, chunked, cpu or cuda (auto)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU when there is one (auto)")
     parser.add_argument("--out", type=Path, help="also write the report as JSON")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    for name, least in (("ctx_len", 1), ("max_tokens", 0), ("batch_tokens", 1)):
+        if getattr(args, name) < least:
+            refuse(f"--{name} {getattr(args, name)}: at least {least} is accepted")
+    for name, is_good, accepted in (
+        ("dpo_beta", 0 < args.dpo_beta < math.inf, "more than 0"),
+        ("temperature", 0 <= args.temperature < math.inf, "0 or more"),
+        ("top_p", 0 <= args.top_p <= 1, "0 to 1"),
+        ("seed", -(2**63) <= args.seed < 2**63, "a number of 64 bits"),
+    ):
+        if not is_good:
+            refuse(f"--{name} {str(getattr(args, name))[:30]}: {accepted} is accepted")
+    return args
 
 
 ROWS = {

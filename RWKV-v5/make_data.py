@@ -8,6 +8,7 @@ Every document ends with token 0. While it works, it takes as much disk again as
 
 import argparse
 import glob
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -62,10 +63,10 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def default_prefix(source: str) -> str:
-    if glob.has_magic(source) and not Path(source).exists():
+    if glob.has_magic(source) and not os.path.exists(source):
         refuse(f"--out: needed, because INPUT is the pattern {source}")
     name = Path(source).resolve().name
-    return name if Path(source).is_dir() else Path(name.removesuffix(".gz")).stem
+    return name if os.path.isdir(source) else Path(name.removesuffix(".gz")).stem
 
 
 class Skip:

@@ -83,7 +83,7 @@ def check_flags(args: argparse.Namespace) -> None:
             refuse(f"--{name} {getattr(args, name)}: at least {least} is accepted")
     if not (args.valid_ratio >= 0 and args.test_ratio >= 0 and args.valid_ratio + args.test_ratio < 1):
         refuse(f"--valid_ratio {args.valid_ratio} --test_ratio {args.test_ratio}: neither below 0, together below 1")
-    if not Path(args.load_model).is_file():
+    if not os.path.isfile(args.load_model):
         refuse(f"--load_model {args.load_model}: no such file")
     load_templates(args.templates)
     try:

@@ -48,6 +48,13 @@ def test_given_flags_are_told_from_defaults():
     (["--lr_init", "nan"], "--lr_init nan: 0 or more"),
     (["--beta1", "1"], "--beta1 1.0: from 0 up to"),
     (["--n_layer"], "expected one argument"),
+    (["--lr_init", "inf"], "--lr_init inf: a number between"),
+    (["--dpo_beta", "inf"], "--dpo_beta inf: a number between"),
+    (["--weight_decay_final", "nan"], "--weight_decay_final nan: a number between"),
+    (["--lr_init", "1e-320"], "0 or no nearer to it than"),
+    (["--n_layer=--"], "--n_layer: expected one argument, found '--'"),
+    (["--adam_eps", "-1"], "--adam_eps -1.0: 0 or more"),
+    (["--epoch_count", "9" * 40], "--epoch_count 9{30}: a number between"),
 ])  # fmt: skip
 def test_faults_are_named(arguments, message):
     with pytest.raises(InputError, match=message):

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "RWKV-v5" / "src" / "rwkv_dpo"
 
 # As in CONTRIBUTING.md. Folders count as one place.
 FLOORS = [
-    {"errors", "atomic", "schedule", "sampling", "config", "losses"},
+    {"errors", "atomic", "pickles", "schedule", "sampling", "config", "losses"},
     {"flags", "wkv", "linear_logprobs", "data", "forest", "chunks", "device"},
     {"model", "chunked_step", "objective"},
     {"training", "evaluation"},
@@ -22,7 +22,7 @@ WITHIN = {
     ("forest", "data"), ("chunks", "forest"), ("chunked_step", "model"), ("objective", "model"), ("objective", "chunked_step"),
     ("training", "evaluation"),
 }  # fmt: skip
-STANDARD_ONLY = {"errors", "atomic", "schedule", "sampling", "config"}
+STANDARD_ONLY = {"errors", "atomic", "pickles", "schedule", "sampling", "config"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

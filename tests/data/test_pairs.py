@@ -270,3 +270,35 @@ def test_the_cut_worked_out_by_hand():
     assert sizes(10, 5, 6, 15) == ((9, 5, 6), (1, 0, 0))
     assert sizes(10, 5, 9, 12) == ((6, 5, 6), (4, 0, 3))
     assert sizes(3, 20, 30, 12) == ((3, 9, 9), (0, 11, 21))
+
+
+def test_offsets_that_wrap_around_are_refused(tmp_path):
+    """Their differences, as int64, are all positive."""
+    low, top = -(2**63), 2**63 - 1
+    offsets = np.array([0, top, low, -1, 2, 3, 4])
+    assert (np.diff(offsets) >= 0).all()
+    save_pairs(tmp_path / "a.save", PairSet(np.arange(4, dtype=np.int32), offsets, np.full((2, 2), -1.0)))
+    with pytest.raises(InputError, match="its arrays disagree"):
+        load_pairs(tmp_path / "a.save")
+
+
+def test_a_pickle_leaves_the_reader_as_it_was(tmp_path):
+    """BUILD with a pair of states sets attributes on whatever is on the stack, a class of the reader's too."""
+    scalar = b"cnumpy.core.multiarray\nscalar\n"
+    (tmp_path / "a.save").write_bytes(b"\x80\x02]" + scalar + b"N(X\x0c\0\0\0__defaults__)t\x86ba.")
+    with pytest.raises(InputError, match=r"a\.save"):
+        load_pairs(tmp_path / "a.save")
+    rows = [([1], [2], [3], np.float32(-1), -1.0)]
+    assert len(load_pairs(write_pickle(tmp_path / "b.save", rows))) == 1
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b"])
+def test_a_name_that_the_system_does_not_take_is_no_such_file(tmp_path, name):
+    with pytest.raises(InputError, match="no such pair file"):
+        load_pairs(tmp_path / name)
+
+
+def test_lists_may_be_shared_between_rows(tmp_path):
+    prompt = list(range(200))
+    rows = [(prompt, [i], [i + 1], -1.0, -1.0) for i in range(20)]
+    assert as_rows(load_pairs(write_pickle(tmp_path / "a.save", rows))) == rows

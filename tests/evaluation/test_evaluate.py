@@ -107,3 +107,12 @@ def test_adapters_and_states_get_a_column_each(tmp_path, capsys):
 def test_faults_are_named(arguments, message):
     with pytest.raises(InputError, match=message):
         evaluate.main([*arguments, "--device", "cpu"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("ctx_len", "0"), ("max_tokens", "-1"), ("temperature", "nan"), ("top_p", "1.5"), ("dpo_beta", "inf"), ("seed", "9" * 30)],
+)
+def test_a_number_that_makes_no_sense_is_refused_by_its_flag(flag, value):
+    with pytest.raises(InputError, match=f"--{flag} "):
+        evaluate.parse_flags(["--load_model", "m.pth", f"--{flag}", value])

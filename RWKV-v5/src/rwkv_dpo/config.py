@@ -178,11 +178,12 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _SWITCHES = ("overwrite", "dry_run", "dpo", "load_partial", "layerwise_lr", "tbptt", "cpu_malloc")
 _NOT_NEGATIVE = (
-    "vocab_size", "dim_att", "dim_ffn", "epoch_begin", "epoch_save", "lr_init", "lr_final", "weight_decay", "magic_prime",
+    "vocab_size", "dim_att", "dim_ffn", "epoch_begin", "epoch_save", "lr_init", "lr_final", "adam_eps", "weight_decay", "magic_prime",
     "my_pile_edecay", "save_every",
 )  # fmt: skip
 _BELOW_ONE = ("beta1", "beta2", "dropout", "lora_dropout")
 _ADAPTER_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "lora_layers", "train_extra")
+_SMALLEST, _LARGEST = 1e-100, 2**63 - 1
 
 
 def check(config: RunConfig) -> None:
@@ -205,6 +206,10 @@ def check(config: RunConfig) -> None:
     for name in _BELOW_ONE:
         if not 0 <= getattr(config, name) < 1:
             refuse(f"--{name} {getattr(config, name)}: from 0 up to but without 1 is accepted")
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, (int, float)) and not (value == 0 or _SMALLEST <= abs(value) <= _LARGEST):
+            refuse(f"--{f.name} {str(value)[:30]}: a number between -2**63 and 2**63 is accepted, 0 or no nearer to it than {_SMALLEST}")
     c = config
     if not 0 <= c.dpo_general_corpus_ratio <= 1:
         refuse(f"--dpo_general_corpus_ratio {c.dpo_general_corpus_ratio}: 0 to 1 is accepted")

@@ -1,7 +1,8 @@
 """The one error type for anything a user can put right: flags, files, rows, checkpoints."""
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -9,13 +10,34 @@ from typing import NoReturn
 class InputError(ValueError):
     """A fault in what the user gave. Its message is one line: the flag or file, what was found, what is accepted.
 
-    Scripts print the message and exit with status 2; everything else is a bug and keeps its traceback.
+    Scripts print the message and exit with status 2; everything else is a bug and keeps its traceback. What a message quotes comes
+    from files that may be anything: characters that would break the line or steer a terminal are escaped, the middle of a very long
+    message is left out.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_printable(message if len(message) <= _LONGEST else f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"))
+
+
+_LONGEST = 1000
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def refuse(message: str) -> NoReturn:
     """Raise InputError; lets a check read as one line."""
     raise InputError(message)
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """What the system refuses within (no permission, a disk that fails) becomes an InputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def run_script(main: Callable[[], None]) -> None:

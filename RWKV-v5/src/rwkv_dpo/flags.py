@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -21,6 +22,13 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # To argparse "--name=--" is a flag with a list of no values, not a missing value.
+        for argument in sys.argv[1:] if args is None else args:
+            if argument.startswith("--") and argument.endswith("=--"):
+                self.error(f"{argument.removesuffix('=--')}: expected one argument, found '--'")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         refuse(message)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_dpo.atomic import atomic_write
-from rwkv_dpo.errors import InputError, refuse
+from rwkv_dpo.errors import InputError, reading, refuse
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -45,7 +45,7 @@ def read_binidx(prefix: str | Path) -> BinIdx:
     """Open PREFIX.bin and PREFIX.idx. InputError, naming the file, when one is missing, torn, or they disagree."""
     index_path, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (index_path, bin_path):
-        if not path.is_file():
+        if not os.path.isfile(path):
             refuse(f"{path}: no such file; a binidx corpus is named without its .bin and .idx")
     dtype, sizes, pointers = _read_index(index_path)
     ends = np.cumsum(sizes, dtype=np.int64)
@@ -56,12 +56,14 @@ def read_binidx(prefix: str | Path) -> BinIdx:
     if n_bytes != (n_listed := n_tokens * dtype.itemsize):
         refuse(f"{bin_path}: {n_bytes} bytes, but {index_path.name} lists {n_tokens} {dtype.name} tokens, {n_listed} bytes")
     # An empty file cannot be mapped.
-    tokens = np.memmap(bin_path, dtype=dtype, mode="r") if n_tokens else np.zeros(0, dtype)
+    with reading(bin_path):
+        tokens = np.memmap(bin_path, dtype=dtype, mode="r") if n_tokens else np.zeros(0, dtype)
     return BinIdx(tokens, ends)
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
-    content = path.read_bytes()
+    with reading(path):
+        content = path.read_bytes()
     if content[: len(MAGIC)] != MAGIC:
         refuse(f"{path}: not a binidx index (it does not begin with {MAGIC[:7].decode()})")
     if len(content) < _HEADER.size:

@@ -1,5 +1,6 @@
 """The general corpus: one long row of tokens, whatever file it comes from (the original's --data_type)."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_dpo.data.binidx import read_binidx
-from rwkv_dpo.errors import InputError, refuse
+from rwkv_dpo.errors import InputError, reading, refuse
 
 # Up to here every token id is checked when the corpus is opened (a fraction of a second); beyond, as windows are read.
 _CHECKED_AT_ONCE = 100_000_000
@@ -86,13 +87,13 @@ def _check_block(source: str, tokens: np.ndarray, offset: int, vocab_size: int) 
 
 
 def _existing(data_file: str) -> Path:
-    path = Path(data_file)
-    return path if path.is_file() else refuse(f"--data_file {data_file!r}: no such file")
+    return Path(data_file) if os.path.isfile(data_file) else refuse(f"--data_file {data_file!r}: no such file")
 
 
 def _read_text(data_file: str, encoding: str) -> str:
     try:
-        return _existing(data_file).read_text(encoding)
+        with reading(data_file):
+            return _existing(data_file).read_text(encoding)
     except UnicodeDecodeError as error:
         raise InputError(f"{data_file}: not {encoding} text: {error.reason} at byte {error.start}") from error
 
@@ -100,8 +101,14 @@ def _read_text(data_file: str, encoding: str) -> str:
 def _read_numpy(data_file: str) -> np.ndarray:
     path = _existing(data_file)
     try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+        # Later versions are for headers of more than 64 KB, and numpy allocates whatever size they give.
+        if head.startswith(np.lib.format.MAGIC_PREFIX) and head[6:] != b"\1\0":
+            raise ValueError("not of .npy version 1.0")
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    # Its header is a Python literal: numpy's parser fails in more ways than numpy documents.
+    except Exception as error:
         raise InputError(f"{data_file}: not a whole .npy file of numbers") from error
     return array if isinstance(array, np.ndarray) else refuse(f"{data_file}: an .npz archive; expected one array (.npy)")
 
@@ -110,7 +117,8 @@ def _read_uint16(data_file: str) -> np.ndarray:
     n_bytes = _existing(data_file).stat().st_size
     if n_bytes % 2:
         refuse(f"{data_file}: {n_bytes} bytes, an odd number; expected uint16 tokens")
-    return np.memmap(data_file, dtype="<u2", mode="r") if n_bytes else np.zeros(0, "<u2")
+    with reading(data_file):
+        return np.memmap(data_file, dtype="<u2", mode="r") if n_bytes else np.zeros(0, "<u2")
 
 
 def _made_up_sums(_data_file: str) -> str:

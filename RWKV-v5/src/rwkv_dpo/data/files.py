@@ -11,6 +11,7 @@ import glob
 import gzip
 import io
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -26,6 +27,9 @@ OnFault = Callable[[InputError], None]
 
 ROW_ENDINGS = (".json", ".jsonl", ".parquet", ".csv")
 _BLOCK = 1 << 20
+# Text packs some 3 to 20 times. Beyond this ratio a .gz is made to fill a memory or a disk, and no line of it need ever end.
+_LARGEST_RATIO = 200
+_ALWAYS_UNPACKED = 16 << 20
 _BYTE_ORDER_MARK = "\ufeff"
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 _decode_json = json.JSONDecoder().raw_decode
@@ -45,13 +49,13 @@ def expand(pattern: str | Path, endings: tuple[str, ...] = ROW_ENDINGS) -> list[
     """The files that `pattern` names, sorted: one file, what a glob finds ("**" for any depth), or all files in a folder, at any
     depth, with one of the endings. InputError when there are none."""
     path = Path(pattern)
-    if path.is_dir():
-        found = [one for one in path.rglob("*") if one.is_file() and ending(one) in endings and not one.name.startswith(".")]
+    if os.path.isdir(path):
+        found = [one for one in path.rglob("*") if os.path.isfile(one) and ending(one) in endings and not one.name.startswith(".")]
         return sorted(found) or refuse(f"{pattern}: no {', '.join(endings)} file in this folder")
-    if path.exists() or not glob.has_magic(str(pattern)):
-        return [path] if path.exists() else refuse(f"{pattern}: cannot be read: No such file or directory")
+    if os.path.exists(path) or not glob.has_magic(str(pattern)):
+        return [path] if os.path.exists(path) else refuse(f"{pattern}: cannot be read: No such file or directory")
     matches = [Path(name) for name in glob.glob(str(pattern), recursive=True)]
-    return sorted(one for one in matches if one.is_file()) or refuse(f"{pattern}: matches no file")
+    return sorted(one for one in matches if os.path.isfile(one)) or refuse(f"{pattern}: matches no file")
 
 
 def open_rows(path: str | Path, on_fault: OnFault = stop) -> Iterator[tuple[str, Row]]:
@@ -107,12 +111,28 @@ def text_field(row: Row, field: str, source: str) -> str:
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """The file's bytes, unpacked; faults in reading them become InputError."""
     try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
-            yield file  # type: ignore[misc]  # a GzipFile reads like a BinaryIO
+        with open(path, "rb") as file:
+            yield io.BufferedReader(_Unpacked(file, path), _BLOCK) if path.suffix.lower() == ".gz" else file  # type: ignore[misc]
     except (EOFError, zlib.error) as error:
         raise InputError(f"{path}: not a whole .gz file: {error}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+class _Unpacked(io.RawIOBase):
+    """The content of a .gz file. InputError once it is more than _LARGEST_RATIO times the file."""
+
+    def __init__(self, packed: BinaryIO, path: Path) -> None:
+        self._file, self._path = gzip.GzipFile(fileobj=packed, mode="rb"), path
+        self._room = _ALWAYS_UNPACKED + _LARGEST_RATIO * os.fstat(packed.fileno()).st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        n = self._file.readinto(buffer)
+        self._room -= n
+        return n if self._room >= 0 else refuse(f"{self._path}: unpacks to more than {_LARGEST_RATIO} times its size")
 
 
 def _text_blocks(path: Path) -> Iterator[str]:
@@ -228,7 +248,6 @@ def _csv_rows(path: Path, on_fault: OnFault) -> Iterator[tuple[str, Any]]:
 
 def _parquet_rows(path: Path, on_fault: OnFault) -> Iterator[tuple[str, Any]]:
     # Here, not above: it takes a while to import, and most files are not parquet.
-    import pyarrow
     from pyarrow import parquet
 
     n = 0
@@ -239,12 +258,19 @@ def _parquet_rows(path: Path, on_fault: OnFault) -> Iterator[tuple[str, Any]]:
             shutil.copyfileobj(packed, unpacked, _BLOCK)
             file = unpacked  # type: ignore[assignment]
         try:
-            for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
+            table = parquet.ParquetFile(file)
+            # Not column by column: of a broken column's facts pyarrow ends the whole process.
+            unpacked_size = sum(max(table.metadata.row_group(i).total_byte_size, 0) for i in range(table.num_row_groups))
+            if unpacked_size > _ALWAYS_UNPACKED + _LARGEST_RATIO * path.stat().st_size:
+                raise ValueError(f"it unpacks to {unpacked_size} bytes, more than {_LARGEST_RATIO} times its size")
+            for batch in table.iter_batches(batch_size=256):
                 for row in batch.to_pylist():
                     n += 1
                     yield f"row {n}", row
-        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not a whole .parquet file, after row {n}: {str(error).splitlines()[0]}") from error
+        # pyarrow, and the Python objects that it makes of dates and decimals, promise no particular exception.
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(f"{path}: not a whole .parquet file, after row {n}: {reason}") from error
 
 
 _ROW_READERS = dict(zip(ROW_ENDINGS, (_json_rows, _jsonl_rows, _parquet_rows, _csv_rows), strict=True))

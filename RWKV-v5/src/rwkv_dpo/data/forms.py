@@ -218,7 +218,7 @@ def _is_tie(row: Row) -> bool:
         return False
     try:
         chosen, rejected = (float(score) for score in scores)  # type: ignore[arg-type]  # what is no number raises
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"fields 'score_chosen' and 'score_rejected' are {scores[0]!r} and {scores[1]!r}; expected numbers") from error
     return chosen == rejected
 

@@ -1,5 +1,6 @@
 """Data sets of the Hugging Face Hub, read as a stream through the package `datasets`."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from rwkv_dpo.errors import InputError
 def is_hub_id(source: str | Path, file_endings: tuple[str, ...]) -> bool:
     """Whether `source` reads as OWNER/NAME and is not a file, nor named like one."""
     is_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)) is not None
-    return is_name and ending(source) not in file_endings and not Path(source).exists()
+    return is_name and ending(source) not in file_endings and not os.path.exists(source)
 
 
 def open_hub_rows(name: str, split: str) -> Iterator[tuple[str, Row]]:

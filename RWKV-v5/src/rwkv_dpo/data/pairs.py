@@ -6,7 +6,10 @@ speed of the disk. Reading either executes nothing that the file brings along (s
 """
 
 import hashlib
+import io
 import json
+import math
+import os
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +20,7 @@ import numpy as np
 
 from rwkv_dpo.atomic import atomic_write
 from rwkv_dpo.data.original_pairs import read_original, write_original
-from rwkv_dpo.errors import InputError, refuse
+from rwkv_dpo.errors import InputError, reading, refuse
 
 FORMAT = "rwkv_dpo pairs"
 VERSION = 1
@@ -101,9 +104,9 @@ def load_pairs(path: str | Path, vocab_size: int | None = None) -> PairSet:
     InputError: no such file, torn, not pairs, carries code, or a row (counted from 1) that cannot be trained on.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         refuse(f"{path}: no such pair file")
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         is_packed = file.read(4) == b"PK\x03\x04"
     pairs = _read_packed(path) if is_packed else pack_pairs(*read_original(path))
     check_pairs(pairs, str(path), vocab_size)
@@ -159,11 +162,14 @@ def _refuse_first_token(source: str, pairs: PairSet, is_fault: np.ndarray, what:
 
 def _read_packed(path: Path) -> PairSet:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            header = json.loads(archive["header"].tobytes())
-            pairs = PairSet(archive["tokens"], archive["offsets"], archive["ref_logps"], header)
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError, NotImplementedError) as error:
-        raise InputError(f"{path}: not a whole pair file: {error}") from error
+        with zipfile.ZipFile(path) as archive:
+            names = ("header", "tokens", "offsets", "ref_logps")
+            encoded, tokens, offsets, ref_logps = (_member(archive, name, path.stat().st_size) for name in names)
+            header = json.loads(encoded.tobytes())
+            pairs = PairSet(tokens, offsets, ref_logps, header)
+    # A damaged archive can fail anywhere in zipfile, zlib, numpy's header or JSON, and they promise no particular exception.
+    except Exception as error:
+        raise InputError(f"{path}: not a whole pair file: {error or type(error).__name__}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         refuse(f"{path}: not a pair file: its header does not say {FORMAT!r}")
     if header.get("version") != VERSION:
@@ -171,6 +177,23 @@ def _read_packed(path: Path) -> PairSet:
     if not _is_packed_well(pairs):
         refuse(f"{path}: not a pair file: its arrays disagree with each other")
     return pairs
+
+
+def _member(archive: zipfile.ZipFile, name: str, limit: int) -> np.ndarray:
+    """An array of an .npz archive. ValueError unless it is stored as it is, takes no more than `limit` bytes, and is as large as its
+    own header says."""
+    info = archive.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.file_size > limit:
+        raise ValueError(f"its {name} are compressed, or larger than the file")
+    content = archive.read(info)
+    head = io.BytesIO(content)
+    if np.lib.format.read_magic(head) != (1, 0):
+        raise ValueError(f"its {name} are not of .npy version 1.0")
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(head)
+    if is_fortran or dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(content) - head.tell():
+        raise ValueError(f"the header of its {name} does not fit what follows")
+    # A bytearray, because torch warns of memory that cannot be written to.
+    return np.frombuffer(bytearray(content), dtype, offset=head.tell()).reshape(shape)
 
 
 def _is_packed_well(pairs: PairSet) -> bool:
@@ -182,7 +205,8 @@ def _is_packed_well(pairs: PairSet) -> bool:
         and len(offsets) % 3 == 1
         and offsets[0] == 0
         and offsets[-1] == len(tokens)
-        and bool((np.diff(offsets) >= 0).all())
+        # Not by their differences, which wrap around.
+        and bool((offsets[1:] >= offsets[:-1]).all())
     )
 
 

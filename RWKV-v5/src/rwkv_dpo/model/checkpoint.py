@@ -1,6 +1,8 @@
 """Official RWKV files, .pth or .safetensors: the shape is read off them, loading is strict and runs no code, saving is atomic."""
 
-import pickle
+import mmap
+import os
+import pickletools
 import re
 import zipfile
 from collections.abc import Mapping
@@ -15,6 +17,7 @@ from rwkv_dpo.model import v5
 from rwkv_dpo.model.rwkv import RWKV, Mixes
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.model.tensor_files import is_safetensors, read_safetensors, write_safetensors
+from rwkv_dpo.pickles import scan_pickle
 from rwkv_dpo.wkv import WKV5, choose_backend
 
 Weights = Mapping[str, Tensor]
@@ -37,15 +40,19 @@ SHAPE_FLAGS = {
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .pth or .safetensors file by name, on the CPU (memory-mapped where a .pth allows). Refuses files that are
-    missing, torn, hold anything but tensors, or would execute code. Prefixes that trainers leave behind are dropped."""
+    missing, torn, hold anything but tensors, would execute code, or promise more than they hold. Prefixes that trainers leave
+    behind are dropped."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         refuse(f"{path}: no such checkpoint")
     if is_safetensors(path):
         return read_safetensors(path)[0]
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        is_zip = zipfile.is_zipfile(path)
+        (_scan_zip if is_zip else _scan_old)(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    # A damaged file can fail anywhere in torch, zipfile or the unpickler, and they promise no particular exception.
+    except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(f"{path}: not a readable .pth file of plain tensors ({reason})") from error
     if not isinstance(loaded, dict) or not loaded:
@@ -53,7 +60,46 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or not value.is_floating_point():
             refuse(f"{path}: entry {name!r} holds {type(value).__name__}; floating-point tensors are accepted")
+    # Shapes are read from tensors, and a tensor can have any shape with no storage, or one number repeated.
+    n_bytes = sum(value.numel() * value.element_size() for value in loaded.values())
+    if any(value.device.type != "cpu" or value.layout != torch.strided for value in loaded.values()) or n_bytes > path.stat().st_size:
+        refuse(f"{path}: its tensors have {n_bytes} bytes and the file {path.stat().st_size}; tensors that share memory are not accepted")
     return {name.removeprefix("_forward_module."): value for name, value in loaded.items()}
+
+
+# What torch.save writes for a dictionary of tensors. torch's own list has more, some of which allocates whatever is asked for.
+_NAMES = re.compile(
+    r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.nn\.parameter\.Parameter"
+    r"|torch(\.storage)?\.(?!Untyped|Typed|_)\w+Storage"
+)
+_OPCODES = frozenset(opcode.name for opcode in pickletools.opcodes if opcode.name not in ("STACK_GLOBAL", "INST"))
+
+
+def _scan(content: bytes | mmap.mmap, at: int = 0) -> int:
+    end, names = scan_pickle(content, at, _OPCODES)
+    if foreign := sorted(name for name in names if not _NAMES.fullmatch(name)):
+        raise ValueError(f"it names {foreign[0]}")
+    return end
+
+
+def _scan_zip(path: Path) -> None:
+    """ValueError when an archive's members are compressed, or larger than it, or its pickle is not one of plain tensors."""
+    n_bytes = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size or member.file_size > n_bytes:
+                raise ValueError(f"{member.filename} is compressed, or larger than the file")
+        (pickled,) = (member for member in archive.infolist() if member.filename.endswith("/data.pkl"))
+        _scan(archive.read(pickled))
+
+
+def _scan_old(path: Path) -> None:
+    """The same for torch's format before archives: pickles of a magic number, a version, system facts, the tensors and the storages'
+    names, one after the other, then the storages."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        at = 0
+        for _ in range(5):
+            at = _scan(content, at)
 
 
 def version_of(weights: Weights, path: str | Path) -> str:
@@ -76,8 +122,8 @@ def shape_of(weights: Weights, path: str | Path) -> ModelShape:
             refuse(f"{path}: {name} has shape {tuple(weights[name].shape)}; {n_dims} dimensions are accepted")
         return weights[name].shape[dim]
 
-    layers = {int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}
-    return ModelShape(
+    layers = {int(match[1]) for name in weights if (match := re.match(r"blocks\.([0-9]{1,9})\.", name))}
+    shape = ModelShape(
         n_layer=max(layers) + 1,
         n_embd=size("emb.weight", 1),
         dim_att=size("blocks.0.att.receptance.weight", 0),
@@ -85,6 +131,11 @@ def shape_of(weights: Weights, path: str | Path) -> ModelShape:
         vocab_size=size("emb.weight", 0),
         head_size=size("blocks.0.att.time_decay", 1),
     )
+    if len(layers) < shape.n_layer:
+        refuse(f"{path}: has weights of {len(layers)} layers, the last of which is number {shape.n_layer - 1}")
+    if empty := [field for field in SHAPE_FLAGS if getattr(shape, field) < 1]:
+        refuse(f"{path}: its weights have no numbers ({', '.join(empty)} 0)")
+    return shape
 
 
 def check_flags(shape: ModelShape, wanted: Mapping[str, int], path: str | Path) -> None:

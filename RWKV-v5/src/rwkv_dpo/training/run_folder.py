@@ -110,7 +110,7 @@ def read_config(path: Path) -> dict | None:
         return None
     try:
         settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         refuse(f"{path}: not readable as JSON ({error})")
     return settings if isinstance(settings, dict) else refuse(f"{path}: not a JSON object")
 

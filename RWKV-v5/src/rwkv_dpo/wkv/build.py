@@ -4,13 +4,16 @@ The sources hold plain `extern "C"` functions on raw pointers and include no tor
 torch extension takes a minute, and one build serves every torch version. Python calls them through ctypes.
 """
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import io
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
@@ -25,7 +28,7 @@ class BuildError(RuntimeError):
 def load_library(source: str, cflags: tuple[str, ...] = (), cuda_cflags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """Compile csrc/`source` (once per source text, flags and machine) and load it.
 
-    Safe to call from several processes at once: torch's builder holds a file lock. Raises BuildError with the log.
+    Safe to call from several processes at once. Raises BuildError with the log.
     """
     library = _attempt(source, cflags, cuda_cflags)
     if isinstance(library, BuildError):
@@ -50,7 +53,7 @@ def _attempt(source: str, cflags: tuple[str, ...], cuda_cflags: tuple[str, ...])
     printed = io.StringIO()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with redirect_stdout(printed), redirect_stderr(printed):
+        with _alone(folder), redirect_stdout(printed), redirect_stderr(printed):
             cpp_extension.load(
                 name, [str(path)], extra_cflags=list(cflags), extra_cuda_cflags=list(cuda_cflags),
                 build_directory=str(folder), is_python_module=False,
@@ -58,6 +61,16 @@ def _attempt(source: str, cflags: tuple[str, ...], cuda_cflags: tuple[str, ...])
     except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
         return BuildError(f"{source} did not compile; the log:\n{printed.getvalue()}{error}")
     return ctypes.CDLL(str(folder / f"{name}.so"))
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time. The system gives the lock back when its holder dies; torch's own is a file, and a build that was killed
+    leaves it there for every later run to wait on for ever."""
+    with open(folder / "owner", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        yield
 
 
 def missing_tool(*tools: str) -> str | None:

@@ -1,0 +1,282 @@
+"""Hand-made hostile files: each would run code, fill the memory or leave the file if its reader let it. All are to be refused."""
+
+import gzip
+import io
+import json
+import pickle
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+# Inputs that a campaign found, of formats that are not written by hand.
+_KEPT = Path(__file__).parent / "regressions"
+_DEEP = "[" * 100_000 + "]" * 100_000
+
+
+class _Call:
+    """Pickles as a call, which a loader that trusts the file would make."""
+
+    def __init__(self, function: object, *arguments: object) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def _calls() -> dict[str, _Call]:
+    import builtins
+    import os
+    import subprocess
+
+    return {
+        "system": _Call(os.system, "touch ran"),
+        "popen": _Call(subprocess.Popen, ["touch", "ran"]),
+        "eval": _Call(builtins.eval, "open('ran', 'w')"),
+        "exec": _Call(builtins.exec, "open('ran', 'w')"),
+        "open": _Call(builtins.open, "ran", "w"),
+        "import": _Call(builtins.__import__, "antigravity"),
+        "getattr": _Call(getattr, "", "upper"),
+    }
+
+
+_ROW_END = b"]K\x04a]K\x05aG\xbf\xf0\0\0\0\0\0\0G\xbf\xf0\0\0\0\0\0\0t"
+
+
+def pickled_pairs() -> dict[str, bytes]:
+    row = ([1], [2], [3], -1.0, -1.0)
+    found = {f"calls {name}": pickle.dumps([row, call], 4) for name, call in _calls().items()}
+    nest: object = [1]
+    for _ in range(9):
+        nest = [nest] * 10
+    shared = [1] * 40_000
+    scalar = b"cnumpy.core.multiarray\nscalar\n"
+    return found | {
+        "a memo of 2**28 entries": b"\x80\x02]r\xf0\xff\xff\x0f.",
+        "a memo entry in text": b"]p268435440\n.",
+        "a string of 2**62 bytes": b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"abc.",
+        "a byte array of 4 GB": b"\x80\x05\x96" + struct.pack("<Q", 2**32 - 8) + b"abc.",
+        "a frame of 2**60 bytes": b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"].",
+        "a number of 2**31 bytes": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"1.",
+        "lists in lists, 10**9 numbers": pickle.dumps([(nest, [2], [3], -1.0, -1.0)], 4),
+        "one list in 20,000 rows": pickle.dumps([(shared, [2], [3], -1.0, -1.0) for _ in range(20_000)], 4),
+        "a list that holds itself": b"\x80\x02]q\0h\0a.",
+        "a row that holds itself": b"\x80\x02]q\0(h\0" + _ROW_END + b"a.",
+        "a log-probability of 400 digits": pickle.dumps([(*row[:3], 10**400, -1.0)], 2),
+        "a token of 5,000 digits": pickle.dumps([([1 << 16000], [2], [3], -1.0, -1.0)], 2),
+        "state for the reader's own class": b"\x80\x02]" + scalar + b"N}X\x0c\0\0\0__defaults__)s\x86ba.",
+        "a dictionary of equal hashes": pickle.dumps({i * (2**61 - 1): None for i in range(20_000)}, 4),
+        "a name with line ends": b"\x80\x04\x8c\x06os\nos\n\x8c\x03a\nb\x93.",
+        "ten thousand open brackets": b"(" * 10_000 + b".",
+        "ten thousand tuples": b"\x80\x02)" + b"\x85" * 1_000_000 + b".",
+        "a dtype of its own": b"\x80\x02]cnumpy\ndtype\nX\x12\0\0\0(1000000000,)i4,i4\x85Ra.",
+    }
+
+
+def _npz(members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(zipfile.ZipInfo(name), content, method)
+    return file.getvalue()
+
+
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
+
+
+def _npy_with(shape: str, dtype: str, rest: bytes = b"", header: str = "") -> bytes:
+    text = (header or f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}").encode() + b"\n"
+    return b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text + rest
+
+
+def _members(**changes: bytes) -> dict[str, bytes]:
+    header = json.dumps({"format": "rwkv_dpo pairs", "version": 1, "n_pairs": 1}).encode()
+    members = {
+        "header": _npy(np.frombuffer(header, np.uint8)),
+        "tokens": _npy(np.arange(4, dtype=np.int32)),
+        "offsets": _npy(np.array([0, 1, 2, 4])),
+        "ref_logps": _npy(np.full((1, 2), -1.0)),
+    } | changes
+    return {f"{name}.npy": content for name, content in members.items()}
+
+
+def packed_pairs() -> dict[str, bytes]:
+    bomb = _npy(np.zeros(1 << 26, np.uint8).view(np.int32))
+    lies = _npz(_members())
+    at = lies.rfind(b"PK\1\2")
+    low, top = -(2**63), 2**63 - 1
+    return {
+        "zeros that unpack to 64 MB": _npz(_members(tokens=bomb), zipfile.ZIP_DEFLATED),
+        "a directory that promises 4 GB": lies[: at + 20] + b"\xf0\xff\xff\xff" * 2 + lies[at + 28 :],
+        "10**15 tokens": _npz(_members(tokens=_npy_with("(1000000000000000,)", "<i4"))),
+        "sizes that wrap around": _npz(_members(tokens=_npy_with("(4294967296, 4294967296)", "<i4"))),
+        "offsets that wrap around": _npz(
+            _members(offsets=_npy(np.array([0, top, low, low + 1, top - 5, -9, 4])), ref_logps=_npy(np.full((2, 2), -1.0)))
+        ),
+        "objects": _npz(_members(tokens=_npy(np.array([_calls()["system"]], dtype=object)))),
+        "a nested header": _npz(_members(header=_npy(np.frombuffer(_DEEP.encode(), np.uint8)))),
+        "a header that is a long sum": _npz(_members(tokens=_npy_with("", "", header="-" * 9000 + "1"))),
+        "an encrypted member": lies.replace(b"PK\1\2\x14\x03\x14\0\0\0", b"PK\1\2\x14\x03\x14\0\1\0"),
+    }
+
+
+def arrays() -> dict[str, bytes]:
+    return {
+        "10**15 tokens": _npy_with("(1000000000000000,)", "<i4"),
+        "sizes that wrap around to 0": _npy_with("(4294967296, 4294967296)", "<u2", bytes(64)),
+        "sizes that wrap around": _npy_with("(4611686018427387905,)", "<i4", bytes(64)),
+        "less than nothing": _npy_with("(-4,)", "<u2", bytes(64)),
+        "objects": _npy(np.array([_calls()["system"]], dtype=object)),
+        "minus minus minus": _npy_with("", "", header="-" * 9000 + "1"),
+        "brackets": _npy_with("", "", header="(" * 9000),
+        "a call": _npy_with("", "", header="__import__('os').system('touch ran')"),
+        "half a zip": b"PK\x03\x04" + bytes(40),
+        "a pickle": pickle.dumps(_calls()["system"], 2),
+    }
+
+
+def corpora() -> dict[str, bytes]:
+    def index(n: int, m: int, sizes: list[int], offsets: list[int], code: int = 8, tokens: bytes = b"\1\0" * 8) -> bytes:
+        content = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, n, m) + struct.pack(f"<{len(sizes)}i{len(offsets)}q", *sizes, *offsets)
+        # struct aligns unless told not to: the offsets are written again without.
+        content = content[:34] + b"".join(size.to_bytes(4, "little", signed=True) for size in sizes)
+        content += b"".join(offset.to_bytes(8, "little", signed=True) for offset in offsets) + bytes(8 * min(m, 9))
+        return len(content).to_bytes(4, "little") + content + tokens
+
+    return {
+        "10**15 documents": index(10**15, 1, [8], [0]),
+        "2**64 - 1 documents": index(2**64 - 1, 2**64 - 1, [8], [0]),
+        "counts whose bytes wrap around": index(2**62, 2**63, [], []),
+        "a document of 2**31 tokens": index(1, 2, [2**31 - 1], [0]),
+        "sizes below 0": index(2, 3, [-8, 16], [0, -16]),
+        "offsets before the file": index(2, 3, [4, 4], [-8, 8]),
+        "offsets after the file": index(2, 3, [4, 4], [0, 2**62]),
+    }
+
+
+def _torch_zip(pickled: bytes, storages: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    members = {"a/data.pkl": pickled, "a/byteorder": b"little", "a/version": b"3\n"}
+    return _npz(members | {f"a/data/{name}": content for name, content in storages.items()}, method)
+
+
+def _tensor(
+    numel: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0, kind: str = "FloatStorage", key: str = "0"
+) -> bytes:
+    def number(n: int) -> bytes:
+        return b"\x8a\x0a" + n.to_bytes(10, "little", signed=True)
+
+    def text(s: str) -> bytes:
+        return b"X" + len(s).to_bytes(4, "little") + s.encode()
+
+    def numbers(many: tuple[int, ...]) -> bytes:
+        return b"(" + b"".join(map(number, many)) + b"t"
+
+    storage = b"(" + text("storage") + b"ctorch\n" + kind.encode() + b"\n" + text(key) + text("cpu") + number(numel) + b"tQ"
+    hooks = b"ccollections\nOrderedDict\n)R"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(offset) + numbers(size) + numbers(stride) + b"\x89" + hooks + b"tR"
+
+
+def _weights(*entries: tuple[str, bytes]) -> bytes:
+    items = b"".join(b"X" + len(name).to_bytes(4, "little") + name.encode() + value for name, value in entries)
+    return b"\x80\x02}(" + items + b"u."
+
+
+def checkpoints() -> dict[str, bytes]:
+    import torch
+
+    found = {}
+    for name, call in _calls().items():
+        file = io.BytesIO()
+        torch.save({"emb.weight": call}, file)
+        found[f"calls {name}"] = file.getvalue()
+        found[f"a pickle that calls {name}"] = pickle.dumps(call, 2)
+    one = bytes(4)
+    huge = (1 << 31, 1 << 20)
+    reduce = b"\x80\x02}X\1\0\0\0a"
+    named = [("blocks.0.att.time_mix_g", _tensor(1, (1, 1, 1), (1, 1, 1))), ("blocks.0.att.time_decay", _tensor(1, (1, 8), (0, 0)))]
+    empty = [
+        (name, _tensor(0, (0, 0), (1, 1)))
+        for name in ("emb.weight", "blocks.0.att.receptance.weight", "blocks.0.ffn.key.weight", "blocks.0.att.time_decay")
+    ]
+    old = io.BytesIO()
+    torch.save({"a": torch.zeros(4)}, old, _use_new_zipfile_serialization=False)
+    return found | {
+        "one number repeated 2**51 times": _torch_zip(_weights(*named, ("emb.weight", _tensor(1, huge, (0, 0)))), {"0": one}),
+        "a storage larger than its record": _torch_zip(_weights(*named, ("emb.weight", _tensor(10**15, (10**15, 1), (1, 1)))), {"0": one}),
+        "a tensor beyond its storage": _torch_zip(_weights(*named, ("emb.weight", _tensor(1, (1 << 30, 1), (1, 1)))), {"0": one}),
+        "an offset before its storage": _torch_zip(_weights(("emb.weight", _tensor(1, (1, 1), (1, 1), offset=-8))), {"0": one}),
+        "strides that wrap around": _torch_zip(_weights(("emb.weight", _tensor(1, (3, 3), (2**62, 2**62)))), {"0": one}),
+        "no numbers at all": _torch_zip(_weights(("blocks.0.att.time_mix_g", _tensor(0, (0,), (1,))), *empty), {"0": b""}),
+        "a layer of number 999999999": _torch_zip(
+            _weights(
+                *named,
+                ("emb.weight", _tensor(1, (1, 1), (1, 1))),
+                ("blocks.999999999.x", _tensor(1, (1,), (1,))),
+                *[(n, _tensor(1, (1, 1), (1, 1))) for n in ("blocks.0.att.receptance.weight", "blocks.0.ffn.key.weight")],
+            ),
+            {"0": one},
+        ),
+        "a bytearray of 2 GB": _torch_zip(reduce + b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85Rs.", {}),
+        "a tensor by its size": _torch_zip(reduce + b"ctorch\nFloatTensor\nJ\xff\xff\xff\x7f\x85Rs.", {}),
+        "a storage by its size": _torch_zip(reduce + b"ctorch.storage\nUntypedStorage\nJ\xff\xff\xff\x7f\x85Rs.", {}),
+        "a tensor without storage": _torch_zip(
+            reduce
+            + b"ctorch._utils\n_rebuild_meta_tensor_no_storage\n(ctorch\nfloat32\n(J\xff\xff\xff\x7fJ\xff\xff\xff\x7ft(K\1K\1t\x89tRs.",
+            {},
+        ),
+        "a pickle that unpacks to 64 MB": _torch_zip(
+            b"\x80\x02X" + (1 << 26).to_bytes(4, "little") + bytes(1 << 26) + b".", {}, zipfile.ZIP_DEFLATED
+        ),
+        "a string of 4 GB": _torch_zip(b"\x80\x02X\xf0\xff\xff\xff.", {}),
+        "an old file with a string of 4 GB": b"\x80\x02X\xf0\xff\xff\xff.",
+        "an old file with a huge storage": old.getvalue().replace(b"K\x04", b"J\xff\xff\xff\x7f", 1),
+        "a program of TorchScript": _npz(
+            {"a/data.pkl": b"\x80\x02}.", "a/constants.pkl": b"\x80\x02).", "a/version": b"3\n", "a/code/a.py": b"import os"}
+        ),
+    }
+
+
+def json_files() -> dict[str, bytes]:
+    return {
+        "deep": _DEEP.encode(),
+        "deep in a row": b'[{"prompt": ' + _DEEP.encode() + b"}]",
+        "deep objects": b'[{"a":' * 50_000,
+        "5,000 digits": b'[{"prompt": "a", "chosen": "b", "rejected": "c", "text": ' + b"9" * 5000 + b"}]",
+        "the end is missing": b'[{"text": "' + b"a" * 300_000,
+        "white space": b" " * 3_000_000,
+    }
+
+
+def json_lines() -> dict[str, bytes]:
+    scores = b'{"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": ' + b"9" * 400 + b', "score_rejected": 1, "text": 1}\n'
+    return {"deep": _DEEP.encode(), "a score of 400 digits": scores, "a name in raw mode": b'{"\\u001b[2J\\n": 1}\n'}
+
+
+def gzipped() -> dict[str, bytes]:
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    zeros = bytes(1 << 20)
+    # 300 MB of one line.
+    bomb = b"".join(packer.compress(zeros.replace(b"\0", b"a")) for _ in range(300)) + packer.flush()
+    twice = gzip.compress(bomb)
+    return {"300 MB of one letter": bomb, "a pack in a pack": gzip.compress(twice) + bomb}
+
+
+def parquet() -> dict[str, bytes]:
+    import pyarrow
+    from pyarrow import parquet as format
+
+    file = io.BytesIO()
+    text = pyarrow.array(["a" * (1 << 26)])
+    table = pyarrow.table({"prompt": text, "chosen": text, "rejected": text, "text": text})
+    format.write_table(table, file, compression="zstd", use_dictionary=False)
+    return {
+        "four texts of 64 MB": file.getvalue(),
+        "column facts at which pyarrow ends the process": (_KEPT / "column_statistics.parquet").read_bytes(),
+        "no footer": b"PAR1" * 2,
+        "a footer of 4 GB": b"PAR1" + b"\xff\xff\xff\xff" + b"PAR1",
+    }

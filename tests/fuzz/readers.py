@@ -1,0 +1,364 @@
+"""Every reader of a file or of flags: how it is called, valid inputs made by our own writers, hostile ones, and how inputs are changed."""
+
+import io
+import json
+import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rwkv_dpo.data import documents, prompts, sources
+from rwkv_dpo.data.binidx import DTYPES, read_binidx, write_binidx
+from rwkv_dpo.data.corpus import open_corpus
+from rwkv_dpo.data.pairs import load_pairs, pack_pairs, save_original, save_pairs
+from rwkv_dpo.errors import InputError
+
+from fuzz import evil, mutations
+from fuzz.mutations import Mutator
+
+
+@dataclass(frozen=True)
+class Reader:
+    """`read` takes the path of the input, which ends with `suffix`, and looks at all that it gets; `share` of a campaign's inputs."""
+
+    suffix: str
+    read: Callable[[Path], object]
+    seeds: Callable[[], list[bytes]]
+    mutate: Mutator
+    evil: Callable[[], dict[str, bytes]] = dict
+    is_packed: bool = False
+    share: int = 1
+
+
+def join(index: bytes, tokens: bytes) -> bytes:
+    """A corpus of two files as one input."""
+    return len(index).to_bytes(4, "little") + index + tokens
+
+
+def _split(path: Path) -> Path:
+    content = path.read_bytes()
+    n_index = int.from_bytes(content[:4], "little")
+    prefix = path.with_suffix("")
+    Path(f"{prefix}.idx").write_bytes(content[4 : 4 + n_index])
+    Path(f"{prefix}.bin").write_bytes(content[4 + n_index :])
+    return prefix
+
+
+def _read_binidx(path: Path) -> None:
+    corpus = read_binidx(path.with_suffix(""))
+    assert corpus.tokens.nbytes == Path(f"{path.with_suffix('')}.bin").stat().st_size
+    assert sum(len(corpus.document(i)) for i in range(len(corpus))) == len(corpus.tokens)
+    _read_corpus(path.with_suffix(""), "binidx", 100)
+
+
+def _read_corpus(path: Path, data_type: str, vocab_size: int) -> None:
+    corpus = open_corpus(str(path), data_type, vocab_size, 2)
+    for start in (0, corpus.n_tokens - 3):
+        window = corpus.window(start, 3)
+        assert window.min() >= 0
+        assert window.max() < corpus.vocab_size
+    assert len(corpus.characters) <= corpus.vocab_size
+
+
+def _read_pairs(path: Path) -> None:
+    pairs = load_pairs(path, 100)
+    n = sum(len(row) for i in range(len(pairs)) for row in pairs.pair(i))
+    assert n == len(pairs.tokens) <= 16 * path.stat().st_size
+
+
+def _read_weights(path: Path) -> None:
+    import torch
+    from rwkv_dpo.model.checkpoint import empty_model, load_into, read_weights, shape_of, version_of
+    from rwkv_dpo.wkv import reference
+
+    weights = read_weights(path)
+    assert sum(value.numel() * value.element_size() for value in weights.values()) <= path.stat().st_size
+    for value in weights.values():
+        value.sum()  # reads all of it
+    model = empty_model(shape_of(weights, path), version_of(weights, path), reference.wkv5, torch.float32)
+    load_into(model, weights, path)
+
+
+def _read_preferences(path: Path) -> None:
+    refusals = []
+    for on_error in ("skip", "stop"):
+        try:
+            for row in sources.read_preferences(path, on_error=on_error):
+                if isinstance(row, sources.Preference):
+                    prompts.render(row, prompts.MODES["mix"], 0)
+        except InputError as error:
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
+
+
+def _read_documents(path: Path) -> None:
+    for split in (False, True):
+        for text in documents.open_documents(str(path), split_blank_lines=split):
+            text.encode()
+
+
+def _read_templates(path: Path) -> None:
+    prompts.render(sources.Preference("row 1", "", ("Hi",), "Hello!", "Go away."), prompts.load_templates(str(path)), 0)
+
+
+def _parse_flags(path: Path) -> None:
+    import evaluate
+    import make_data
+    import prepare_pairs
+    from rwkv_dpo.flags import parse_flags
+    from rwkv_dpo.schedule import lr_at, weight_decay_at
+
+    which, *arguments = path.read_bytes().decode(errors="surrogateescape").split("\0")
+    try:
+        if which == "train":
+            config, _ = parse_flags(arguments)
+            for step in (0, 1, max(config.total_steps - 1, 0)):
+                assert 0 <= lr_at(config.schedule, step, step) < 2**64
+                assert 0 <= weight_decay_at(config.schedule, step) < 2**64
+        else:
+            {"evaluate": evaluate, "make_data": make_data}.get(which, prepare_pairs).parse_flags(arguments)
+    except SystemExit as stopped:
+        if stopped.code:  # 0 after --help
+            raise AssertionError(f"exit status {stopped.code}") from stopped
+
+
+def _written(write: Callable[[Path], object], suffix: str = "") -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder, f"seed{suffix}"))
+        return Path(folder, f"seed{suffix}").read_bytes()
+
+
+def _corpora() -> list[bytes]:
+    lists = [[1, 2, 3], [], [7], [5, 0, 9, 11]]
+    seeds = []
+    for dtype in DTYPES.values():
+        with tempfile.TemporaryDirectory() as folder:
+            write_binidx(Path(folder, "c"), [np.array(tokens, dtype) for tokens in lists], dtype)
+            seeds.append(join(Path(folder, "c.idx").read_bytes(), Path(folder, "c.bin").read_bytes()))
+    return seeds
+
+
+def _pairs():
+    rows = [([1, 2, 3], [4], [5, 6]), ([7], [8, 9], [8, 10]), ([70] * 30, [71] * 3, [72] * 9)]
+    return pack_pairs(rows, np.array([[-1.5, -2.25], [-3, -4.0], [-8.5, -9]]), {"ctx_len": 64})
+
+
+def _pickled_pairs() -> list[bytes]:
+    import pickle
+
+    rows = [([1, 300, 2], [70000 % 90], [5], -1.5, np.float32(-2)), ([np.int64(4)], (5,), [6], np.float64(-1), -3)]
+    shared = [1, 2, 3]
+    return [
+        _written(lambda path: save_original(path, _pairs())),
+        *(pickle.dumps(rows, protocol) for protocol in range(6)),
+        pickle.dumps([(shared, [4], [5], -1.0, -1.0), (shared, [6], [7], -1.0, -1.0)], 2),
+    ]
+
+
+def _checkpoints() -> list[bytes]:
+    import torch
+    from conftest import random_model
+    from rwkv_dpo.model.checkpoint import save_weights
+    from rwkv_dpo.model.shape import ModelShape
+
+    model = random_model(ModelShape(1, 8, 8, 32, 11, head_size=8), torch.float32)
+    small = {name: model.state_dict()[name] for name in ("emb.weight", "blocks.0.att.time_mix_g", "blocks.0.att.time_decay")}
+    return [
+        _written(lambda path: save_weights(model.state_dict(), path)),
+        _written(lambda path: torch.save(model.state_dict(), path)),
+        _written(lambda path: torch.save({name: value.bfloat16() for name, value in small.items()}, path)),
+        _written(lambda path: torch.save(small, path, _use_new_zipfile_serialization=False)),
+    ]
+
+
+def _npy_arrays() -> list[bytes]:
+    arrays = [np.arange(9, dtype="<u2"), np.arange(9, dtype=">i8"), np.arange(6, dtype=np.uint8).reshape(2, 3)]
+    return [_written(lambda path, one=one: np.save(path, one), ".npy") for one in arrays]  # type: ignore[misc]
+
+
+_PREFERENCES = [
+    {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away.", "score_chosen": 9, "score_rejected": 1.5},
+    {
+        "prompt": "Hi",
+        "chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}],
+        "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No."}],
+    },
+    {
+        "conversations": [{"from": "human", "value": "Hi"}],
+        "chosen": {"from": "gpt", "value": "Yes"},
+        "rejected": {"from": "gpt", "value": "No"},
+    },
+    {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: No"},
+    {
+        "prompt": [{"role": "system", "content": "Be"}, {"role": "user", "content": "Hé"}],
+        "chosen": [{"role": "assistant", "content": "ü"}],
+        "rejected": [{"role": "assistant", "content": "x"}],
+    },
+]
+_TEXTS = [{"text": "One.\n\nTwo é"}, {"text": "Three", "more": [1, {"a": None}]}]
+
+
+def _lines(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _parquet(rows: list[dict]) -> bytes:
+    import pyarrow
+    from pyarrow import parquet
+
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file, compression=("none", "snappy", "zstd")[len(rows) % 3])
+    return file.getvalue()
+
+
+def _changed_parquet(content: bytes, draw: random.Random) -> bytes:
+    """The bytes changed, more often near the end, where the footer is; or other rows."""
+    if draw.random() < 0.2:
+        try:
+            rows = json.loads(mutations.json_values(json.dumps(_PREFERENCES[: draw.randrange(1, 3)]).encode(), draw))
+            return _parquet(rows)
+        # What cannot be written is no input.
+        except Exception:
+            return content
+    at = draw.choice((0, 0, max(len(content) - 1200, 0), len(content) // 2))
+    return content[:at] + mutations.some_bytes(content[at:], draw)
+
+
+def _csv_seeds() -> list[bytes]:
+    return [b'prompt,chosen,rejected\nHi,"Hello, ""you""\n!",No\nHo,a,b\n', 'text\n"é\r\n"\nb\n'.encode(), b"\xef\xbb\xbftext\na\n"]
+
+
+def _gzip(seeds: list[bytes]) -> list[bytes]:
+    import gzip
+
+    return [gzip.compress(seed, mtime=0) for seed in seeds]
+
+
+def _flag_lines() -> list[bytes]:
+    from rwkv_dpo.config import RunConfig
+
+    lines = [["train", f"--{name}={value}"] for name, value in vars(RunConfig()).items()]
+    lines += [
+        ["train", "--load_model", "x.pth", "--my_pile_stage", "3", "--magic_prime", "101", "--my_exit_tokens", "-5000"],
+        ["train", "--help"],
+    ]
+    lines += [
+        ["make_data", "in.jsonl", "3", "4096", "--out", "x", "--seed", "1"],
+        ["make_data", "*.txt"],
+        ["make_data", "a", "--split_blank_lines"],
+    ]
+    lines += [["prepare_pairs", "--source", "a.json", "--load_model", "b.pth", "--valid_ratio", "0.1", "--ctx_len", "64", "--limit", "3"]]
+    lines += [
+        ["evaluate", "--load_model", "a", "b", "--pairs", "p", "--top_p", "0.5", "--temperature", "1", "--seed", "3", "--ctx_len", "9"]
+    ]
+    return ["\0".join(line).encode() for line in lines]
+
+
+def _changed_flags(content: bytes, draw: random.Random) -> bytes:
+    which, *arguments = content.split(b"\0")
+    others = [part for line in draw.sample(_flag_lines(), 3) for part in line.split(b"\0")[1:]]
+    for _ in range(draw.choice((1, 2, 3))):
+        at = draw.randrange(len(arguments) + 1)
+        kind = draw.randrange(4)
+        if kind == 0:
+            arguments.insert(at, draw.choice(others or [b"-"]))
+        elif kind == 1 and arguments:
+            del arguments[at % len(arguments)]
+        elif arguments:
+            name, equals, value = arguments[at % len(arguments)].partition(b"=")
+            words = (
+                b"nan",
+                b"inf",
+                b"-1",
+                b"1e308",
+                b"1e-320",
+                b"0",
+                b"",
+                b"9" * 5000,
+                b"x" * 300,
+                b"\xff",
+                b"%s",
+                b"%",
+                b"{}",
+                b"@x",
+                b"-",
+                b"--",
+            )
+            value = draw.choice((str(mutations.number(draw)).encode(), draw.choice(words), mutations.some_bytes(value or name, draw)))
+            arguments[at % len(arguments)] = (name + equals if equals else b"") + value.replace(b"\0", b"")
+    return b"\0".join([which, *arguments])
+
+
+def _json(rows: list[dict]) -> list[bytes]:
+    return [json.dumps(rows).encode(), json.dumps(rows[:1], indent=1).encode(), b"[]"]
+
+
+# An input's file is named by its reader, so that a name is a suffix too.
+READERS: dict[str, Reader] = {
+    "binidx": Reader(".two", _read_binidx, _corpora, mutations.index_fields, evil.corpora, share=4),
+    "pairs_packed": Reader(
+        ".save",
+        _read_pairs,
+        lambda: [_written(lambda path: save_pairs(path, _pairs()))],
+        mutations.zip_members(mutations.npy_header),
+        evil.packed_pairs,
+        share=4,
+    ),
+    "pairs_pickled": Reader(".save", _read_pairs, _pickled_pairs, mutations.pickle_opcodes, evil.pickled_pairs, share=4),
+    "checkpoint": Reader(".pth", _read_weights, _checkpoints, mutations.zip_members(mutations.weights_member), evil.checkpoints, share=4),
+    "corpus_numpy": Reader(".npy", lambda path: _read_corpus(path, "numpy", 100), _npy_arrays, mutations.npy_header, evil.arrays, share=2),
+    "corpus_utf8": Reader(".txt", lambda path: _read_corpus(path, "utf-8", 0), lambda: ["abcé\U0001f600\n".encode()], mutations.some_bytes),
+    "corpus_utf16": Reader(
+        ".txt", lambda path: _read_corpus(path, "utf-16le", 0), lambda: ["abcé\U0001f600\n".encode("utf-16le")], mutations.some_bytes
+    ),
+    "corpus_uint16": Reader(
+        ".bin", lambda path: _read_corpus(path, "uint16", 100), lambda: [bytes(range(0, 90, 3)), b"\1\0" * 9], mutations.some_bytes
+    ),
+    "preferences_json": Reader(".json", _read_preferences, lambda: _json(_PREFERENCES), mutations.json_values, evil.json_files, share=2),
+    "preferences_jsonl": Reader(
+        ".jsonl", _read_preferences, lambda: [_lines(_PREFERENCES)], mutations.json_values, evil.json_lines, share=2
+    ),
+    "preferences_csv": Reader(".csv", _read_preferences, _csv_seeds, mutations.some_bytes),
+    "preferences_parquet": Reader(
+        ".parquet", _read_preferences, lambda: [_parquet(_PREFERENCES[:1]), _parquet(_PREFERENCES[1:2] * 2)], _changed_parquet, evil.parquet
+    ),
+    "preferences_jsonl_gz": Reader(
+        ".jsonl.gz",
+        _read_preferences,
+        lambda: _gzip([_lines(_PREFERENCES)]),
+        mutations.gzipped(mutations.json_values),
+        evil.gzipped,
+        is_packed=True,
+    ),
+    "documents_json": Reader(".json", _read_documents, lambda: _json(_TEXTS), mutations.json_values, evil.json_files),
+    "documents_jsonl": Reader(".jsonl", _read_documents, lambda: [_lines(_TEXTS)], mutations.json_values, evil.json_lines),
+    "documents_csv": Reader(".csv", _read_documents, _csv_seeds, mutations.some_bytes),
+    "documents_parquet": Reader(".parquet", _read_documents, lambda: [_parquet(_TEXTS[:1])], _changed_parquet, evil.parquet),
+    "documents_txt": Reader(".txt", _read_documents, lambda: ["One.\r\n\r\nTwo é\n\n\nThree".encode()], mutations.some_bytes),
+    "documents_txt_gz": Reader(
+        ".txt.gz",
+        _read_documents,
+        lambda: _gzip(["One.\n\nTwo é".encode()]),
+        mutations.gzipped(mutations.some_bytes),
+        evil.gzipped,
+        is_packed=True,
+    ),
+    "templates_json": Reader(
+        ".json",
+        _read_templates,
+        lambda: [b'{"single": {"Q: {prompt}\\nA:": 3}, "user": "H", "answer": " {answer}\\n"}'],
+        mutations.json_values,
+        evil.json_files,
+    ),
+    "templates_txt": Reader(".txt", _read_templates, lambda: [b"Q: {prompt}\nA:\n"], mutations.some_bytes),
+    "flags": Reader(".flags", _parse_flags, _flag_lines, _changed_flags, share=3),
+}
+
+
+def prepare(path: Path) -> None:
+    """What the reader needs besides the input itself; not under guard."""
+    if path.suffix == ".two":
+        _split(path)
