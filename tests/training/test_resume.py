@@ -120,6 +120,14 @@ def test_ctrl_c_is_the_same(data, tmp_path, whole):
     assert_same(tmp_path / "out", whole)
 
 
+def test_fp16_goes_on_with_its_loss_scale(data, tmp_path):
+    fp16 = {"precision": "fp16", "dpo": 0, "lr_init": 1e-4}
+    train.main(flags(data, tmp_path / "whole", **fp16))
+    run_until(data, tmp_path / "out", 5, **fp16)
+    train.main(flags(data, tmp_path / "out", **fp16))
+    assert_same(tmp_path / "out", tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(data, tmp_path, lives):
     layout = {"devices": 2, "strategy": "ddp"}
@@ -261,6 +269,15 @@ def test_a_full_disk_stops_the_run_and_the_last_good_checkpoint_is_named_and_int
     subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
     train.main(flags(data, out, save_every=2))
     assert_same(out, whole)
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_both_processes_with_one_line(data, small_disk, lives, tmp_path):
+    log = tmp_path / "log.txt"
+    wanted = flags(data, small_disk / "out", save_every=2, keep=9, devices=2, strategy="ddp")
+    assert lives.whole(wanted, log, 2) == [2, 0], log.read_text()
+    assert log.read_text().count("No space left on device; the last good checkpoint is") == 1
+    assert "Traceback" not in log.read_text()
 
 
 def test_a_folder_that_becomes_read_only_stops_the_run_likewise(data, small_disk, whole):

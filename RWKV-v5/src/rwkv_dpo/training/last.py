@@ -10,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from rwkv_dpo.config import RunConfig
@@ -79,13 +80,24 @@ class LastCheckpoints(pl.Callback):
             return _from_rank_0(trainer, saved.optimizer[name][key] if saved else None, forms[name][key])
 
         write_state(trainer, module.model, forms, tensor)
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            self._set_master_weights(trainer, module)
         if scaler:
-            trainer.precision_plugin.load_state_dict(scaler)
+            _set_loss_scale(trainer, scaler)
         _set_generators(generators, trainer.global_rank, self.config.seed + trainer.global_step)
         if saved is not None:
             self._tell_last_good(saved.path)
             log.info("going on after step %d of %d, from %s", trainer.global_step, self.config.total_steps, saved.path)
         self.saved = None
+
+    def _set_master_weights(self, trainer: pl.Trainer, module: DPOModule) -> None:
+        """With fp16 the engine has made its fp32 weights from rounded ones."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        saved = self.saved
+        for name, parameter in trainable(module.model):
+            like = torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
+            safe_set_full_fp32_param(parameter, _from_rank_0(trainer, saved.weights[name] if saved else None, like))
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         step, c = trainer.global_step, self.config
@@ -119,7 +131,7 @@ class LastCheckpoints(pl.Callback):
             "weights": {name: weights[name].detach().cpu() for name in names},
             "optimizer": read_state(trainer, module.model),
             "generators": _all_generators(trainer),
-            "scaler": trainer.precision_plugin.state_dict(),
+            "scaler": _loss_scale(trainer) if self.config.precision == "fp16" else {},
         }
 
         def write() -> None:
@@ -171,6 +183,19 @@ def _set_counters(trainer: pl.Trainer, epoch: int, batch: int, step: int) -> Non
     steps = {"ready": step, "completed": step}
     state["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"] = {"total": steps, "current": steps}
     loop.load_state_dict(state)
+
+
+def _loss_scale(trainer: pl.Trainer) -> dict[str, Any]:
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        return {"scale": float(trainer.strategy.deepspeed_engine.optimizer.loss_scale)}
+    return trainer.precision_plugin.state_dict()
+
+
+def _set_loss_scale(trainer: pl.Trainer, state: dict[str, Any]) -> None:
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        trainer.strategy.deepspeed_engine.optimizer.loss_scaler.cur_scale = state["scale"]
+    else:
+        trainer.precision_plugin.load_state_dict({**trainer.precision_plugin.state_dict(), **state})
 
 
 def _generators() -> dict[str, Tensor]:
