@@ -84,7 +84,9 @@ class MetricsLog(pl.Callback):
         }
         self.sums, self.n_micro, self.n_tokens = {}, 0, 0
         self.epoch_losses.append(record["loss"])
-        module.log_dict(_for_the_bar(record), prog_bar=True, logger=False)
+        # Lightning's bookkeeping takes as long as a small model's forward pass.
+        if c.enable_progress_bar:
+            module.log_dict(_for_the_bar(record), prog_bar=True, logger=False)
         if trainer.is_global_zero:
             self._append("metrics.jsonl", json.dumps(record) + "\n")
             if self.run is not None:
