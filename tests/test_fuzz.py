@@ -48,7 +48,7 @@ def test_hostile_and_changed_inputs_are_read_or_refused_and_nothing_else(tmp_pat
     reports = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in NAMES}
     assert {name: report["findings"] for name, report in reports.items() if report["findings"]} == {}
     # That valid inputs are accepted, each process sees before it begins.
-    assert all(report["refused"] >= 5 for report in reports.values())
+    assert all(report["refused"] > 0 for report in reports.values())
 
 
 def test_every_reader_is_in_the_slice():

@@ -149,11 +149,13 @@ def _pairs():
 def _pickled_pairs() -> list[bytes]:
     import pickle
 
-    rows = [([1, 300, 2], [70000 % 90], [5], -1.5, np.float32(-2)), ([np.int64(4)], (5,), [6], np.float64(-1), -3)]
+    plain = [([1, 99, 2], [70], [5], -1.5, -2), ([4], (5,), [6], -1e9, -3.0)]
+    rows = [*plain, ([np.int64(4)], [np.uint16(7)], [6], np.float64(-1), np.float32(-3))]
     shared = [1, 2, 3]
     return [
         _written(lambda path: save_original(path, _pairs())),
-        *(pickle.dumps(rows, protocol) for protocol in range(6)),
+        *(pickle.dumps(plain, protocol) for protocol in range(6)),
+        *(pickle.dumps(rows, protocol) for protocol in (3, 4, 5)),
         pickle.dumps([(shared, [4], [5], -1.0, -1.0), (shared, [6], [7], -1.0, -1.0)], 2),
     ]
 
@@ -165,12 +167,11 @@ def _checkpoints() -> list[bytes]:
     from rwkv_dpo.model.shape import ModelShape
 
     model = random_model(ModelShape(1, 8, 8, 32, 11, head_size=8), torch.float32)
-    small = {name: model.state_dict()[name] for name in ("emb.weight", "blocks.0.att.time_mix_g", "blocks.0.att.time_decay")}
     return [
         _written(lambda path: save_weights(model.state_dict(), path)),
         _written(lambda path: torch.save(model.state_dict(), path)),
-        _written(lambda path: torch.save({name: value.bfloat16() for name, value in small.items()}, path)),
-        _written(lambda path: torch.save(small, path, _use_new_zipfile_serialization=False)),
+        _written(lambda path: torch.save({name: value.bfloat16() for name, value in model.state_dict().items()}, path)),
+        _written(lambda path: torch.save(dict(model.state_dict()), path, _use_new_zipfile_serialization=False)),
     ]
 
 
@@ -315,7 +316,10 @@ READERS: dict[str, Reader] = {
         ".txt", lambda path: _read_corpus(path, "utf-16le", 0), lambda: ["abcé\U0001f600\n".encode("utf-16le")], mutations.some_bytes
     ),
     "corpus_uint16": Reader(
-        ".bin", lambda path: _read_corpus(path, "uint16", 100), lambda: [bytes(range(0, 90, 3)), b"\1\0" * 9], mutations.some_bytes
+        ".bin",
+        lambda path: _read_corpus(path, "uint16", 100),
+        lambda: [np.arange(0, 90, 3, dtype="<u2").tobytes(), b"\1\0" * 9],
+        mutations.some_bytes,
     ),
     "preferences_json": Reader(".json", _read_preferences, lambda: _json(_PREFERENCES), mutations.json_values, evil.json_files, share=2),
     "preferences_jsonl": Reader(

@@ -100,7 +100,9 @@ class MetricsLog(pl.Callback):
         }
         if math.isfinite(loss):
             self.epoch_losses.append(loss)
-        module.log_dict(_for_the_bar(record), prog_bar=True, logger=False)
+        # Lightning's bookkeeping takes as long as a small model's forward pass.
+        if c.enable_progress_bar:
+            module.log_dict(_for_the_bar(record), prog_bar=True, logger=False)
         if trainer.is_global_zero:
             self.halt.append(self.folder / "metrics.jsonl", json.dumps(record) + "\n")
             if self.run is not None:
