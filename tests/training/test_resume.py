@@ -62,6 +62,8 @@ def run_until(data, folder, step, act=lambda: os.kill(os.getpid(), signal.SIGTER
             if steps_written(folder) >= step:
                 return act()
 
+    # A signal that comes after the run's end must not end the tests.
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     thread = threading.Thread(target=watch)
     thread.start()
     try:
@@ -69,6 +71,8 @@ def run_until(data, folder, step, act=lambda: os.kill(os.getpid(), signal.SIGTER
     finally:
         done.set()
         thread.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
