@@ -17,7 +17,7 @@ from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.model.tuning import begin_tuning, load_tuned
 from rwkv_dpo.objective import objective
 from rwkv_dpo.training.batches import MicroBatches
-from rwkv_dpo.training.trainer import build_model
+from rwkv_dpo.training.trainer import build_model, resolve_shape
 from test_train import SHAPE, data, flags, run  # noqa: F401  # `data` is a fixture
 
 METHODS = ("lora", "dora", "pissa", "rslora", "state")
@@ -43,6 +43,20 @@ def logits_of(data, path=None):  # noqa: F811
         return model.head(model(builder.build()[0])[0])
 
 
+@pytest.mark.parametrize(("changes", "in_fp32"), [
+    ({"peft": "state"}, set()), ({"peft": "dora"}, set()), ({"peft": "lora", "train_extra": "time"}, {"emb", "head"}),
+    ({"peft": "pissa"}, {"emb", "head", "key"}), ({}, {"emb", "head", "key"}),
+])  # fmt: skip
+def test_matrices_that_do_not_train_are_loaded_without_an_fp32_copy(data, tmp_path, changes, in_fp32):  # noqa: F811
+    config, given = parse_flags(flags(data, tmp_path, precision="bf16", **changes))
+    model = build_model(config, *resolve_shape(config, given), torch.device("cpu"))
+    matrices = {"emb": model.emb, "head": model.head, "key": model.blocks[1].ffn.key}
+    assert {name for name, module in matrices.items() if module.weight.dtype == torch.float32} == in_fp32
+    assert model.blocks[1].att.time_decay.dtype == torch.float32
+    begin_tuning(model, config, given)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
 @pytest.mark.parametrize("grad_cp", [0, 1])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_begins_at_the_reference_learns_and_saves_what_it_trained_alone(data, tmp_path, small, caplog, method, grad_cp):  # noqa: F811
@@ -55,6 +69,7 @@ def test_a_run_begins_at_the_reference_learns_and_saves_what_it_trained_alone(da
     assert records[0]["loss_dpo"] == pytest.approx(np.log(2), abs=1e-4)
     assert records[-1]["rewards/margins"] > records[0]["rewards/margins"] + 1e-4
     tuned = {saved_as(tmp_path, method, label).name for label in ("init", "0", "1", "final")}
+    tuned |= {f"{name}.sha256" for name in tuned if name.endswith(".pth")}
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "metrics.jsonl", "train_log.txt", "valid.jsonl", *tuned}
     assert (logits_of(data, saved_as(tmp_path, method)) - logits_of(data)).abs().max() > 1e-3
     torch.testing.assert_close(logits_of(data, saved_as(tmp_path, method, "init")), logits_of(data), rtol=0, atol=2e-5)

@@ -42,6 +42,11 @@ class AdaptedLinear(lora.Linear):
         scaled = (self._dora_scale() * adapted).to(plain.dtype)
         return scaled if base is plain else plain - base + scaled
 
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        """What peft makes the adapter in: what trains is fp32, also beside a base in bf16."""
+        weight = base_layer.get_parameter("weight")
+        return weight.device, torch.promote_types(weight.dtype, torch.float32)
+
     def _weight(self, part: str) -> Tensor:
         return self.get_parameter(f"{part}.{NAME}.weight")
 

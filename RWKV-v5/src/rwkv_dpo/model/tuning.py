@@ -5,7 +5,7 @@ from pathlib import Path
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.errors import refuse
 from rwkv_dpo.model.adapter_files import SavedAdapter, read_adapter
-from rwkv_dpo.model.adapters import Adapter, AdapterPlan, add_adapter, plan_adapter
+from rwkv_dpo.model.adapters import Adapter, AdapterPlan, add_adapter, keep_frozen, plan_adapter
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.states import States, add_states, read_states
 
@@ -32,6 +32,14 @@ def begin_tuning(model: RWKV, config: RunConfig, given: frozenset[str], start: s
     _check_given(plan, saved, given)
     extra = tuple(dict.fromkeys((*saved.extra, *plan.extra)))
     return add_adapter(model, AdapterPlan(saved.method, saved.r, saved.alpha, plan.dropout, saved.modules, extra), saved)
+
+
+def keep_small(model: RWKV, config: RunConfig) -> None:
+    """Puts the matrices of an empty model that --peft won't train into the compute dtype, so that they never stand in fp32 beside the
+    file they are loaded from. PiSSA takes its start from fp32 matrices; which of embedding and head a folder trains shows later."""
+    if config.peft not in ("none", "pissa"):
+        may_train = config.peft != "state" and (config.train_extra or config.peft_load)
+        keep_frozen(model, ("emb.weight", "head.weight") if may_train else ())
 
 
 def load_tuned(model: RWKV, path: str | Path) -> RWKV:

@@ -18,7 +18,7 @@ from rwkv_dpo.model.checkpoint import SHAPE_FLAGS, check_flags, empty_model, loa
 from rwkv_dpo.model.init import init_weights
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.model.tuning import Tuning, begin_tuning
+from rwkv_dpo.model.tuning import Tuning, begin_tuning, keep_small
 from rwkv_dpo.sampling import check_magic_prime
 from rwkv_dpo.training.batches import build_loader
 from rwkv_dpo.training.callbacks import Checkpoints, MetricsLog, ReferenceCheck, ValidPairs
@@ -102,6 +102,7 @@ def build_model(config: RunConfig, shape: ModelShape, weights: dict[str, torch.T
     wkv = choose_backend(config.wkv_backend, device).wkv5
     version = version_of(weights, config.load_model) if weights else "5"
     model = empty_model(shape, version, wkv, COMPUTE_DTYPES[config.precision], grad_cp=config.grad_cp, dropout=config.dropout)
+    keep_small(model, config)
     if weights is None or config.load_partial:
         init_weights(model, config.lr_init, config.seed)
     if weights is not None:
