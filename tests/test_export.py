@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model
+from rwkv_dpo.atomic import fault_of
 from rwkv_dpo.errors import InputError
 from rwkv_dpo.forest import ForestBuilder
 from rwkv_dpo.model.adapter_files import METHODS
@@ -120,7 +121,9 @@ def test_what_rounding_does_not_explain_is_refused_and_not_written(base, tmp_pat
     run("--load_model", tmp_path / "large.pth", "--out", tmp_path / "ok.pth", "--dtype", "bf16")
     with pytest.raises(InputError, match=r"half.pth: not written: its logits would differ by (nan|inf|\d).* rounding explains 0.0"):
         run("--load_model", tmp_path / "large.pth", "--out", tmp_path / "half.pth", "--dtype", "fp16")
-    assert {p.name for p in tmp_path.iterdir()} == {"base.pth", "large.pth", "ok.pth"}
+    files = {"base.pth", "large.pth", "ok.pth"}
+    assert {p.name for p in tmp_path.iterdir()} == files | {f"{name}.sha256" for name in files}
+    assert fault_of(tmp_path / "ok.pth") == ""
 
 
 def test_an_existing_file_is_kept_unless_overwritten(base, tmp_path):

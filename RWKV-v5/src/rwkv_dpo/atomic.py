@@ -74,10 +74,27 @@ def hashed_write(path: str | Path) -> Iterator[HashedFile]:
                 os.fsync(file.fileno())
             except RuntimeError as error:
                 raise hashed.fault or error from error
-        hash_path(path).unlink(missing_ok=True)
-        os.replace(unfinished, path)
-        with atomic_write(hash_path(path)) as file:
-            file.write(f"{hashed.sha256.hexdigest()}  {path.name}\n".encode())
+        _take_name(unfinished, path, hashed.sha256.hexdigest())
+
+
+def rename_hashed(path: Path, new_path: Path) -> None:
+    """Gives a file of hashed_write another name in its folder, and its hash with it."""
+    with _one_line(new_path):
+        _take_name(path, new_path, hash_path(path).read_text().split(" ")[0])
+        hash_path(path).unlink()
+
+
+def remove_hashed(path: Path) -> None:
+    """Removes a file of hashed_write and its hash, where they exist."""
+    path.unlink(missing_ok=True)
+    hash_path(path).unlink(missing_ok=True)
+
+
+def _take_name(path: Path, new_path: Path, sha256: str) -> None:
+    hash_path(new_path).unlink(missing_ok=True)
+    os.replace(path, new_path)
+    with atomic_write(hash_path(new_path)) as file:
+        file.write(f"{sha256}  {new_path.name}\n".encode())
 
 
 def hash_path(path: str | Path) -> Path:

@@ -188,7 +188,7 @@ def _messages(messages: object, field: str) -> Messages:
 def _message(message: object, source: str) -> tuple[str, str]:
     if not isinstance(message, Mapping) or not (message.keys() >= {"role", "content"} or message.keys() >= {"from", "value"}):
         refuse(f"{source}: expected a role and content, or from and value")
-    role, content = ("role", "content") if "content" in message else ("from", "value")
+    role, content = ("role", "content") if message.keys() >= {"role", "content"} else ("from", "value")
     if (speaker := message[role]) not in list(_ROLES):
         refuse(f"{source}: is from {speaker!r}; accepted are {', '.join(_ROLES)}")
     try:

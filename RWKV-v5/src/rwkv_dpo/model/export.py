@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rwkv_dpo.atomic import remove_hashed, rename_hashed
 from rwkv_dpo.errors import refuse
 from rwkv_dpo.forest import ForestBuilder
 from rwkv_dpo.model.adapters import merged_weights
@@ -37,9 +38,9 @@ def export(base: str, tuned: str, out: Path, dtype: torch.dtype, wkv_backend: st
         bound = rounding_bound(dtype, model.shape.n_layer)
         if not difference <= bound:
             refuse(f"{out}: not written: its logits would differ by {difference:.2g} of their size, and rounding explains {bound:.2g}")
-        unverified.replace(out)
+        rename_hashed(unverified, out)
     finally:
-        unverified.unlink(missing_ok=True)
+        remove_hashed(unverified)
     return difference
 
 

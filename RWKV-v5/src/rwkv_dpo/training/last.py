@@ -18,7 +18,7 @@ from rwkv_dpo.training.batches import EpochNumbers, MicroBatches
 from rwkv_dpo.training.callbacks import MetricsLog, full_weights
 from rwkv_dpo.training.halt import Halt, Halted
 from rwkv_dpo.training.module import DPOModule
-from rwkv_dpo.training.optimizer_state import OptimizerState, read_state, trainable, write_state
+from rwkv_dpo.training.optimizer_state import OptimizerState, read_state, set_sharded, trainable, write_state
 from rwkv_dpo.training.resume import Progress, Saved, last_folder, save
 from rwkv_dpo.training.run_folder import log_sizes
 
@@ -92,12 +92,10 @@ class LastCheckpoints(pl.Callback):
 
     def _set_master_weights(self, trainer: pl.Trainer, module: DPOModule) -> None:
         """With fp16 the engine has made its fp32 weights from rounded ones."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
         saved = self.saved
         for name, parameter in trainable(module.model):
             like = torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
-            safe_set_full_fp32_param(parameter, _from_rank_0(trainer, saved.weights[name] if saved else None, like))
+            set_sharded(parameter, _from_rank_0(trainer, saved.weights[name] if saved else None, like))
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         step, c = trainer.global_step, self.config

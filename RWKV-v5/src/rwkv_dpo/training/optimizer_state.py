@@ -82,8 +82,6 @@ def _read_sharded(zero: Any, model: nn.Module) -> OptimizerState:
 
 
 def _write_sharded(zero: Any, model: nn.Module, form: OptimizerState, tensor: Callable[[str, str], Tensor]) -> None:
-    from deepspeed.utils import safe_set_full_optimizer_state
-
     if not form:
         return
     first = next(iter(form.values()))
@@ -95,4 +93,19 @@ def _write_sharded(zero: Any, model: nn.Module, form: OptimizerState, tensor: Ca
     _link(zero)
     for name, parameter in trainable(model):
         for key in full if name in form else ():
-            safe_set_full_optimizer_state(parameter, tensor(name, key), key)
+            set_sharded(parameter, tensor(name, key), key)
+
+
+def set_sharded(parameter: Any, value: Tensor, key: str = "") -> None:
+    """Hands every rank its part of a parameter's state, or without a key of its fp32 master weights."""
+    from deepspeed import utils
+
+    key_of_it = (key,) if key else ()
+    if not hasattr(parameter, "ds_tensor"):
+        (utils.safe_set_full_optimizer_state if key else utils.safe_set_full_fp32_param)(parameter, value, *key_of_it)
+        return
+    # ZeRO-3 pads to equal parts, and its functions for whole values cut beyond the end on the last rank.
+    n, n_ranks = parameter.ds_tensor.ds_numel, torch.distributed.get_world_size()
+    padded = torch.nn.functional.pad(value.flatten(), (0, n * n_ranks - value.numel()))
+    mine = padded.narrow(0, n * torch.distributed.get_rank(), n)
+    (utils.safe_set_local_optimizer_state if key else utils.safe_set_local_fp32_param)(parameter, mine, *key_of_it)

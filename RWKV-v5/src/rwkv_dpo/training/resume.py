@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_dpo.atomic import fault_of, hash_path, hashed_write
+from rwkv_dpo.atomic import fault_of, hashed_write, remove_hashed
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.errors import InputError, refuse
 from rwkv_dpo.training.run_folder import CONTINUATION, INCIDENTAL, LAYOUT, changes, read_config
@@ -75,7 +75,7 @@ def save(folder: Path, progress: Progress, parts: dict[str, Any], keep: int) -> 
     there = checkpoints_in(folder)
     newest = there.index(path)
     for other in there[:newest] + there[newest + keep :]:
-        remove(other)
+        remove_hashed(other)
     return path
 
 
@@ -84,11 +84,6 @@ def sweep(config: RunConfig) -> None:
     for folder in (Path(config.proj_dir), last_folder(config)):
         for path in (*folder.glob(".step-*.part"), *folder.glob(".rwkv-*.part")):
             path.unlink(missing_ok=True)
-
-
-def remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    hash_path(path).unlink(missing_ok=True)
 
 
 def load(path: Path) -> Saved:
