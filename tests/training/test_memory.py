@@ -149,3 +149,9 @@ def test_zero_shares_out_what_its_stage_says(stage, weights, gradients, moments)
     parts = estimate(plan)
     n = LARGE.n_parameters / 2
     assert (parts["weights"] / n, parts["gradients"] / n, parts["optimizer"] / n) == (weights, gradients, moments)
+
+
+def test_a_run_that_trains_little_takes_most_while_the_file_is_mapped():
+    tuned = replace(LARGE, chunk_ctx=512, n_trainable=1_600_000, frozen_bytes=2, trains_head=False, file_bytes=923_443_200)
+    assert total(tuned) == pytest.approx(2 * 923_443_200, rel=0.01)
+    assert total(replace(LARGE, file_bytes=923_443_200)) == total(LARGE)

@@ -69,6 +69,7 @@ def plan_of(config: RunConfig, model: RWKV) -> tuple[Plan, str]:
         accumulates=c.accumulate_grad_batches > 1 or (c.world_size > 1 and not zero_stage),
         on_gpu=on_gpu, wkv_backend=c.wkv_backend if c.wkv_backend != "auto" else "cuda" if on_gpu else "cpu",
         keeps_heap=not on_gpu and c.cpu_malloc == 1, zero_stage=zero_stage, world_size=c.world_size,
+        file_bytes=0 if on_gpu or not c.load_model else Path(c.load_model).stat().st_size,
         bucket_bytes=4 * min(c.ds_bucket_mb * 1_000_000, n_trainable) if zero_stage else 0,
     )  # fmt: skip
     return plan, " and ".join(words + ([pair_words] if pair_words else []))

@@ -8,6 +8,8 @@ The peak is the largest of a few moments of a step:
     end     the last block's backward runs: all gradients, and one block's own temporaries
     update  the optimizer works: all gradients, and its temporaries
 
+or, where little is trained, the moment before the first step when the weights stand beside the mapped file that they came from.
+
 Weights and the optimizer's state stand beside all of them, and gradients too where micro-batches are accumulated. What Python and the
 libraries take (about 0.5 GB) comes on top.
 """
@@ -51,6 +53,7 @@ class Plan:
     keeps_heap: bool = False  # --cpu_malloc 1 on a CPU
     zero_stage: int = 0  # DeepSpeed's, 0 without
     world_size: int = 1
+    file_bytes: int = 0  # of the checkpoint, which counts as memory of a CPU process while it is mapped
     bucket_bytes: int = 0  # of DeepSpeed's communication, with a zero_stage
 
 
@@ -82,7 +85,8 @@ def estimate(plan: Plan) -> dict[str, float]:
     parts = {name: lasting.get(name, 0.0) + peak.get(name, 0.0) for name in PARTS}
     if plan.keeps_heap:
         parts["temporaries"] += HEAP_SHARE * (parts["activations"] + parts["head"])
-    return parts
+    loading = dict.fromkeys(PARTS, 0.0) | {"weights": lasting["weights"], "temporaries": plan.file_bytes}
+    return max(parts, loading, key=lambda moment: sum(moment.values()))
 
 
 def total(plan: Plan) -> float:
