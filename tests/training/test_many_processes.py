@@ -1,7 +1,9 @@
 """The same training on any number of processes: each run here is `train.py` launched as users launch it, on CPU processes."""
 
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -47,7 +49,7 @@ def launch(data, proj_dir, launcher=(sys.executable,), variables=None, **changes
     # A ddp run in this process would leave its address in the environment.
     ranks = ("MASTER_", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "RANK", "GROUP_RANK", "PL_", "SLURM_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ranks)}
-    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **(variables or {})}
+    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "MASTER_PORT": free_port(), **(variables or {})}
     return subprocess.Popen(
         [*launcher, str(TRAIN), *flags], cwd=data, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -116,6 +118,15 @@ def test_small_moments_train_on_two_processes_as_fp32_ones_on_one(data, tmp_path
         assert b["loss"] == pytest.approx(a["loss"], rel=0.01), a["step"]
 
 
+def free_port() -> str:
+    """Below the range that connections take theirs from: a port of that range may be gone before it is used."""
+    for port in random.SystemRandom().sample(range(10_000, 30_000), 100):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return str(port)
+    raise AssertionError("no free port")
+
+
 def torchrun(node: int, port: str) -> dict:
     agent = ("-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1")
     return {"launcher": (sys.executable, *agent, "--master_addr", "127.0.0.1", "--master_port", port)}
@@ -129,9 +140,7 @@ def srun(node: int, port: str) -> dict:
 
 @pytest.mark.parametrize("node_of", [torchrun, srun])
 def test_two_nodes_train_as_one_process_and_the_first_alone_writes(data, tmp_path, one_process, node_of):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     output = finish(*(launch(data, tmp_path / f"node{i}", num_nodes=2, strategy="ddp", **node_of(i, port)) for i in range(2)))
     assert output.count("epochs 0 to 0, 20 optimizer steps of 1 x 1 x 2 samples") == 1
     assert_same(one_process, result(tmp_path / "node0"))
