@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
 """Trains an RWKV-5 model on a corpus, on preference pairs, or on both: `train.py --help`."""
 
+import atexit
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
@@ -37,5 +40,18 @@ def keep_quiet() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+def leave(status: int) -> NoReturn:
+    """Ends the process; one that belonged to a group, without taking Python down. gloo's threads may still hold tensors of the last
+    exchange, even when the group is destroyed, and letting go of one in an interpreter that is being finalized aborts the process: a
+    finished run would end as a failed one (pytorch/pytorch#179291)."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    run_script(lambda: main(sys.argv[1:]))
+    run_script(lambda: main(sys.argv[1:]), leave)

@@ -40,10 +40,11 @@ def reading(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's main; an InputError becomes one line on standard error and exit status 2."""
+def run_script(main: Callable[[], None], leave: Callable[[int], None] = sys.exit) -> None:
+    """Runs a script's main; an InputError becomes one line on standard error and exit status 2. leave: ends the process."""
     try:
         main()
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
+    leave(0)
