@@ -40,7 +40,7 @@ def reading(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def run_script(main: Callable[[], None], leave: Callable[[int], None] = sys.exit) -> None:
+def run_script(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """Runs a script's main; an InputError becomes one line on standard error and exit status 2. leave: ends the process."""
     try:
         main()
