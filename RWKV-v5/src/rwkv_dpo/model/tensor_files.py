@@ -1,5 +1,7 @@
 """Safetensors files: reading and writing dictionaries of floating-point tensors."""
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,4 +41,6 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata:
     try:
         save_file(values, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
         raise OSError(str(error)) from error
