@@ -1,7 +1,8 @@
 """Every test runs on one or two threads: on a small machine more of them fight over the cores."""
 
 import os
-import sys
+import subprocess
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -38,13 +39,23 @@ def tiny_shape() -> ModelShape:
     return ModelShape(n_layer=2, n_embd=32, dim_att=32, dim_ffn=96, vocab_size=61, head_size=8)
 
 
-@pytest.fixture(scope="module")
-def lives():
-    """Starts runs that can be killed; see lives.py."""
-    # The server of forks finds its imports by PYTHONPATH alone.
-    variables = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": os.pathsep.join(sys.path)}
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    yield Lives()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+@pytest.fixture(scope="session")
+def lives() -> Lives:
+    """Starts runs that can be killed, quickly; see lives.py."""
+    return Lives()
+
+
+@pytest.fixture
+def mount_disk(tmp_path):
+    """Makes a folder, on a disk of its own, of that many kilobytes."""
+    folder = tmp_path / "disk"
+
+    def mount(kilobytes: int) -> Path:
+        folder.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], capture_output=True).returncode:
+            pytest.skip("mounting a tmpfs needs root")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", folder], check=True)

@@ -1,12 +1,15 @@
 """Lives of a run: train.py in processes of their own, started quickly, that a test kills."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
 import signal
 import socket
+import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 # What clocks and memory say differs from run to run.
@@ -35,12 +38,17 @@ class Lives:
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["train", "rwkv_dpo.training.trainer"])
+        self.context.set_forkserver_preload(["train", "rwkv_dpo.training.trainer", "deepspeed"])
+        # The server finds its imports by PYTHONPATH alone; what it starts inherits its environment.
+        variables = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        forkserver.ensure_running()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
     def start(self, flags: list[str], log: Path, world_size: int = 1) -> list:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         runs = [self.context.Process(target=_live, args=(flags, rank, world_size, port, log)) for rank in range(world_size)]
         for run in runs:
             run.start()
@@ -48,11 +56,19 @@ class Lives:
 
     def whole(self, flags: list[str], log: Path, world_size: int = 1) -> list[int]:
         """Exit statuses of a run that nobody kills."""
-        runs = self.start(flags, log, world_size)
+        return self.end(self.start(flags, log, world_size), log)
+
+    def end(self, runs: list, log: Path) -> list[int]:
+        """Exit statuses of started processes, once they have ended."""
         for run in runs:
             run.join(200)
             assert not run.is_alive(), log.read_text()
         return [run.exitcode for run in runs]
+
+    def trained(self, flags: list[str], log: Path, world_size: int = 1) -> str:
+        """What a run printed that nobody kills and that ends well."""
+        assert self.whole(flags, log, world_size) == [0] * world_size, log.read_text()[-5000:]
+        return log.read_text()
 
     def killed(self, flags: list[str], folder: Path, log: Path, chance: random.Random, world_size: int = 1, kills: int = 1,
                number: signal.Signals = signal.SIGKILL) -> list[str]:  # fmt: skip
@@ -67,12 +83,19 @@ class Lives:
                 fell_into.append("save" if any((folder / "last").glob(".*.part")) else "step")
                 for run in runs:
                     os.kill(run.pid, number)
-            for run in runs:
-                run.join(200)
-                assert not run.is_alive(), log.read_text()
+            self.end(runs, log)
             if (folder / "rwkv-final.pth").exists():
                 return fell_into
             assert len(fell_into) == kills or runs[0].exitcode in (-number, 0), log.read_text()[-3000:]
+
+
+def free_port() -> int:
+    """Below the range that connections take theirs from: a port of that range may be gone before it is used."""
+    for port in random.SystemRandom().sample(range(10_000, 30_000), 100):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
 
 
 def _wait_for_a_moment(runs: list, folder: Path, chance: random.Random, wants_save: bool) -> bool:

@@ -1,58 +1,45 @@
-"""The same training on any number of processes: each run here is `train.py` launched as users launch it, on CPU processes."""
+"""The same training on any number of processes: `train.py` on CPU processes, launched by itself, by torchrun or as Slurm does. Where the
+way of launching is not the matter, `lives` starts the processes, which takes less than the training then."""
 
-import contextlib
 import json
 import os
-import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 import train
-from conftest import random_model
-from rwkv_dpo.data.pairs import file_sha256, load_pairs, pack_pairs, save_pairs
-from rwkv_dpo.model.checkpoint import save_weights
-from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.objective import score_pairs
+from lives import free_port
+from runs import SHARDED, write_inputs
+from rwkv_dpo.data.pairs import load_pairs
 
 pytestmark = pytest.mark.slow
-# ZeRO-3 keeps tensors of up to 100,000 numbers whole on every rank: these matrices are larger.
-SHAPE = ModelShape(n_layer=2, n_embd=320, dim_att=320, dim_ffn=320, vocab_size=320, head_size=64)
 TRAIN = Path(train.__file__).resolve()
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A model, a corpus and pairs of uneven lengths, scored by the model."""
+    """With pairs of uneven lengths."""
     folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    model = random_model(SHAPE, torch.float32)
-    save_weights(model.state_dict(), folder / "model.pth")
-    rng.integers(1, 320, 4000).astype("<u2").tofile(folder / "corpus.bin")
-    pairs = pack_pairs([tuple(rng.integers(1, 320, n) for n in rng.integers(2, 30, 3)) for _ in range(50)])
-    save_pairs(folder / "train.save", pairs.with_ref_logps(score_pairs(model, pairs, 100), file_sha256(folder / "model.pth"), "fp32"))
+    write_inputs(folder, SHARDED, 50, longest=29)
     return folder
 
 
+def flags(data, proj_dir, **changes) -> list[str]:
+    own = {"epoch_steps": 20, "epoch_count": 1, "micro_bsz": 1, "lr_init": 1e-4, "lr_final": 1e-5, "weight_decay": 0.1}
+    return runs.flags(data, proj_dir, **{**own, "cpu_malloc": None, **changes})
+
+
 def launch(data, proj_dir, launcher=(sys.executable,), variables=None, **changes) -> subprocess.Popen:
-    values = {
-        "load_model": data / "model.pth", "proj_dir": proj_dir, "data_file": data / "corpus.bin", "data_type": "uint16", "ctx_len": 12,
-        "dpo_train_file": data / "train.save", "dpo_general_corpus_ratio": 0.5, "dpo_beta": 0.1, "accelerator": "cpu", "precision": "fp32",
-        "epoch_steps": 20, "epoch_count": 1, "micro_bsz": 1, "lr_init": 1e-4, "lr_final": 1e-5, "weight_decay": 0.1,
-        "enable_progress_bar": False, "wkv_backend": "chunked", **changes,
-    }  # fmt: skip
-    flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
     # A ddp run in this process would leave its address in the environment.
     ranks = ("MASTER_", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "RANK", "GROUP_RANK", "PL_", "SLURM_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ranks)}
-    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "MASTER_PORT": free_port(), **(variables or {})}
-    return subprocess.Popen(
-        [*launcher, str(TRAIN), *flags], cwd=data, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "MASTER_PORT": str(free_port()), **(variables or {})}
+    command = [*launcher, str(TRAIN), *flags(data, proj_dir, **changes)]
+    return subprocess.Popen(command, cwd=data, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(*processes: subprocess.Popen) -> str:
@@ -61,15 +48,20 @@ def finish(*processes: subprocess.Popen) -> str:
     return "".join(outputs)
 
 
+def trained(lives, data, proj_dir, **changes) -> str:
+    """What a run of that many `devices` printed."""
+    return lives.trained(flags(data, proj_dir, **changes), proj_dir.with_suffix(".log"), changes.get("devices", 1))
+
+
 def result(proj_dir) -> tuple[list[dict], dict[str, torch.Tensor]]:
     records = [json.loads(line) for line in (proj_dir / "metrics.jsonl").read_text().splitlines()]
     return records, torch.load(proj_dir / "rwkv-final.pth", weights_only=True)
 
 
 @pytest.fixture(scope="module")
-def one_process(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    finish(launch(data, folder, micro_bsz=2))
+def one_process(lives, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one") / "out"
+    trained(lives, data, folder, micro_bsz=2)
     return result(folder)
 
 
@@ -91,14 +83,20 @@ def assert_same(one, many):
     {"strategy": "ddp", "chunk_ctx": 16, "grad_cp": 1},
     {"strategy": "deepspeed_stage_2", "chunk_ctx": 16},
 ], ids=str)  # fmt: skip
-def test_two_processes_of_one_sample_train_as_one_process_of_two(data, tmp_path, one_process, changes):
-    finish(launch(data, tmp_path / "out", devices=2, **changes))
+def test_two_processes_of_one_sample_train_as_one_process_of_two(lives, data, tmp_path, one_process, changes):
+    trained(lives, data, tmp_path / "out", devices=2, **changes)
     assert_same(one_process, result(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])
-def test_two_processes_share_the_scoring_of_the_reference(data, tmp_path, one_process, strategy):
-    output = finish(launch(data, tmp_path / "out", devices=2, strategy=strategy, dpo_ref="recompute"))
+def test_train_py_launches_its_other_processes_itself(data, tmp_path, one_process, strategy):
+    finish(launch(data, tmp_path / "out", devices=2, strategy=strategy))
+    assert_same(one_process, result(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])
+def test_two_processes_share_the_scoring_of_the_reference(lives, data, tmp_path, one_process, strategy):
+    output = trained(lives, data, tmp_path / "out", devices=2, strategy=strategy, dpo_ref="recompute")
     assert output.count("scored 50 pairs with the model as training starts") == 1
     scored = load_pairs(tmp_path / "out" / "reference.save").ref_logps
     # fp32 sums of up to 30 terms; a row that both ranks, or none, had scored would be off by all of it.
@@ -111,20 +109,11 @@ def test_two_processes_share_the_scoring_of_the_reference(data, tmp_path, one_pr
     ("adamw_bf16state", "ddp"), ("adamw_bf16state", "deepspeed_stage_2"), ("adamw_bf16state", "deepspeed_stage_3"),
     ("adamw8bit", "ddp"), ("adamw8bit", "deepspeed_stage_2"),
 ])  # fmt: skip
-def test_small_moments_train_on_two_processes_as_fp32_ones_on_one(data, tmp_path, one_process, optim, strategy):
-    finish(launch(data, tmp_path / "out", devices=2, optim=optim, strategy=strategy))
+def test_small_moments_train_on_two_processes_as_fp32_ones_on_one(lives, data, tmp_path, one_process, optim, strategy):
+    trained(lives, data, tmp_path / "out", devices=2, optim=optim, strategy=strategy)
     records, _ = result(tmp_path / "out")
     for a, b in zip(one_process[0], records, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=0.01), a["step"]
-
-
-def free_port() -> str:
-    """Below the range that connections take theirs from: a port of that range may be gone before it is used."""
-    for port in random.SystemRandom().sample(range(10_000, 30_000), 100):
-        with socket.socket() as free, contextlib.suppress(OSError):
-            free.bind(("127.0.0.1", port))
-            return str(port)
-    raise AssertionError("no free port")
 
 
 def torchrun(node: int, port: str) -> dict:
@@ -140,8 +129,34 @@ def srun(node: int, port: str) -> dict:
 
 @pytest.mark.parametrize("node_of", [torchrun, srun])
 def test_two_nodes_train_as_one_process_and_the_first_alone_writes(data, tmp_path, one_process, node_of):
-    port = free_port()
+    port = str(free_port())
     output = finish(*(launch(data, tmp_path / f"node{i}", num_nodes=2, strategy="ddp", **node_of(i, port)) for i in range(2)))
     assert output.count("epochs 0 to 0, 20 optimizer steps of 1 x 1 x 2 samples") == 1
     assert_same(one_process, result(tmp_path / "node0"))
     assert not (tmp_path / "node1").exists()
+
+
+# The worker threads of gloo get no time until the processes end: they still hold tensors then.
+STARVED = """
+import os, sys
+import torch.distributed
+sys.path.insert(0, sys.argv[1])
+import train
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+torch.distributed.init_process_group("gloo")
+for thread in os.listdir("/proc/self/task"):
+    if int(thread) != os.getpid():
+        os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+torch.distributed.broadcast_object_list(["something"], 0)
+print("trained")
+train.leave(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="starving a thread takes Linux")
+def test_processes_end_well_while_gloo_still_holds_tensors():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-c", STARVED, str(TRAIN.parent)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    output = finish(*(subprocess.Popen(command, env=environment | {"RANK": str(rank)}, **pipes) for rank in (0, 1)))
+    assert output.count("trained") == 2

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import random_model
 from materialised import Materialised
+from runs import TINY, flags
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.corpus import open_corpus
 from rwkv_dpo.data.pairs import load_pairs
@@ -18,7 +19,7 @@ from rwkv_dpo.model.tuning import begin_tuning, load_tuned
 from rwkv_dpo.objective import objective
 from rwkv_dpo.training.batches import MicroBatches
 from rwkv_dpo.training.trainer import build_model, resolve_shape
-from test_train import SHAPE, data, flags, run  # noqa: F401  # `data` is a fixture
+from test_train import data, run  # noqa: F401  # `data` is a fixture
 
 METHODS = ("lora", "dora", "pissa", "rslora", "state")
 
@@ -91,10 +92,10 @@ def test_lora_trains_as_a_hand_written_parametrization_does(data, tmp_path):  # 
 
     config, names = parse_flags(flags(data, tmp_path, **given))
     torch.manual_seed(config.seed)
-    model = build_model(config, SHAPE, read_weights(data / "model.pth"), torch.device("cpu"))
+    model = build_model(config, TINY, read_weights(data / "model.pth"), torch.device("cpu"))
     begin_tuning(model, config, names)  # for A's start alone; what follows knows no adapter
     start = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
-    plain = random_model(SHAPE, torch.float32)
+    plain = random_model(TINY, torch.float32)
     base = read_weights(data / "model.pth")
 
     def weights():
@@ -110,8 +111,8 @@ def test_lora_trains_as_a_hand_written_parametrization_does(data, tmp_path):  # 
     vectors = [p for p in start.values() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.99), eps=1e-8)
-    corpus = open_corpus(str(data / "corpus.bin"), "uint16", SHAPE.vocab_size, config.ctx_len)
-    batches = MicroBatches(config, corpus, load_pairs(data / "train.save", SHAPE.vocab_size), 0)
+    corpus = open_corpus(str(data / "corpus.bin"), "uint16", TINY.vocab_size, config.ctx_len)
+    batches = MicroBatches(config, corpus, load_pairs(data / "train.save", TINY.vocab_size), 0)
     for k in range(config.epoch_steps):
         optimizer.zero_grad()
         objective(Materialised(plain, weights()), batches[k], config.dpo_beta, config.ratio)[0].backward()
@@ -148,7 +149,7 @@ def test_pissa_is_taken_up_again_from_its_saved_start(data, tmp_path):  # noqa: 
 
     def frozen(seed, start):
         torch.manual_seed(seed)
-        model = build_model(config, SHAPE, read_weights(data / "model.pth"), torch.device("cpu"))
+        model = build_model(config, TINY, read_weights(data / "model.pth"), torch.device("cpu"))
         begin_tuning(model, config, frozenset(), start)
         return model.blocks[1].att.key.base_layer.weight
 

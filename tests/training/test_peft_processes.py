@@ -5,7 +5,7 @@ import torch
 from rwkv_dpo.forest import ForestBuilder
 from rwkv_dpo.model.checkpoint import load_model
 from rwkv_dpo.model.tuning import load_tuned
-from test_many_processes import data, finish, launch  # noqa: F401  # `data` is a fixture
+from test_many_processes import data, trained  # noqa: F401  # `data` is a fixture
 
 pytestmark = pytest.mark.slow
 FLAGS = {
@@ -27,13 +27,13 @@ def logits(data, folder, method):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def one_process(data, tmp_path_factory):  # noqa: F811
+def one_process(lives, data, tmp_path_factory):  # noqa: F811
     results = {}
 
     def result(method):
         if method not in results:
-            folder = tmp_path_factory.mktemp(method)
-            finish(launch(data, folder, **{"micro_bsz": 2, **FLAGS[method]}))
+            folder = tmp_path_factory.mktemp(method) / "out"
+            trained(lives, data, folder, **{"micro_bsz": 2, **FLAGS[method]})
             results[method] = logits(data, folder, method)
         return results[method]
 
@@ -45,9 +45,9 @@ def one_process(data, tmp_path_factory):  # noqa: F811
     ("lora", {"strategy": "deepspeed_stage_2", "precision": "bf16"}), ("dora", {"strategy": "ddp"}),
     ("pissa", {"strategy": "deepspeed_stage_2"}), ("state", {"strategy": "ddp"}), ("state", {"strategy": "deepspeed_stage_2"}),
 ], ids=str)  # fmt: skip
-def test_two_processes_train_as_one(data, tmp_path, one_process, method, changes):  # noqa: F811
-    finish(launch(data, tmp_path, devices=2, **FLAGS[method], **changes))
-    got, want = logits(data, tmp_path, method), one_process(method)
+def test_two_processes_train_as_one(lives, data, tmp_path, one_process, method, changes):  # noqa: F811
+    trained(lives, data, tmp_path / "out", devices=2, **FLAGS[method], **changes)
+    got, want = logits(data, tmp_path / "out", method), one_process(method)
     assert (want - logits(data, None, method)).abs().max() > 1e-3
     # fp32 sums of gradients in another order, after ten steps of Adam; in bf16 its rounding.
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4 if "precision" not in changes else 0.05)

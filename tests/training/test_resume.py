@@ -7,46 +7,29 @@ import subprocess
 import threading
 import time
 
-import numpy as np
 import pytest
-import torch
+import runs
 import train
-from conftest import random_model
 from lives import records
+from runs import TINY, write_inputs
 from rwkv_dpo.atomic import fault_of
-from rwkv_dpo.data.pairs import load_pairs, pack_pairs, save_pairs
+from rwkv_dpo.data.pairs import load_pairs, save_pairs
 from rwkv_dpo.errors import InputError
-from rwkv_dpo.model.checkpoint import save_weights
-from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.objective import score_pairs
 
-SHAPE = ModelShape(n_layer=2, n_embd=32, dim_att=32, dim_ffn=96, vocab_size=61, head_size=8)
 N_STEPS = 24
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A model, a corpus and pairs scored by the model."""
     folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    model = random_model(SHAPE, torch.float32)
-    save_weights(model.state_dict(), folder / "model.pth")
-    rng.integers(1, 61, 4000).astype("<u2").tofile(folder / "corpus.bin")
-    pairs = pack_pairs([tuple(rng.integers(1, 61, n) for n in rng.integers(2, 9, 3)) for _ in range(30)])
-    save_pairs(folder / "train.save", pairs.with_ref_logps(score_pairs(model, pairs, 100), "0" * 64, "fp32"))
+    write_inputs(folder, TINY, 30)
     return folder
 
 
 def flags(data, proj_dir, **changes) -> list[str]:
     """Two epochs of 12 optimizer steps, of 2 micro-batches each, with dropout."""
-    values = {
-        "load_model": data / "model.pth", "proj_dir": proj_dir, "data_file": data / "corpus.bin", "data_type": "uint16", "ctx_len": 12,
-        "dpo_train_file": data / "train.save", "dpo_general_corpus_ratio": 0.5, "dpo_beta": 0.1, "accelerator": "cpu", "precision": "fp32",
-        "epoch_steps": 24, "epoch_count": 2, "accumulate_grad_batches": 2, "micro_bsz": 2, "lr_init": 1e-3, "lr_final": 1e-4,
-        "dropout": 0.1, "warmup_steps": 5, "weight_decay": 0.1, "epoch_save": 1, "enable_progress_bar": False, "cpu_malloc": 0,
-        "wkv_backend": "chunked", "dpo_valid_file": data / "train.save", **changes,
-    }  # fmt: skip
-    return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+    own = {"epoch_steps": 24, "accumulate_grad_batches": 2, "dropout": 0.1, "warmup_steps": 5, "weight_decay": 0.1}
+    return runs.flags(data, proj_dir, **{"dpo_valid_file": data / "train.save", **own, **changes})
 
 
 def steps_written(folder) -> int:
@@ -98,7 +81,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(data, tmp_path, li
     """23 kills in all: SIGKILL some steps into each life, at every other one in the middle of a save."""
     layout = {"devices": world_size, "strategy": "ddp" if world_size > 1 else "auto"}
     log = tmp_path / "log.txt"
-    assert lives.whole(flags(data, tmp_path / "whole", **layout), log, world_size) == [0] * world_size, log.read_text()
+    lives.trained(flags(data, tmp_path / "whole", **layout), log, world_size)
     wanted = flags(data, tmp_path / "out", save_every=save_every, **layout)
     fell_into = lives.killed(wanted, tmp_path / "out", log, random.Random(seed), world_size, kills)
     assert len(fell_into) == kills
@@ -137,18 +120,16 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(data, tmp_p
     layout = {"devices": 2, "strategy": "ddp"}
     log = tmp_path / "log.txt"
     for rank in (0, 1):
-        runs = lives.start(flags(data, tmp_path / "out", **layout), log, 2)
+        processes = lives.start(flags(data, tmp_path / "out", **layout), log, 2)
         begin = steps_written(tmp_path / "out")
         while steps_written(tmp_path / "out") < begin + 3:
             time.sleep(0.001)
-            assert all(run.is_alive() for run in runs), log.read_text()
-        os.kill(runs[rank].pid, signal.SIGTERM)
-        for run in runs:
-            run.join(100)
-        assert [run.exitcode for run in runs] == [0, 0], log.read_text()
+            assert all(run.is_alive() for run in processes), log.read_text()
+        os.kill(processes[rank].pid, signal.SIGTERM)
+        assert lives.end(processes, log) == [0, 0], log.read_text()
     assert log.read_text().count("the same command goes on") == 2
-    assert lives.whole(flags(data, tmp_path / "out", **layout), log, 2) == [0, 0]
-    assert lives.whole(flags(data, tmp_path / "whole", **layout), log, 2) == [0, 0]
+    lives.trained(flags(data, tmp_path / "out", **layout), log, 2)
+    lives.trained(flags(data, tmp_path / "whole", **layout), log, 2)
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
@@ -251,14 +232,9 @@ def test_when_no_checkpoint_is_whole_the_run_is_refused(data, tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(mount_disk):
     """A folder with room for three checkpoints and a half."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    return mount_disk(1200)
 
 
 def test_a_full_disk_stops_the_run_and_the_last_good_checkpoint_is_named_and_intact(data, small_disk, tmp_path, whole):

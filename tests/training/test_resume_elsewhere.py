@@ -1,11 +1,12 @@
-"""A run that goes on at another number of processes or under another strategy; the data and launcher of test_many_processes."""
+"""A run that goes on at another number of processes or under another strategy; the data of test_many_processes."""
 
+import os
 import signal
 import time
 from itertools import pairwise
 
 import pytest
-from test_many_processes import assert_same, data, finish, launch, one_process, result  # noqa: F401 (fixtures among them)
+from test_many_processes import assert_same, data, flags, one_process, result, trained  # noqa: F401 (fixtures among them)
 
 pytestmark = pytest.mark.slow
 DDP = {"devices": 2, "strategy": "ddp"}
@@ -19,16 +20,17 @@ def stage(n):
 @pytest.mark.parametrize(("first", "then"), [
     (DDP, ONE), (ONE, stage(2)), (stage(2), stage(3)), (stage(3), DDP), (stage(1), {**stage(3), "devices": 3}),
 ], ids=str)  # fmt: skip
-def test_a_run_goes_on_under_another_strategy_as_if_nothing_had_changed(data, tmp_path, one_process, first, then):  # noqa: F811 (fixtures)
-    out = tmp_path / "out"
-    process = launch(data, out, **first)
-    while process.poll() is None:
+def test_a_run_goes_on_under_another_strategy_as_if_nothing_had_changed(lives, data, tmp_path, one_process, first, then):  # noqa: F811
+    out, log = tmp_path / "out", tmp_path / "first.log"
+    processes = lives.start(flags(data, out, **first), log, first["devices"])
+    while all(process.is_alive() for process in processes):
         if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes().count(b"\n") >= 8:
-            process.send_signal(signal.SIGTERM)
+            os.kill(processes[0].pid, signal.SIGTERM)
             break
-        time.sleep(0.01)
-    assert "the same command goes on" in finish(process)
-    finish(launch(data, out, **then))
+        time.sleep(0.001)
+    lives.end(processes, log)
+    assert "the same command goes on" in log.read_text()
+    trained(lives, data, out, **then)
     if then.get("devices") == 3:
         # 3 samples a step instead of 2: another training, but every step is there and the samples follow on.
         records, _ = result(out)

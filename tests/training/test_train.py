@@ -12,41 +12,22 @@ import pytorch_lightning as pl
 import torch
 import train
 from conftest import random_model
+from runs import TINY, flags, write_inputs
 from rwkv_dpo.config import RunConfig
-from rwkv_dpo.data.pairs import file_sha256, load_pairs, pack_pairs, save_original, save_pairs
+from rwkv_dpo.data.pairs import load_pairs, pack_pairs, save_original, save_pairs
 from rwkv_dpo.errors import InputError
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.objective import score_pairs
 from rwkv_dpo.training.trainer import build_model, build_trainer
 
-SHAPE = ModelShape(n_layer=2, n_embd=32, dim_att=32, dim_ffn=96, vocab_size=61, head_size=8)
 TRAIN = Path(train.__file__)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A model, a corpus and pairs scored by the model."""
     folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    model = random_model(SHAPE, torch.float32)
-    save_weights(model.state_dict(), folder / "model.pth")
-    rng.integers(1, 61, 4000).astype("<u2").tofile(folder / "corpus.bin")
-    pairs = pack_pairs([tuple(rng.integers(1, 61, n) for n in rng.integers(2, 9, 3)) for _ in range(10)])
-    pairs = pairs.with_ref_logps(score_pairs(model, pairs, 100), file_sha256(folder / "model.pth"), "fp32")
-    save_pairs(folder / "train.save", pairs)
-    save_original(folder / "original.save", pairs)
+    save_original(folder / "original.save", write_inputs(folder, TINY, 10))
     return folder
-
-
-def flags(data, proj_dir, **changes) -> list[str]:
-    values = {
-        "load_model": data / "model.pth", "proj_dir": proj_dir, "data_file": data / "corpus.bin", "data_type": "uint16", "ctx_len": 12,
-        "dpo_train_file": data / "train.save", "dpo_general_corpus_ratio": 0.5, "dpo_beta": 0.1, "accelerator": "cpu", "precision": "fp32",
-        "epoch_steps": 4, "epoch_count": 2, "micro_bsz": 2, "lr_init": 1e-3, "lr_final": 1e-4, "epoch_save": 1, "cpu_malloc": 0,
-        "enable_progress_bar": False, "wkv_backend": "chunked", **changes,
-    }  # fmt: skip
-    return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
 
 
 def run(data, proj_dir, **changes):
@@ -159,7 +140,7 @@ def test_tbptt_cuts_gradients_between_chunks_and_leaves_values(data, tmp_path, p
 
 def test_the_model_is_told_what_to_compute_again():
     for grad_cp in ("0", "1", "selective"):
-        model = build_model(RunConfig(grad_cp=grad_cp, wkv_backend="reference"), SHAPE, None, torch.device("cpu"))
+        model = build_model(RunConfig(grad_cp=grad_cp, wkv_backend="reference"), TINY, None, torch.device("cpu"))
         assert (model.is_lean, all(block.selective for block in model.blocks)) == (grad_cp == "1", grad_cp == "selective")
 
 
@@ -324,7 +305,7 @@ def test_a_folder_of_another_run_is_refused_unless_overwritten(data, tmp_path):
 
 
 def test_a_checkpoint_that_is_not_the_reference_is_reported(data, tmp_path, caplog):
-    other = random_model(SHAPE, torch.float32, seed=1)
+    other = random_model(TINY, torch.float32, seed=1)
     save_weights(other.state_dict(), tmp_path / "other.pth")
     with caplog.at_level("INFO"):
         run(data, tmp_path / "out", load_model=tmp_path / "other.pth")
