@@ -5,9 +5,9 @@
 
 make_data.py, started as a program, against a loop over the pure Python tokenizer of the package `rwkv` with the same reader and
 writer; preparing UltraFeedback-like rows, in a process of its own so that its memory can be told; loading the pairs; scoring pairs
-of UltraFeedback's lengths under a reference, against the original's way (a full forward of prompt + answer for each answer, full
-logits). All text is made up here, of the vocabulary's own words. Both sides have to give the same corpora, and the same
-log-probabilities, or nothing is timed.
+under a reference, of 256/200/150 tokens (the lengths of the other benchmarks) and of UltraFeedback's lengths, against the original's
+way (a full forward of prompt + answer for each answer, full logits). All text is made up here, of the vocabulary's own words. Both
+sides have to give the same corpora, and the same log-probabilities, or nothing is timed.
 
 Scoring is timed in processes that take turns: "stock" has torch's default settings, "tuned" those that prepare_pairs.py makes.
 """
@@ -47,6 +47,7 @@ from rwkv_dpo.objective import score_pairs  # noqa: E402 (as above)
 from rwkv_dpo.sampling import item_at  # noqa: E402 (as above)
 
 VOCABULARY = Path(pyrwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
+LENGTHS = ("256/200/150", "UltraFeedback")
 MARKS = {
     "make_data": {"times": 6},
     "pairs": {"prepare_seconds": 60, "prepare_peak_gb": 2, "load_seconds": 1},
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--n_layer", type=int, default=12, help="of the reference")
     parser.add_argument("--n_embd", type=int, default=768, help="of the reference")
     parser.add_argument("--scored_pairs", type=int, default=16)
-    parser.add_argument("--score", nargs=3, metavar=("WAY", "PRECISION", "SETTINGS"), help=argparse.SUPPRESS)
+    parser.add_argument("--score", nargs=4, metavar=("LENGTHS", "WAY", "PRECISION", "SETTINGS"), help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.score:
         print(scoring_seconds(flags))
@@ -139,20 +140,24 @@ def prepared(rows: Path, pairs: Path) -> dict[str, object]:
 
 def time_scoring(folder: Path, flags: argparse.Namespace) -> dict[str, object]:
     check_scoring_parity()
+    model = f"{flags.n_layer} layers, {flags.n_embd} wide, vocabulary {VOCAB_SIZE}"
+    return {"model": model, **{lengths: time_scoring_of(lengths, flags) for lengths in LENGTHS}}
+
+
+def time_scoring_of(lengths: str, flags: argparse.Namespace) -> dict[str, object]:
     jobs = [(way, precision, "stock") for precision in ("fp32", "bf16") for way in ("original", "ours")]
     jobs += [("ours", precision, "tuned") for precision in ("fp32", "bf16")]
     times: dict[str, list[float]] = {" ".join(job): [] for job in jobs}
     for _ in range(flags.repeats):
         for job in times:
-            command = [sys.executable, __file__, *sys.argv[1:], "--score", *job.split()]
+            command = [sys.executable, __file__, *sys.argv[1:], "--score", lengths, *job.split()]
             child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             times[job].append(float(child.stdout.splitlines()[-1]))
     seconds = {job: median(values) for job, values in times.items()}
-    lengths = np.array([[len(part) for part in pair] for pair in scored_pairs(flags)])
+    means = np.mean([[len(part) for part in pair] for pair in scored_pairs(lengths, flags.scored_pairs)], axis=0)
     return {
-        "model": f"{flags.n_layer} layers, {flags.n_embd} wide, vocabulary {VOCAB_SIZE}",
-        "pairs": f"{len(lengths)}, mean tokens of prompt, chosen, rejected: {' '.join(f'{n:.0f}' for n in lengths.mean(0))}",
-        "ms_per_pair": {job: round(1000 * value / len(lengths), 1) for job, value in seconds.items()},
+        "pairs": f"{flags.scored_pairs}, mean tokens of prompt, chosen, rejected: {' '.join(f'{n:.0f}' for n in means)}",
+        "ms_per_pair": {job: round(1000 * value / flags.scored_pairs, 1) for job, value in seconds.items()},
         "times fp32": round(seconds["original fp32 stock"] / seconds["ours fp32 stock"], 2),
         "times bf16": round(seconds["original bf16 stock"] / seconds["ours bf16 stock"], 2),
         "times fp32, ours tuned": round(seconds["original fp32 stock"] / seconds["ours fp32 tuned"], 2),
@@ -173,21 +178,24 @@ def check_scoring_parity() -> None:
         sys.exit(f"the two ways of scoring differ by {worst:.1e} nats, so nothing is measured")
 
 
-def scored_pairs(flags: argparse.Namespace) -> list[tuple[np.ndarray, ...]]:
-    """Random tokens in the lengths of ultrafeedback_rows: exponential, with means of 175 tokens for prompts and 350, 300 for answers."""
+def scored_pairs(lengths: str, n: int) -> list[tuple[np.ndarray, ...]]:
+    """Random tokens in the lengths asked for; UltraFeedback's are those of ultrafeedback_rows: exponential, with means of 175 tokens
+    for prompts and 350, 300 for answers."""
+    if lengths in bench_step.CASES:
+        return bench_step.make_pairs(bench_step.CASES[lengths], n, VOCAB_SIZE)
     draw = np.random.default_rng(0)
-    lengths = (20 + draw.exponential((155, 330, 280), (flags.scored_pairs, 3))).astype(int).clip(max=1500)
-    return [tuple(draw.integers(1, VOCAB_SIZE, n) for n in row) for row in lengths]
+    drawn = (20 + draw.exponential((155, 330, 280), (n, 3))).astype(int).clip(max=1500)
+    return [tuple(draw.integers(1, VOCAB_SIZE, n) for n in row) for row in drawn]
 
 
 def scoring_seconds(flags: argparse.Namespace) -> float:
     """One way, in this process."""
-    way, precision, settings = flags.score
+    lengths, way, precision, settings = flags.score
     if settings == "tuned":
         tune_cpu(keep_memory=True)
     shape = ModelShape(flags.n_layer, flags.n_embd, flags.n_embd, int(flags.n_embd * 3.5) // 32 * 32, VOCAB_SIZE)
     model = bench_step.build("original" if way == "original" else "forest", shape, precision, "auto", torch.device("cpu"))
-    pairs = scored_pairs(flags)
+    pairs = scored_pairs(lengths, flags.scored_pairs)
 
     def run(pairs: list[tuple[np.ndarray, ...]]) -> None:
         if way == "original":
