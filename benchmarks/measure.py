@@ -39,14 +39,13 @@ def _synchronize() -> None:
 
 def machine() -> dict[str, object]:
     """Device, versions and commit, for the head of a result file."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
     return {
         "cpu": _cpu_name(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit,
+        "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -58,6 +57,16 @@ def save(name: str, results: dict[str, object]) -> None:
     parts |= {part: {"machine": machine(), "measured": measured} for part, measured in results.items()}
     path.write_text(json.dumps(parts, indent=1) + "\n")
     print(f"wrote {path.relative_to(RESULTS.parent.parent)}")
+
+
+def _commit() -> str:
+    """The commit measured, "-dirty" when files of it have changed; result files don't count: the part before this one wrote them."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent.parent).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+    return git("describe", "--always") + ("-dirty" if changed else "")
 
 
 def _cpu_name() -> str:
