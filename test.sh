@@ -15,5 +15,6 @@ if [ $# -eq 0 ]; then
     step "CUDA kernels"
     python tests/wkv/compile_cuda.py
     step "Tests"
+    set -- --numprocesses logical --maxprocesses 4 --dist worksteal
 fi
 python -m pytest "$@"

@@ -1,10 +1,10 @@
-"""Every test runs on one or two threads: on a small machine more of them fight over the cores."""
+"""Every test runs on one or two threads, on one where tests run beside each other: more of them fight over the cores."""
 
 import os
 import subprocess
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
