@@ -241,6 +241,58 @@ def checkpoints() -> dict[str, bytes]:
     }
 
 
+def _safetensors(entries: dict | bytes, data: bytes = b"") -> bytes:
+    header = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def safetensors() -> dict[str, bytes]:
+    def one(shape: list[int], end: int, data: bytes, dtype: str = "F32") -> bytes:
+        return _safetensors({"emb.weight": {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}}, data)
+
+    shared = {name: {"dtype": "F32", "shape": [1 << 18], "data_offsets": [0, 1 << 20]} for name in map(str, range(2000))}
+    return {
+        "a header of 2**62 bytes": (1 << 62).to_bytes(8, "little") + b"{}",
+        "10**15 numbers": one([10**15], 4 * 10**15, bytes(64)),
+        "a shape that wraps around": one([1 << 32, 1 << 32], 0, b""),
+        "a shape beyond its bytes": one([1 << 20, 1 << 20], 64, bytes(64)),
+        "2,000 tensors in the same bytes": _safetensors(shared, bytes(1 << 20)),
+        "a tensor below 0": one([-4], 16, bytes(16)),
+        "a type of half a byte": one([16], 8, bytes(8), "F4"),
+        "no numbers at all": one([0, 1 << 40], 0, b""),
+        "a deep header": _safetensors(b'{"a": ' + _DEEP.encode() + b"}"),
+        "a name with line ends": _safetensors({"a\nb\x1b[2J": {"dtype": "I32", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
+        "a pickle behind a brace": (9).to_bytes(8, "little") + b"{" + pickle.dumps(_calls()["system"], 2),
+    }
+
+
+def adapters() -> dict[str, bytes]:
+    """Settings and tensors in one, see readers.join."""
+
+    def join(config: bytes, tensors: bytes) -> bytes:
+        return len(config).to_bytes(4, "little") + config + tensors
+
+    def lora(r: object, alpha: object = 8, **settings: object) -> bytes:
+        config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, **settings}
+        parts = {"blocks.0.att.key.lora_A.weight": [4, 8], "blocks.0.att.key.lora_B.weight": [8, 4]}
+        entries = {}
+        for at, (name, shape) in zip((0, 128), parts.items(), strict=True):
+            entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + 128]}
+        return join(json.dumps(config).encode(), _safetensors(entries, bytes(256)))
+
+    found = {f"tensors: {name}": join(b'{"r": 4, "lora_alpha": 8}', content) for name, content in safetensors().items()}
+    found |= {f"settings: {name}": join(content, _safetensors({})) for name, content in json_files().items()}
+    return found | {
+        "a rank of 400 digits": lora(10**400),
+        "a strength of 400 digits": lora(4, 10**400),
+        "a rank that is a list": lora([4]),
+        "a rank that is true": lora(True),
+        "ranks of its own": lora(4, rank_pattern={"key": 10**9}),
+        "a start that calls": lora(4, init_lora_weights={"__reduce__": "os.system"}),
+        "settings in a list": join(b"[" * 9 + b"]" * 9, _safetensors({})),
+    }
+
+
 def json_files() -> dict[str, bytes]:
     return {
         "deep": _DEEP.encode(),

@@ -309,6 +309,39 @@ def weights_member(data: bytes, draw: random.Random) -> bytes:
     return data[:at] + replacement + data[at + {b"K": 2, b"M": 3, b"J": 5}[data[at : at + 1]] :]
 
 
+def safetensors_header(content: bytes, draw: random.Random) -> bytes:
+    """The JSON before the tensors: another type, shape, offset or name, with a length that mostly fits."""
+    n_header = int.from_bytes(content[:8], "little")
+    if n_header > len(content) or draw.random() < 0.15:
+        return some_bytes(content, draw)
+    header, rest = content[8 : 8 + n_header], content[8 + n_header :]
+    if draw.random() < 0.3:
+        entries = json.loads(header)
+        entry = entries[draw.choice([name for name in entries if name != "__metadata__"])]
+        field = draw.choice(("dtype", "shape", "data_offsets"))
+        types = ("F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "C64", "F6_E2M3", "X", "")
+        numbers = [number(draw) for _ in range(draw.choice((0, 1, 2, 2, 5)))]
+        entry[field] = draw.choice(types) if field == "dtype" else numbers
+        header = json.dumps(entries).encode()
+    else:
+        header = json_values(header, draw)
+    length = len(header) if draw.random() < 0.9 else number(draw) % 2**64
+    return length.to_bytes(8, "little") + header + rest
+
+
+def either(first: Mutator, second: Mutator) -> Mutator:
+    """One of two files in one input (see readers.join)."""
+
+    def mutate(content: bytes, draw: random.Random) -> bytes:
+        n_first = int.from_bytes(content[:4], "little")
+        parts = [content[4 : 4 + n_first], content[4 + n_first :]]
+        at = draw.randrange(2)
+        parts[at] = (first, second)[at](parts[at], draw)
+        return len(parts[0]).to_bytes(4, "little") + parts[0] + parts[1]
+
+    return mutate
+
+
 def json_values(content: bytes, draw: random.Random) -> bytes:
     """A value somewhere in the JSON (or in one of its lines) becomes another, or a field is renamed, doubled or left out."""
     if draw.random() < 0.3:

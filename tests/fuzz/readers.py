@@ -6,6 +6,7 @@ import random
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -32,18 +33,16 @@ class Reader:
     share: int = 1
 
 
-def join(index: bytes, tokens: bytes) -> bytes:
-    """A corpus of two files as one input."""
-    return len(index).to_bytes(4, "little") + index + tokens
+def join(first: bytes, second: bytes) -> bytes:
+    """Two files as one input: the .idx and .bin of a corpus, the settings and tensors of an adapter."""
+    return len(first).to_bytes(4, "little") + first + second
 
 
-def _split(path: Path) -> Path:
+def _split(path: Path, first: Path, second: Path) -> None:
     content = path.read_bytes()
-    n_index = int.from_bytes(content[:4], "little")
-    prefix = path.with_suffix("")
-    Path(f"{prefix}.idx").write_bytes(content[4 : 4 + n_index])
-    Path(f"{prefix}.bin").write_bytes(content[4 + n_index :])
-    return prefix
+    n_first = int.from_bytes(content[:4], "little")
+    first.write_bytes(content[4 : 4 + n_first])
+    second.write_bytes(content[4 + n_first :])
 
 
 def _read_binidx(path: Path) -> None:
@@ -76,9 +75,27 @@ def _read_weights(path: Path) -> None:
     weights = read_weights(path)
     assert sum(value.numel() * value.element_size() for value in weights.values()) <= path.stat().st_size
     for value in weights.values():
-        value.sum()  # reads all of it
+        value.float().sum()  # reads all of it
     model = empty_model(shape_of(weights, path), version_of(weights, path), reference.wkv5, torch.float32)
     load_into(model, weights, path)
+
+
+def _read_adapter(path: Path) -> None:
+    from rwkv_dpo.model.adapter_files import read_adapter
+
+    saved = read_adapter(path.with_suffix(""))
+    assert saved.r >= 1
+    assert {f"{name}.lora_A.weight" for name in saved.modules} <= saved.tensors.keys()
+    for tensors in (*saved.split(), saved.extra):
+        for value in tensors.values():
+            value.sum()
+
+
+def _read_states(path: Path) -> None:
+    from rwkv_dpo.model.states import read_states
+
+    for value in read_states(path, _small_model()).values():
+        value.float().sum()
 
 
 def _read_preferences(path: Path) -> None:
@@ -160,19 +177,60 @@ def _pickled_pairs() -> list[bytes]:
     ]
 
 
-def _checkpoints() -> list[bytes]:
+@lru_cache
+def _small_model():
     import torch
     from conftest import random_model
-    from rwkv_dpo.model.checkpoint import save_weights
     from rwkv_dpo.model.shape import ModelShape
 
-    model = random_model(ModelShape(1, 8, 8, 32, 11, head_size=8), torch.float32)
+    return random_model(ModelShape(1, 8, 8, 32, 11, head_size=8), torch.float32)
+
+
+def _checkpoints() -> list[bytes]:
+    import torch
+    from rwkv_dpo.model.checkpoint import save_weights
+
+    model = _small_model()
     return [
         _written(lambda path: save_weights(model.state_dict(), path)),
         _written(lambda path: torch.save(model.state_dict(), path)),
         _written(lambda path: torch.save({name: value.bfloat16() for name, value in model.state_dict().items()}, path)),
         _written(lambda path: torch.save(dict(model.state_dict()), path, _use_new_zipfile_serialization=False)),
     ]
+
+
+def _safetensors() -> list[bytes]:
+    from rwkv_dpo.model.tensor_files import write_safetensors
+
+    weights = _small_model().state_dict()
+    halves = {name: value.bfloat16() for name, value in weights.items()}
+    return [_written(lambda path, one=one: write_safetensors(one, path, {"by": "us"})) for one in (weights, halves)]  # type: ignore[misc]
+
+
+def _adapters() -> list[bytes]:
+    """LoRA, DoRA and PiSSA, with a weight beside."""
+    import torch
+    from rwkv_dpo.model.adapter_files import PREFIX
+    from rwkv_dpo.model.tensor_files import write_safetensors
+
+    name = "blocks.0.att.key"
+    plain = {f"{name}.lora_A.weight": torch.ones(4, 8), f"{name}.lora_B.weight": torch.ones(8, 4), "ln_out.bias": torch.ones(8)}
+    kinds = {"lora": plain, "pissa": plain, "dora": {**plain, f"{name}.lora_magnitude_vector": torch.ones(8)}}
+    found = []
+    for method, tensors in kinds.items():
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_dora": method == "dora", "target_modules": ["att.key"], "bias": "none"}
+        named = {PREFIX + name: value for name, value in tensors.items()}
+        weights = _written(lambda path, named=named, method=method: write_safetensors(named, path, {"method": method}))  # type: ignore[misc]
+        found.append(join(json.dumps(config).encode(), weights))
+    return found
+
+
+def _states() -> list[bytes]:
+    import torch
+    from rwkv_dpo.model.checkpoint import save_weights
+
+    states = {"blocks.0.att.time_state": torch.ones(1, 8, 8)}
+    return [_written(lambda path, ending=ending: save_weights(states, path), ending) for ending in (".pth", ".safetensors")]  # type: ignore[misc]
 
 
 def _npy_arrays() -> list[bytes]:
@@ -310,6 +368,11 @@ READERS: dict[str, Reader] = {
     ),
     "pairs_pickled": Reader(".save", _read_pairs, _pickled_pairs, mutations.pickle_opcodes, evil.pickled_pairs, share=4),
     "checkpoint": Reader(".pth", _read_weights, _checkpoints, mutations.zip_members(mutations.weights_member), evil.checkpoints, share=4),
+    "safetensors": Reader(".safetensors", _read_weights, _safetensors, mutations.safetensors_header, evil.safetensors, share=3),
+    "adapter": Reader(
+        ".adapter", _read_adapter, _adapters, mutations.either(mutations.json_values, mutations.safetensors_header), evil.adapters, share=3
+    ),
+    "states": Reader(".pth", _read_states, _states, mutations.zip_members(mutations.weights_member), evil.checkpoints),
     "corpus_numpy": Reader(".npy", lambda path: _read_corpus(path, "numpy", 100), _npy_arrays, mutations.npy_header, evil.arrays, share=2),
     "corpus_utf8": Reader(".txt", lambda path: _read_corpus(path, "utf-8", 0), lambda: ["abcé\U0001f600\n".encode()], mutations.some_bytes),
     "corpus_utf16": Reader(
@@ -364,5 +427,9 @@ READERS: dict[str, Reader] = {
 
 def prepare(path: Path) -> None:
     """What the reader needs besides the input itself; not under guard."""
+    place = path.with_suffix("")
     if path.suffix == ".two":
-        _split(path)
+        _split(path, Path(f"{place}.idx"), Path(f"{place}.bin"))
+    elif path.suffix == ".adapter":
+        place.mkdir(exist_ok=True)
+        _split(path, place / "adapter_config.json", place / "adapter_model.safetensors")

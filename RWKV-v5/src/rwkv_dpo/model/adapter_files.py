@@ -27,6 +27,8 @@ _NEUTRAL: dict[str, tuple] = {
     "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "modules_to_save": ([], None), "target_parameters": ([], None),
     "layer_replication": (None,), "alora_invocation_tokens": (None,), "trainable_token_indices": (None,), "use_qalora": (False, None),
 }  # fmt: skip
+# Beyond it alpha / r is no number of a float.
+_MAX_ALPHA = 2**31
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -84,7 +86,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
         )
     adapter = {name: value for name, value in tensors.items() if ".lora_" in name}
     r, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(r, int) or not isinstance(alpha, int) or r < 1 or not adapter:
+    if type(r) is not int or type(alpha) is not int or r < 1 or abs(alpha) > _MAX_ALPHA or not adapter:
         refuse(f"{path}: not a LoRA adapter (r {r!r}, lora_alpha {alpha!r}, {len(adapter)} tensors)")
     for name, value in adapter.items():
         ranks = [value.shape[dim] for part, dim in ((".lora_A.", 0), (".lora_B.", 1)) if part in name and value.dim() == 2]
@@ -107,7 +109,7 @@ def _read_config(path: Path) -> dict:
     if not path.is_file():
         refuse(f"{path}: no such file; an adapter is a folder with {CONFIG} and {WEIGHTS}")
     try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        config = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         refuse(f"{path}: not readable as JSON ({error})")
     return config if isinstance(config, dict) else refuse(f"{path}: not a JSON object")

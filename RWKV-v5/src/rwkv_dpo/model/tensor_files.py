@@ -5,9 +5,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rwkv_dpo.errors import InputError, refuse
+
+# The format knows others, some of which torch holds but cannot convert.
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_safetensors(path: Path) -> bool:
@@ -27,8 +31,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from error
     for name, value in tensors.items():
-        if not value.is_floating_point():
-            refuse(f"{path}: entry {name!r} holds {value.dtype}; floating-point tensors are accepted")
+        if value.dtype not in _DTYPES:
+            refuse(f"{path}: entry {name!r} holds {value.dtype}; accepted are {', '.join(map(str, _DTYPES))}")
     return tensors, metadata
 
 
