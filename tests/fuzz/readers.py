@@ -68,6 +68,7 @@ def _read_pairs(path: Path) -> None:
 
 
 def _read_weights(path: Path) -> None:
+    import safetensors.torch  # noqa: F401 (the reader imports it at the first file that looks like one, which the guard would see)
     import torch
     from rwkv_dpo.model.checkpoint import empty_model, load_into, read_weights, shape_of, version_of
     from rwkv_dpo.wkv import reference
@@ -229,7 +230,8 @@ def _states() -> list[bytes]:
     import torch
     from rwkv_dpo.model.checkpoint import save_weights
 
-    states = {"blocks.0.att.time_state": torch.ones(1, 8, 8)}
+    shape = _small_model().shape  # made here, because the guard sees what the reader does
+    states = {"blocks.0.att.time_state": torch.ones(shape.n_head, shape.head_size, shape.head_size)}
     return [_written(lambda path, ending=ending: save_weights(states, path), ending) for ending in (".pth", ".safetensors")]  # type: ignore[misc]
 
 
