@@ -91,3 +91,4 @@ def test_a_message_is_one_line_whatever_it_quotes():
     assert message.startswith(r"a\nb \x1b[2J \ud800éé")
     assert len(message) < 1100
     assert message.isprintable()
+    assert len(str(InputError("\udced" * 900))) < 1100

@@ -16,10 +16,15 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_printable(message if len(message) <= _LONGEST else f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"))
+        # Escapes are longer than what they stand for, and a message may be too long to escape first.
+        super().__init__(_shortened(_printable(_shortened(message))))
 
 
 _LONGEST = 1000
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
 def _printable(text: str) -> str:
