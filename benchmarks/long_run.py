@@ -5,8 +5,11 @@ benchmarks/results/long_run.json.
     python benchmarks/long_run.py [--minutes 60] [--steps 20000] [--name long_run] [-- --save_every 500]
 
 train.py runs as users run it, in a process of its own on one thread, with windows of the demo corpus and pairs that the starting model
-scored; what follows `--` goes to it. Memory, open files and threads of the process are sampled from outside (Linux). Speeds compare the
-median step of the first and of the last tenth; CPU seconds a step say the same without the noise of a busy machine.
+scored; what follows `--` goes to it. Memory, open files and threads of the process are sampled from outside (Linux).
+
+Speeds compare the median step of the first and of the last tenth. Over an hour a rented machine changes its own pace by more than the
+5 % that are asked for, so the last tenth is also compared with a run that has just begun and takes turns with it: whatever the machine
+does then, it does to both. Pin everything to one core (taskset), so that the two share that too.
 """
 
 import argparse
@@ -14,10 +17,12 @@ import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -33,6 +38,8 @@ from rwkv_dpo.objective import score_pairs  # noqa: E402 (as above)
 
 VOCABULARY, WIDTH, LAYERS, CTX_LEN = 256, 64, 2, 64
 EPOCH_STEPS = 500
+# Of the comparison with a run that has just begun.
+TURNS, TURN_SECONDS = 20, 6.0
 MARKS = {"memory_change": 0.02, "speed_change": 0.05}
 
 
@@ -53,7 +60,13 @@ def main() -> None:
         epochs = math.ceil(steps / EPOCH_STEPS)
         minutes = epochs * EPOCH_STEPS / rate / 60
         print(f"{rate:.1f} steps/s: {epochs} epochs of {EPOCH_STEPS} steps, some {minutes:.0f} minutes", flush=True)
-        seconds, samples = train(folder, "run", epochs, EPOCH_STEPS, flags.train_flags, flags.sample_seconds)
+        turns: list[dict[str, object]] = []
+
+        def in_the_last_tenth(process: subprocess.Popen) -> None:
+            if not turns and last_step(folder / "run" / "metrics.jsonl") > 0.92 * epochs * EPOCH_STEPS:
+                turns.append(take_turns(process.pid, folder / "run" / "metrics.jsonl", folder, epochs, flags.train_flags))
+
+        seconds, samples = train(folder, "run", epochs, EPOCH_STEPS, flags.train_flags, flags.sample_seconds, in_the_last_tenth)
         records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     measured = {
         "model": f"L{LAYERS} D{WIDTH} vocabulary {VOCABULARY}, ctx_len {CTX_LEN}, 1 window and 1 pair a step, fp32, 1 thread",
@@ -67,8 +80,8 @@ def main() -> None:
         "marks": MARKS,
     }
     measured["passed"] = passed(measured) and seconds >= 60 * flags.minutes and len(records) >= flags.steps
-    print(json.dumps(measured, indent=1))
-    measure.save(flags.name, {"run": measured})
+    print(json.dumps([measured, *turns], indent=1))
+    measure.save(flags.name, {"run": measured} | {"against_a_fresh_run": one for one in turns})
     sys.exit(0 if measured["passed"] else 1)
 
 
@@ -93,8 +106,28 @@ def steps_per_second(folder: Path, train_flags: list[str]) -> float:
     return 500 / max(times[1] - times[0], 1e-3)
 
 
-def train(folder: Path, name: str, epochs: int, steps: int, train_flags: list[str], every: float) -> tuple[float, list[dict[str, float]]]:
-    """Seconds of a run of train.py, and samples of its process while it trained."""
+def train(
+    folder: Path, name: str, epochs: int, steps: int, train_flags: list[str], every: float,
+    watch: Callable[[subprocess.Popen], None] = lambda _: None,
+) -> tuple[float, list[dict[str, float]]]:  # fmt: skip
+    """Seconds of a run of train.py, and samples of its process while it trained. watch is called after each."""
+    start, samples = time.perf_counter(), []
+    with start_training(folder, name, epochs, steps, train_flags) as process:
+        metrics = folder / name / "metrics.jsonl"
+        for number in itertools.count(1):
+            if process.poll() is not None:
+                break
+            if metrics.exists() and (found := sample(process.pid)):
+                samples.append({"seconds": time.perf_counter() - start, **found})
+                watch(process)
+            # In step with the clock, however long a sample takes.
+            time.sleep(max(0.0, start + number * every - time.perf_counter()))
+    if process.returncode:
+        sys.exit(f"train.py ended with {process.returncode}:\n{(folder / f'{name}.log').read_text(errors='replace')[-3000:]}")
+    return time.perf_counter() - start, samples
+
+
+def start_training(folder: Path, name: str, epochs: int, steps: int, train_flags: list[str]) -> subprocess.Popen:
     settings = {
         "load_model": folder / "model.pth", "proj_dir": folder / name, "data_file": folder / "corpus.bin", "data_type": "uint16",
         "ctx_len": CTX_LEN, "dpo_train_file": folder / "pairs.save", "dpo_general_corpus_ratio": 0.5, "dpo_beta": 0.1, "micro_bsz": 1,
@@ -104,19 +137,57 @@ def train(folder: Path, name: str, epochs: int, steps: int, train_flags: list[st
     arguments = [part for flag, value in settings.items() for part in (f"--{flag}", str(value))]
     command = [sys.executable, str(ROOT / "RWKV-v5" / "train.py"), *arguments, *train_flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    start, samples = time.perf_counter(), []
-    with open(folder / f"{name}.log", "wb") as log, subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process:
-        metrics = folder / name / "metrics.jsonl"
-        for number in itertools.count(1):
-            if process.poll() is not None:
-                break
-            if metrics.exists() and (found := sample(process.pid)):
-                samples.append({"seconds": time.perf_counter() - start, **found})
-            # In step with the clock, however long a sample takes.
-            time.sleep(max(0.0, start + number * every - time.perf_counter()))
-    if process.returncode:
-        sys.exit(f"train.py ended with {process.returncode}:\n{(folder / f'{name}.log').read_text(errors='replace')[-3000:]}")
-    return time.perf_counter() - start, samples
+    with open(folder / f"{name}.log", "wb") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+def take_turns(pid: int, metrics: Path, folder: Path, epochs: int, train_flags: list[str]) -> dict[str, object]:
+    """The step of the run `pid` over that of one with the same flags that begins now. One of them is stopped at any time."""
+    os.kill(pid, signal.SIGSTOP)
+    fresh, fresh_metrics = start_training(folder, "fresh", epochs, EPOCH_STEPS, train_flags), folder / "fresh" / "metrics.jsonl"
+    try:
+        while fresh.poll() is None and last_step(fresh_metrics) < EPOCH_STEPS:
+            time.sleep(0.1)
+        fresh.send_signal(signal.SIGSTOP)
+        pairs = []
+        for _ in range(TURNS):
+            pairs.append([step_of_a_turn(*one) for one in ((fresh.pid, fresh_metrics), (pid, metrics))])
+    finally:
+        fresh.kill()
+        fresh.wait()
+        os.kill(pid, signal.SIGCONT)
+    change = median(fresh / late for fresh, late in pairs) - 1
+    return {
+        "turns": f"{TURNS} of {TURN_SECONDS} s each, to step {last_step(metrics)}",
+        "step_ms_fresh": [round(1000 * fresh, 3) for fresh, _ in pairs],
+        "step_ms": [round(1000 * late, 3) for _, late in pairs],
+        "speed_change": round(change, 4),
+        "marks": {"speed_change": MARKS["speed_change"]},
+        "passed": abs(change) <= MARKS["speed_change"],
+    }
+
+
+def step_of_a_turn(pid: int, metrics: Path) -> float:
+    """Median seconds of a step while the stopped process `pid` goes on for a turn."""
+    begin = metrics.stat().st_size
+    os.kill(pid, signal.SIGCONT)
+    time.sleep(TURN_SECONDS)
+    os.kill(pid, signal.SIGSTOP)
+    with open(metrics, "rb") as file:
+        file.seek(begin)
+        # The first step was stopped in the middle, and of the last a part may be written.
+        lines = file.read().splitlines()[1:-1]
+    return median(record["tokens"] / record["tokens_per_s"] for record in map(json.loads, lines[1:]))
+
+
+def last_step(metrics: Path) -> int:
+    """0 before the first is written."""
+    if not metrics.exists():
+        return 0
+    with open(metrics, "rb") as file:
+        file.seek(max(0, metrics.stat().st_size - 4096))
+        lines = file.read().splitlines()[1:-1]
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def sample(pid: int) -> dict[str, float] | None:
