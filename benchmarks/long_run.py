@@ -60,7 +60,8 @@ def main() -> None:
         epochs = math.ceil(steps / EPOCH_STEPS)
         minutes = epochs * EPOCH_STEPS / rate / 60
         print(f"{rate:.1f} steps/s: {epochs} epochs of {EPOCH_STEPS} steps, some {minutes:.0f} minutes", flush=True)
-        metrics, parts = folder / "run" / "metrics.jsonl", {}
+        metrics = folder / "run" / "metrics.jsonl"
+        parts: dict[str, object] = {}
 
         def in_the_last_tenth(process: subprocess.Popen) -> None:
             # The last tenth of a trial is shorter than the turns.
