@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fuzz.mutations import join
+
 # Inputs that a campaign found, of formats that are not written by hand.
 _KEPT = Path(__file__).parent / "regressions"
 _DEEP = "[" * 100_000 + "]" * 100_000
@@ -146,7 +148,7 @@ def corpora() -> dict[str, bytes]:
         # struct aligns unless told not to: the offsets are written again without.
         content = content[:34] + b"".join(size.to_bytes(4, "little", signed=True) for size in sizes)
         content += b"".join(offset.to_bytes(8, "little", signed=True) for offset in offsets) + bytes(8 * min(m, 9))
-        return len(content).to_bytes(4, "little") + content + tokens
+        return join(content, tokens)
 
     return {
         "10**15 documents": index(10**15, 1, [8], [0]),
@@ -267,10 +269,7 @@ def safetensors() -> dict[str, bytes]:
 
 
 def adapters() -> dict[str, bytes]:
-    """Settings and tensors in one, see readers.join."""
-
-    def join(config: bytes, tensors: bytes) -> bytes:
-        return len(config).to_bytes(4, "little") + config + tensors
+    """Settings and tensors in one, see mutations.join."""
 
     def lora(r: object, alpha: object = 8, **settings: object) -> bytes:
         config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, **settings}

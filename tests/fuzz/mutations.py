@@ -93,10 +93,21 @@ def some_bytes(content: bytes, draw: random.Random) -> bytes:
     return bytes(data)
 
 
+def join(first: bytes, second: bytes) -> bytes:
+    """Two files as one input: the .idx and .bin of a corpus, the settings and tensors of an adapter."""
+    return len(first).to_bytes(4, "little") + first + second
+
+
+def split(content: bytes) -> tuple[bytes, bytes]:
+    """The two files of an input that `join` made, or that was changed since."""
+    end = 4 + int.from_bytes(content[:4], "little")
+    return content[4:end], content[end:]
+
+
 def index_fields(content: bytes, draw: random.Random) -> bytes:
-    """A corpus of two files (see readers.join): counts, sizes and offsets of the .idx, also so that its length fits again."""
-    n_index = int.from_bytes(content[:4], "little")
-    index, tokens = bytearray(content[4 : 4 + n_index]), content[4 + n_index :]
+    """A corpus of two files (see join): counts, sizes and offsets of the .idx, also so that its length fits again."""
+    first, tokens = split(content)
+    index = bytearray(first)
     if len(index) < 33 or draw.random() < 0.15:
         return some_bytes(content, draw)
     n = min(struct.unpack_from("<Q", index, 17)[0], (len(index) - 33) // 12) or 1
@@ -123,7 +134,7 @@ def index_fields(content: bytes, draw: random.Random) -> bytes:
         tokens = (tokens * 3)[: max(0, min(ends * itemsize, 3 * len(tokens)))]
     else:
         tokens = some_bytes(tokens, draw)
-    return len(index).to_bytes(4, "little") + bytes(index) + tokens
+    return join(bytes(index), tokens)
 
 
 def pickle_opcodes(content: bytes, draw: random.Random) -> bytes:
@@ -330,14 +341,11 @@ def safetensors_header(content: bytes, draw: random.Random) -> bytes:
 
 
 def either(first: Mutator, second: Mutator) -> Mutator:
-    """One of two files in one input (see readers.join)."""
+    """One of two files in one input (see join): the first of them by `first` or the second by `second`."""
 
     def mutate(content: bytes, draw: random.Random) -> bytes:
-        n_first = int.from_bytes(content[:4], "little")
-        parts = [content[4 : 4 + n_first], content[4 + n_first :]]
-        at = draw.randrange(2)
-        parts[at] = (first, second)[at](parts[at], draw)
-        return len(parts[0]).to_bytes(4, "little") + parts[0] + parts[1]
+        one, other = split(content)
+        return join(first(one, draw), other) if draw.random() < 0.5 else join(one, second(other, draw))
 
     return mutate
 

@@ -17,7 +17,7 @@ from rwkv_dpo.data.pairs import load_pairs, pack_pairs, save_original, save_pair
 from rwkv_dpo.errors import InputError
 
 from fuzz import evil, mutations
-from fuzz.mutations import Mutator
+from fuzz.mutations import Mutator, join
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,6 @@ class Reader:
     evil: Callable[[], dict[str, bytes]] = dict
     is_packed: bool = False
     share: int = 1
-
-
-def join(first: bytes, second: bytes) -> bytes:
-    """Two files as one input: the .idx and .bin of a corpus, the settings and tensors of an adapter."""
-    return len(first).to_bytes(4, "little") + first + second
-
-
-def _split(path: Path, first: Path, second: Path) -> None:
-    content = path.read_bytes()
-    n_first = int.from_bytes(content[:4], "little")
-    first.write_bytes(content[4 : 4 + n_first])
-    second.write_bytes(content[4 + n_first :])
 
 
 def _read_binidx(path: Path) -> None:
@@ -431,7 +419,11 @@ def prepare(path: Path) -> None:
     """What the reader needs besides the input itself; not under guard."""
     place = path.with_suffix("")
     if path.suffix == ".two":
-        _split(path, Path(f"{place}.idx"), Path(f"{place}.bin"))
+        names = (f"{place}.idx", f"{place}.bin")
     elif path.suffix == ".adapter":
         place.mkdir(exist_ok=True)
-        _split(path, place / "adapter_config.json", place / "adapter_model.safetensors")
+        names = (f"{place}/adapter_config.json", f"{place}/adapter_model.safetensors")
+    else:
+        return
+    for name, content in zip(names, mutations.split(path.read_bytes()), strict=True):
+        Path(name).write_bytes(content)
