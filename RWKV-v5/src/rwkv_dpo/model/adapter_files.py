@@ -27,7 +27,7 @@ _NEUTRAL: dict[str, tuple] = {
     "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "modules_to_save": ([], None), "target_parameters": ([], None),
     "layer_replication": (None,), "alora_invocation_tokens": (None,), "trainable_token_indices": (None,), "use_qalora": (False, None),
 }  # fmt: skip
-# Beyond it alpha / r is no number of a float.
+# JSON's integers have no end, and one of hundreds of digits has no quotient alpha / r.
 _MAX_ALPHA = 2**31
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
