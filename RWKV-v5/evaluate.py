@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
 from rwkv_dpo.atomic import atomic_write
 from rwkv_dpo.data.corpus import open_corpus
+from rwkv_dpo.data.corpus_names import name_corpus
 from rwkv_dpo.data.pairs import load_pairs
 from rwkv_dpo.errors import refuse, run_script
 from rwkv_dpo.flags import OneLineParser
@@ -43,7 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
         if args.pairs:
             report |= evaluate_pairs(model, load_pairs(args.pairs, model.shape.vocab_size), args.dpo_beta, args.batch_tokens)
         if args.data_file:
-            corpus = open_corpus(args.data_file, args.data_type, model.shape.vocab_size, args.ctx_len)
+            data_file, data_type = name_corpus(args.data_file, args.data_type)
+            corpus = open_corpus(data_file, data_type, model.shape.vocab_size, args.ctx_len, path)
             starts = range(0, corpus.n_tokens - args.ctx_len, args.ctx_len)
             report["corpus_loss"] = corpus_loss(model, [corpus.window(start, args.ctx_len + 1) for start in starts], args.batch_tokens)
         if args.prompt:
@@ -63,7 +65,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pairs", help="preference pairs (.save), scored by the first checkpoint or any other reference")
     parser.add_argument("--dpo_beta", type=float, default=0.1, help="for the reward margin (0.1)")
     parser.add_argument("--data_file", help="corpus, as train.py takes it")
-    parser.add_argument("--data_type", default="binidx", help="as train.py takes it (binidx)")
+    parser.add_argument("--data_type", default="", help="as train.py takes it (what data_file is)")
     parser.add_argument("--ctx_len", type=int, default=1024, help="window of the corpus perplexity (1024)")
     parser.add_argument("--prompt", help="a question to answer")
     parser.add_argument("--max_tokens", type=int, default=100, help="of the answer (100)")

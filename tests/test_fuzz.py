@@ -23,6 +23,8 @@ NAMES = [
     "corpus_utf8",
     "corpus_utf16",
     "corpus_uint16",
+    "corpus_world",
+    "vocabulary",
     "preferences_json",
     "preferences_jsonl",
     "preferences_csv",

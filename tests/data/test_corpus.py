@@ -1,10 +1,19 @@
 """Corpora of every --data_type, and what is refused at the door."""
 
+import gzip
+import json
+from pathlib import Path
+
+import make_data
 import numpy as np
 import pytest
+import rwkv
+from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 from rwkv_dpo.data import corpus as corpus_module
-from rwkv_dpo.data.binidx import write_binidx
+from rwkv_dpo.data import text_corpus
+from rwkv_dpo.data.binidx import read_binidx, write_binidx
 from rwkv_dpo.data.corpus import open_corpus
+from rwkv_dpo.data.corpus_names import name_corpus
 from rwkv_dpo.errors import InputError
 
 TOKENS = np.array([5, 0, 9, 9, 3, 1, 2], dtype=np.uint16)
@@ -125,3 +134,118 @@ def test_the_dummy_corpus_is_the_same_every_time_and_adds_up():
         terms, total = line.split("=")
         assert sum(map(int, terms.split("+"))) == int(total)
     assert np.array_equal(corpus.tokens, open_corpus("", "dummy", vocab_size=0, ctx_len=64).tokens)
+
+
+STORY = "Once there was a fox.\n\nFüchse 🦊, 狐狸住在这里。 It slept.\n"
+
+
+@pytest.fixture(scope="module")
+def world():
+    """The `rwkv` package's own tokenizer."""
+    return TRIE_TOKENIZER(str(Path(rwkv.__file__).parent / "rwkv_vocab_v20230424.txt")).encode
+
+
+def write_text(path, texts):
+    """One document in a text file, or one a row."""
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    content = rows.encode() if ".jsonl" in path.name else texts[0].encode("utf-16le" if path.suffix == ".utf16" else "utf-8")
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.mark.parametrize("name", ["story.txt", "story.txt.gz", "story.md", "story.jsonl", "story.jsonl.gz", "story.utf16"])
+def test_text_for_a_world_vocabulary_is_world_tokens(tmp_path, world, name):
+    texts = [STORY, "Two."] if "jsonl" in name else [STORY]
+    encoding = "utf-16le" if name == "story.utf16" else "utf-8"
+    write_text(tmp_path / name, texts)
+    corpus = open_corpus(str(tmp_path / name), encoding, vocab_size=65536, ctx_len=4, checkpoint="World.pth")
+    assert corpus.tokens.tolist() == [token for text in texts for token in (*world(text), 0)]
+    assert corpus.characters == ""
+    assert "World tokenizer" in corpus.how
+
+
+def test_a_folder_of_texts_is_what_make_data_makes_of_it(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(3):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"{i} {STORY}")
+    corpus = open_corpus(str(tmp_path / "texts"), "utf-8", vocab_size=65536, ctx_len=4)
+    make_data.main([str(tmp_path / "texts"), "1", "--out", str(tmp_path / "made")])
+    made = read_binidx(tmp_path / "made")
+    # make_data.py shuffles the documents.
+    assert sorted(corpus.tokens.tolist()) == sorted(made.tokens.tolist())
+    assert corpus.tokens[: len(made.document(0))].tolist() in [made.document(i).tolist() for i in range(3)]
+
+
+def test_much_text_is_left_to_make_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_corpus, "MAX_TEXT", 100)
+    (tmp_path / "story.txt").write_text("a" * 101)
+    (tmp_path / "story.md").write_text("a" * 101)
+    (tmp_path / "story.txt.gz").write_bytes(gzip.compress(b"a" * 101))
+    for name in ("story.txt", "story.md", "story.txt.gz"):
+        with pytest.raises(InputError, match=rf"{name}: more text than .*make_data.py .*{name} 1 --out corpus"):
+            open_corpus(str(tmp_path / name), "utf-8", vocab_size=65536, ctx_len=4)
+
+
+def save_vocabulary(folder, characters):
+    """As RWKV-LM's src/dataset.py writes it."""
+    with open(folder / "vocab.json", "w", encoding="utf-16le") as file:
+        file.write(json.dumps(dict(enumerate(characters)), ensure_ascii=False))
+
+
+def test_characters_have_the_numbers_that_their_model_was_trained_with(tmp_path):
+    save_vocabulary(tmp_path, "\n bcxyz")
+    (tmp_path / "other.txt").write_text("zy xb")
+    corpus = open_corpus(str(tmp_path / "other.txt"), "utf-8", vocab_size=7, ctx_len=2, checkpoint=str(tmp_path / "rwkv-final.pth"))
+    assert corpus.tokens.tolist() == [6, 5, 1, 4, 2]
+    assert corpus.characters == "\n bcxyz"
+    (tmp_path / "more.txt").write_text("zyé")
+    with pytest.raises(InputError, match=r"more.txt: character 'é' \(at 2\) is not in .*vocab.json"):
+        open_corpus(str(tmp_path / "more.txt"), "utf-8", vocab_size=7, ctx_len=2, checkpoint=str(tmp_path / "rwkv-final.pth"))
+
+
+@pytest.mark.parametrize("content", [None, b"{", json.dumps({"the": 0, "a": 1}).encode(), "[]".encode("utf-16le"), b"\xff\xfe\0"])
+def test_a_model_of_neither_world_nor_characters_takes_no_text(tmp_path, content):
+    (tmp_path / "story.txt").write_text(STORY)
+    if content is not None:
+        (tmp_path / "vocab.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"story.txt: text for .*NeoX.pth, whose 50277 tokens are not the World's.*vocab.json"):
+        open_corpus(str(tmp_path / "story.txt"), "utf-8", vocab_size=50277, ctx_len=2, checkpoint=str(tmp_path / "NeoX.pth"))
+
+
+def test_a_world_checkpoint_beside_a_vocabulary_of_characters_is_not_guessed_about(tmp_path):
+    save_vocabulary(tmp_path, "abc")
+    (tmp_path / "story.txt").write_text("abc" * 9)
+    with pytest.raises(InputError, match=r"World.pth has the World's vocabulary, and .*vocab.json beside it numbers 3 characters"):
+        open_corpus(str(tmp_path / "story.txt"), "utf-8", vocab_size=65536, ctx_len=2, checkpoint=str(tmp_path / "World.pth"))
+
+
+def test_rows_are_no_characters(tmp_path):
+    write_text(tmp_path / "story.jsonl", [STORY])
+    with pytest.raises(InputError, match=r"story.jsonl: characters are read from one file of plain text; .*--vocab_size 65536"):
+        open_corpus(str(tmp_path / "story.jsonl"), "utf-8", vocab_size=0, ctx_len=2)
+
+
+def test_the_file_tells_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_binidx("corpus", [TOKENS])
+    np.save("array.npy", TOKENS)
+    Path("array.npy").rename("array")
+    Path("story.txt").write_text(STORY)
+    Path("windows.txt").write_text(STORY, encoding="utf-16")
+    Path("bare.bin").write_bytes(TOKENS.tobytes())
+    for named, expected in {
+        "corpus": ("corpus", "binidx"), "corpus.bin": ("corpus", "binidx"), "corpus.idx": ("corpus", "binidx"),
+        "array": ("array", "numpy"), "story.txt": ("story.txt", "utf-8"), "windows.txt": ("windows.txt", "utf-16le"),
+        "nowhere": ("nowhere", "utf-8"),
+    }.items():  # fmt: skip
+        assert name_corpus(named) == expected
+    assert name_corpus("corpus.bin", "binidx") == ("corpus", "binidx")
+    assert name_corpus("corpus.bin", "uint16") == ("corpus.bin", "uint16")
+    assert open_corpus("windows.txt", "utf-16le", 0, 4).characters == "".join(sorted(set(STORY)))
+    for named, data_type, message in [
+        ("bare.bin", "", r"bare.bin: no binidx corpus without both bare.bin and .idx; --data_type uint16"),
+        ("corpus", "utf-8", r"--data_type utf-8: corpus.bin and .idx are a binidx corpus"),
+        ("corpus.bin", "numpy", r"--data_type numpy: corpus.bin and .idx are a binidx corpus"),
+        ("story.txt", "binidx", r"--data_type binidx: story.txt has no story.txt.idx and .bin"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            name_corpus(named, data_type)

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from rwkv_dpo.data import documents, prompts, sources
+from rwkv_dpo.data import documents, prompts, sources, text_corpus
 from rwkv_dpo.data.binidx import DTYPES, read_binidx, write_binidx
 from rwkv_dpo.data.corpus import open_corpus
 from rwkv_dpo.data.pairs import load_pairs, pack_pairs, save_original, save_pairs
@@ -47,6 +47,12 @@ def _read_corpus(path: Path, data_type: str, vocab_size: int) -> None:
         assert window.min() >= 0
         assert window.max() < corpus.vocab_size
     assert len(corpus.characters) <= corpus.vocab_size
+
+
+def _read_vocabulary(path: Path) -> None:
+    characters = text_corpus.read_vocabulary(path)
+    numbers, _ = text_corpus.character_tokens("cab", characters, "a text", path)
+    assert [characters[number] for number in numbers] == list("cab")
 
 
 def _read_pairs(path: Path) -> None:
@@ -373,6 +379,20 @@ READERS: dict[str, Reader] = {
         lambda path: _read_corpus(path, "uint16", 100),
         lambda: [np.arange(0, 90, 3, dtype="<u2").tobytes(), b"\1\0" * 9],
         mutations.some_bytes,
+    ),
+    "corpus_world": Reader(
+        ".jsonl",
+        lambda path: _read_corpus(path, "utf-8", 65536),
+        lambda: [_lines(_TEXTS * 3)],
+        mutations.json_values,
+        evil.json_lines,
+    ),
+    "vocabulary": Reader(
+        ".json",
+        _read_vocabulary,
+        lambda: ['{"0": "c", "1": "é", "2": "b", "3": "a"}'.encode(encoding) for encoding in ("utf-16le", "utf-8")],
+        mutations.json_values,
+        evil.json_files,
     ),
     "preferences_json": Reader(".json", _read_preferences, lambda: _json(_PREFERENCES), mutations.json_values, evil.json_files, share=2),
     "preferences_jsonl": Reader(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import make_data
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -207,6 +208,60 @@ def test_text_trains_with_the_vocabulary_found_in_it(data, tmp_path):
     assert final_weights(tmp_path / "out")["emb.weight"].shape[0] == len(characters)
     vocabulary = json.loads((tmp_path / "out" / "vocab.json").read_text(encoding="utf-16le"))
     assert vocabulary == {str(i): character for i, character in enumerate(characters)}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model with the World's vocabulary, a text, its rows, and the corpus that make_data.py makes of it."""
+    folder = tmp_path_factory.mktemp("world")
+    save_weights(random_model(ModelShape(1, 32, 32, 96, 65536, head_size=32), torch.float32).state_dict(), folder / "World.pth")
+    text = "To be or not to be, that is the question.\n" * 20
+    (folder / "story.txt").write_text(text)
+    (folder / "story.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    make_data.main([str(folder / "story.txt"), "1", "--out", str(folder / "made")])
+    return folder
+
+
+@pytest.mark.parametrize("changes", [{"dpo": 0}, {"dpo": 0, "data_type": "utf-8"}, {}], ids=["alone", "with its type", "beside pairs"])
+def test_text_trains_a_world_model_as_its_tokens_do(data, world, tmp_path, changes):
+    """--data_type utf-8, the default, once numbered the characters of the text for whatever model."""
+    common = {"load_model": world / "World.pth", "data_type": None, "epoch_count": 1, **changes}
+    losses = {}
+    for name in ("made.bin", "story.txt", "story.jsonl"):
+        settings = common | {"data_file": world / name} | ({"data_type": "binidx"} if name == "made.bin" else {})
+        losses[name] = [r["loss"] for r in run(data, tmp_path / name, **settings)]
+        assert not (tmp_path / name / "vocab.json").exists()
+    assert losses["story.txt"] == losses["story.jsonl"] == losses["made.bin"]
+
+
+def test_the_type_of_a_corpus_need_not_be_said_and_world_text_needs_no_checkpoint(data, world, tmp_path, caplog):
+    fresh = {"load_model": None, "dpo": 0, "vocab_size": 65536, "n_layer": 1, "n_embd": 32, "head_size_a": 32, "data_type": None}
+    with caplog.at_level("INFO"):
+        a = run(data, tmp_path / "a", data_file=world / "made", epoch_count=1, **fresh)
+        b = run(data, tmp_path / "b", data_file=world / "story.txt", epoch_count=1, **fresh)
+    assert [r["loss"] for r in a] == [r["loss"] for r in b]
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["data_type"] == "binidx"
+    assert "tokens (1 document through the World tokenizer)" in caplog.text
+
+
+def test_a_model_of_characters_goes_on_with_its_own_numbers(data, tmp_path):
+    (tmp_path / "first.txt").write_text("the question is to be or not to be. " * 20)
+    (tmp_path / "second.txt").write_text("no one is there. " * 20)
+    sizes = {"dpo": 0, "n_layer": 1, "n_embd": 32, "head_size_a": 32, "data_type": None, "epoch_count": 1}
+    run(data, tmp_path / "a", load_model=None, data_file=tmp_path / "first.txt", **sizes)
+    run(data, tmp_path / "b", load_model=tmp_path / "a" / "rwkv-final.pth", data_file=tmp_path / "second.txt", **sizes)
+    assert (tmp_path / "b" / "vocab.json").read_bytes() == (tmp_path / "a" / "vocab.json").read_bytes()
+    (tmp_path / "a" / "vocab.json").unlink()
+    with pytest.raises(InputError, match=r"second.txt: text for .*rwkv-final.pth, whose 13 tokens are not the World's"):
+        run(data, tmp_path / "c", load_model=tmp_path / "a" / "rwkv-final.pth", data_file=tmp_path / "second.txt", **sizes)
+
+
+def test_pairs_of_world_tokens_and_numbered_characters_are_not_mixed(data, tmp_path):
+    (tmp_path / "text.txt").write_text("to be or not to be. " * 20)
+    save_pairs(tmp_path / "world.save", pack_pairs([([1, 2], [3], [4])], np.zeros((1, 2)), {"tokenizer": "rwkv_vocab_v20230424"}))
+    fresh = {"load_model": None, "data_type": None, "n_layer": 1, "n_embd": 32, "head_size_a": 32}
+    with pytest.raises(InputError, match=r"world.save: its tokens are the World tokenizer's, and .*text.txt becomes numbers of its 8 char"):
+        run(data, tmp_path / "out", data_file=tmp_path / "text.txt", dpo_train_file=tmp_path / "world.save", **fresh)
 
 
 def test_staged_pretraining_starts_stops_and_continues_from_the_newest_checkpoint(data, tmp_path):

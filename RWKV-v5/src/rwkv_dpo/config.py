@@ -25,9 +25,12 @@ class RunConfig:
     wandb: str = flag("", "Weights & Biases project; empty: don't use it")
     random_seed: int = flag(-1, "seed of initial weights, sampling and dropout; -1: 0")
 
-    data_file: str = flag("", "general corpus (for binidx without .bin/.idx); not needed with --dpo 1 --dpo_general_corpus_ratio 0")
-    data_type: str = flag("utf-8", "what data_file is", ("utf-8", "utf-16le", "numpy", "binidx", "dummy", "uint16"))
-    vocab_size: int = flag(0, "vocabulary; 0: from the checkpoint, else from the text (utf-8 and utf-16le)")
+    data_file: str = flag("", "general corpus, tokens or text; not needed with --dpo 1 --dpo_general_corpus_ratio 0")
+    data_type: str = flag("utf-8", "what data_file is; when not given, what the file shows itself to be", (
+        "utf-8", "utf-16le", "numpy", "binidx", "dummy", "uint16",
+    ))  # fmt: skip
+    vocab_size: int = flag(0, "vocabulary; 0: from the checkpoint, else the characters of the text; 65536: the World's, and text goes "
+                              "through its tokenizer")  # fmt: skip
     ctx_len: int = flag(1024, "tokens in a corpus window")
 
     dpo: int = flag(1, "1: preference training; 0: plain language-model training")

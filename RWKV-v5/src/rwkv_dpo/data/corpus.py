@@ -1,13 +1,17 @@
 """The general corpus: one long row of tokens, whatever file it comes from (the original's --data_type)."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from rwkv_dpo.data.binidx import read_binidx
+from rwkv_dpo.data.documents import TEXT_ENDINGS
+from rwkv_dpo.data.files import ending
+from rwkv_dpo.data.text_corpus import character_tokens, check_size, documents_of, holds_documents, vocabulary_of, world_tokens
+from rwkv_dpo.data.tokenizer import VOCAB_SIZE as WORLD_SIZE
 from rwkv_dpo.errors import InputError, reading, refuse
 
 # Up to here every token id is checked when the corpus is opened (a fraction of a second); beyond, as windows are read.
@@ -18,13 +22,14 @@ _BLOCK = 1 << 22
 @dataclass(frozen=True)
 class Corpus:
     """`tokens` [n_tokens] of any integer type, perhaps memory-mapped; `characters`: for character corpora, the vocabulary
-    in order of token id, else empty."""
+    in order of token id, else empty; `how`: by what text became tokens, in words."""
 
     source: str
     tokens: np.ndarray
     vocab_size: int
     characters: str = ""
     is_checked: bool = True
+    how: str = ""
 
     @property
     def n_tokens(self) -> int:
@@ -40,29 +45,67 @@ class Corpus:
         return tokens
 
 
-def open_corpus(data_file: str, data_type: str, vocab_size: int, ctx_len: int) -> Corpus:
-    """Open --data_file as --data_type says: utf-8, utf-16le (characters; the vocabulary is found in the text when vocab_size
-    is 0), numpy (.npy), uint16 (raw little-endian), binidx (named without its ending), dummy (sums made up here, no file).
+def open_corpus(data_file: str, data_type: str, vocab_size: int, ctx_len: int, checkpoint: str = "") -> Corpus:
+    """Open --data_file as --data_type says: utf-8, utf-16le (text), numpy (.npy), uint16 (raw little-endian), binidx (named without
+    its ending), dummy (sums made up here, no file).
 
-    InputError when the file is missing or of another form, shorter than ctx_len + 1, or has a token >= vocab_size.
+    Text goes through the World tokenizer when vocab_size is the World's. Else it is characters, numbered as the vocab.json beside
+    `checkpoint` says, whose model reads them; without a checkpoint as they are found, and the vocabulary is what is found when
+    vocab_size is 0.
+
+    InputError when the file is missing or of another form, shorter than ctx_len + 1, or has a token >= vocab_size; for text that
+    the checkpoint's model has no numbers for.
     """
-    if data_type in _CHARACTER_READERS:
-        corpus = _character_corpus(_CHARACTER_READERS[data_type](data_file), data_file or data_type, vocab_size)
+    if data_type in _TEXT_READERS:
+        corpus = _text_corpus(data_file, data_type, vocab_size, checkpoint)
     elif data_type in _TOKEN_READERS:
         corpus = _token_corpus(_TOKEN_READERS[data_type](data_file), data_file, vocab_size)
     else:
-        refuse(f"--data_type {data_type}: accepted are {', '.join((*_CHARACTER_READERS, *_TOKEN_READERS))}")
+        refuse(f"--data_type {data_type}: accepted are {', '.join((*_TEXT_READERS, *_TOKEN_READERS))}")
     if corpus.n_tokens < ctx_len + 1:
         refuse(f"{corpus.source}: {corpus.n_tokens} tokens, fewer than one window of --ctx_len {ctx_len} + 1")
     return corpus
 
 
-def _character_corpus(text: str, source: str, vocab_size: int) -> Corpus:
-    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-    found, tokens = np.unique(codes, return_inverse=True)
-    if vocab_size and vocab_size < len(found):
-        refuse(f"{source}: the text has {len(found)} different characters, more than --vocab_size {vocab_size}")
-    return Corpus(source, tokens.astype(np.int32), vocab_size or len(found), "".join(map(chr, found)))
+def _text_corpus(data_file: str, data_type: str, vocab_size: int, checkpoint: str) -> Corpus:
+    source = data_file or data_type
+    vocabulary, characters = vocabulary_of(checkpoint) if checkpoint else (None, "")
+    if vocab_size == WORLD_SIZE:
+        if characters:
+            refuse(
+                f"{source}: {checkpoint} has the World's vocabulary, and {vocabulary} beside it numbers {len(characters)} characters: "
+                "move away what doesn't belong to the model"
+            )
+        tokens, n_documents = world_tokens(_texts(data_file, data_type))
+        how = f"{n_documents:,} {'document' if n_documents == 1 else 'documents'} through the World tokenizer"
+        return Corpus(source, tokens, vocab_size, how=how)
+    if data_type == "utf-8" and holds_documents(data_file):
+        refuse(
+            f"{data_file}: characters are read from one file of plain text; rows, folders and patterns, through the World tokenizer, for "
+            f"models of its vocabulary (without a checkpoint: --vocab_size {WORLD_SIZE})"
+        )
+    if checkpoint and not characters:
+        refuse(
+            f"{source}: text for {checkpoint}, whose {vocab_size} tokens are not the World's: a model of characters has a {vocabulary} "
+            "that numbers them; for another tokenizer give its tokens (--data_type binidx, numpy or uint16)"
+        )
+    text = _TEXT_READERS[data_type](data_file)
+    tokens, characters = character_tokens(text, characters, source, vocabulary)
+    if vocab_size and vocab_size < len(characters):
+        found = f"{vocabulary} has" if vocabulary else "the text has"
+        refuse(f"{source}: {found} {len(characters)} different characters, more than --vocab_size {vocab_size}")
+    how = f"{len(characters)} characters, numbered as in {vocabulary}" if vocabulary else f"numbers of its {len(characters)} characters"
+    return Corpus(source, tokens, vocab_size or len(characters), characters, how=how)
+
+
+def _texts(data_file: str, data_type: str) -> Iterable[str]:
+    """Documents of the forms that make_data.py knows; any other file is one text."""
+    is_file = data_type == "utf-8" and os.path.isfile(data_file) and ending(data_file) not in TEXT_ENDINGS
+    if data_type == "utf-8" and not is_file:
+        return documents_of(data_file)
+    if data_type != "dummy":
+        check_size(data_file, _existing(data_file).stat().st_size)
+    return [_TEXT_READERS[data_type](data_file)]
 
 
 def _token_corpus(tokens: np.ndarray, source: str, vocab_size: int) -> Corpus:
@@ -93,7 +136,7 @@ def _existing(data_file: str) -> Path:
 def _read_text(data_file: str, encoding: str) -> str:
     try:
         with reading(data_file):
-            return _existing(data_file).read_text(encoding)
+            return _existing(data_file).read_text(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(f"{data_file}: not {encoding} text: {error.reason} at byte {error.start}") from error
 
@@ -127,7 +170,7 @@ def _made_up_sums(_data_file: str) -> str:
     return "".join(f"{a}+{b}={a + b}\n" for a, b in terms)
 
 
-_CHARACTER_READERS: dict[str, Callable[[str], str]] = {
+_TEXT_READERS: dict[str, Callable[[str], str]] = {
     "utf-8": lambda data_file: _read_text(data_file, "utf-8"),
     "utf-16le": lambda data_file: _read_text(data_file, "utf-16le"),
     "dummy": _made_up_sums,

@@ -7,7 +7,7 @@ from rwkv_dpo.data.files import ROW_ENDINGS, OnFault, Row, ending, expand, open_
 from rwkv_dpo.data.hub import is_hub_id, open_hub_rows
 from rwkv_dpo.errors import InputError, refuse
 
-_ENDINGS = (".txt", *ROW_ENDINGS)
+TEXT_ENDINGS = (".txt", *ROW_ENDINGS)
 
 
 def open_documents(
@@ -20,10 +20,10 @@ def open_documents(
 
     A row without such a text goes to `on_fault`, and is left out if that returns; any other fault is an InputError.
     """
-    if is_hub_id(source, _ENDINGS):
+    if is_hub_id(source, TEXT_ENDINGS):
         texts = _fields(source, open_hub_rows(source, hub_split), field, on_fault)
     else:
-        texts = (text for path in expand(source, _ENDINGS) for text in _file(path, field, split_blank_lines, on_fault))
+        texts = (text for path in expand(source, TEXT_ENDINGS) for text in _file(path, field, split_blank_lines, on_fault))
     return filter(None, texts)
 
 
@@ -33,7 +33,7 @@ def _file(path: Path, field: str, split_blank_lines: bool, on_fault: OnFault) ->
     elif ending(path) in ROW_ENDINGS:
         yield from _fields(str(path), open_rows(path, on_fault), field, on_fault)
     else:
-        refuse(f"{path}: documents are read from {', '.join(_ENDINGS)} files, also with .gz")
+        refuse(f"{path}: documents are read from {', '.join(TEXT_ENDINGS)} files, also with .gz")
 
 
 def _fields(source: str, rows: Iterator[tuple[str, Row]], field: str, on_fault: OnFault) -> Iterator[str]:

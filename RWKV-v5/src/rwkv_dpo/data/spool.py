@@ -64,9 +64,14 @@ def open_spool(beside: str | Path, texts: Iterable[str], n_processes: int = 0) -
         raise InputError(f"{beside}: cannot be written: {error.strerror}") from error
     with file:
         spool = Spool(file, str(beside))  # type: ignore[arg-type]  # without a buffer, a BinaryIO too
-        for tokens, sizes in _encoded(_blocks(texts), n_processes or _n_cores()):
+        for tokens, sizes in encode_blocks(texts, n_processes or _n_cores()):
             spool.extend(tokens, sizes)
         yield spool
+
+
+def encode_blocks(texts: Iterable[str], n_processes: int = 1) -> Iterator[tuple[bytes, list[int]]]:
+    """uint16 tokens of a block of documents, each closed by the document end, and the documents' sizes; in order."""
+    return _encoded(_blocks(texts), n_processes)
 
 
 def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -11,7 +11,9 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from rwkv_dpo.config import PILE_EPOCH_WINDOWS, RunConfig
 from rwkv_dpo.data.corpus import Corpus, open_corpus
+from rwkv_dpo.data.corpus_names import name_corpus
 from rwkv_dpo.data.pairs import PairSet, load_pairs
+from rwkv_dpo.data.tokenizer import NAME as WORLD_TOKENIZER
 from rwkv_dpo.device import COMPUTE_DTYPES, pick_device, set_up
 from rwkv_dpo.errors import refuse
 from rwkv_dpo.model.checkpoint import SHAPE_FLAGS, check_flags, empty_model, load_into, read_weights, save_weights, shape_of, version_of
@@ -58,14 +60,29 @@ def plan_stage(config: RunConfig) -> RunConfig:
     return replace(config, load_model=str(folder / f"rwkv-{newest}.pth"), epoch_begin=newest + 1, warmup_steps=warmup)
 
 
+def tell_corpus(config: RunConfig, given: frozenset[str]) -> RunConfig:
+    """--data_type is what the file is, where it was not given."""
+    if not config.uses_corpus:
+        return config
+    data_file, data_type = name_corpus(config.data_file, config.data_type if "data_type" in given else "")
+    return replace(config, data_file=data_file, data_type=data_type)
+
+
 def open_data(config: RunConfig, vocab_size: int) -> tuple[Corpus | None, PairSet | None, PairSet | None]:
     """Corpus, training pairs and held-out pairs, as far as the run uses them."""
-    corpus = open_corpus(config.data_file, config.data_type, vocab_size, config.ctx_len) if config.uses_corpus else None
+    c = config
+    corpus = open_corpus(c.data_file, c.data_type, vocab_size, c.ctx_len, c.load_model) if c.uses_corpus else None
     if corpus is not None and config.magic_prime:
         check_magic_prime(config.magic_prime, corpus.n_tokens, config.ctx_len)
     vocab_size = vocab_size or (corpus.vocab_size if corpus else 0)
     pairs = _open_pairs(config, "dpo_train_file", vocab_size) if config.uses_pairs else None
     valid = _open_pairs(config, "dpo_valid_file", vocab_size) if config.dpo_valid_file else None
+    for flag, one in (("dpo_train_file", pairs), ("dpo_valid_file", valid)):
+        if one is not None and corpus is not None and corpus.characters and one.header.get("tokenizer") == WORLD_TOKENIZER:
+            refuse(
+                f"--{flag} {getattr(c, flag)}: its tokens are the World tokenizer's, and {corpus.source} becomes {corpus.how}; "
+                "--vocab_size 65536 reads both alike"
+            )
     return corpus, pairs, valid
 
 
@@ -144,7 +161,7 @@ def train(config: RunConfig, given: frozenset[str]) -> None:
     if device.type == "cuda" and config.devices > torch.cuda.device_count():
         refuse(f"--devices {config.devices}: this machine has {torch.cuda.device_count()}")
     check_optim(config)
-    config = plan_stage(config)
+    config = plan_stage(tell_corpus(config, given))
     set_up(device, config.precision, keep_memory=config.cpu_malloc == 1)
     shape, weights = resolve_shape(config, given)
     corpus, pairs, valid = open_data(config, shape.vocab_size)
@@ -205,7 +222,8 @@ def begin_folder(config: RunConfig, saved: Saved | None, new_model: RWKV | None,
 
 def describe(config: RunConfig, shape: ModelShape, corpus: Corpus | None, pairs: PairSet | None, device: torch.device) -> str:
     """A run in three lines."""
-    data = [f"corpus {config.data_file or config.data_type}, {corpus.n_tokens:,} tokens"] if corpus else []
+    how = f" ({corpus.how})" if corpus and corpus.how else ""
+    data = [f"corpus {config.data_file or config.data_type}, {corpus.n_tokens:,} tokens{how}"] if corpus else []
     data += [f"{len(pairs):,} pairs of {config.dpo_train_file}"] if pairs else []
     return (
         f"RWKV-5 L{shape.n_layer} D{shape.n_embd} vocabulary {shape.vocab_size:,}, "
