@@ -1,17 +1,21 @@
 """Writing a file so that a reader, or a crash, meets the old file or the new one and never half of either."""
 
 import contextlib
-import glob
 import hashlib
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from rwkv_dpo.errors import InputError
+from rwkv_dpo.locks import try_lock
 
 _CHUNK = 1 << 24
+# What is being written, and what makes way for it: .NAME.ID.part and .NAME.ID.old. Earlier versions took their process's number for ID.
+_REMAINS = re.compile(r"\.(?P<name>.+)\.(?:[0-9a-f]{16}|[0-9]+)\.(?P<end>part|old)")
 
 
 class HashedFile:
@@ -48,11 +52,10 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     process that was killed has left of `path` is removed.
     """
     path = Path(path)
-    with _one_line(path), _unfinished(path) as unfinished:
-        with open(unfinished, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+    with _one_line(path), _unfinished(path) as (unfinished, file):
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
         os.replace(unfinished, path)
         _sync_folder(path.parent)
 
@@ -65,15 +68,14 @@ def hashed_write(path: str | Path) -> Iterator[HashedFile]:
     one beside the hash of another.
     """
     path = Path(path)
-    with _one_line(path), _unfinished(path) as unfinished:
-        with open(unfinished, "wb") as file:
-            hashed = HashedFile(file)
-            try:
-                yield hashed
-                file.flush()
-                os.fsync(file.fileno())
-            except RuntimeError as error:
-                raise hashed.fault or error from error
+    with _one_line(path), _unfinished(path) as (unfinished, file):
+        hashed = HashedFile(file)
+        try:
+            yield hashed
+            file.flush()
+            os.fsync(file.fileno())
+        except RuntimeError as error:
+            raise hashed.fault or error from error
         _take_name(unfinished, path, hashed.sha256.hexdigest())
 
 
@@ -131,31 +133,80 @@ def _one_line(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _unfinished(path: Path) -> Iterator[Path]:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    _remove_remains(path)
+def _unfinished(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """A new file beside `path`, held so that no sweep takes it, and removed at the end if it has not taken another name."""
+    sweep(path.parent, path.name)
+    unfinished, file = _new_file(path)
     try:
-        yield unfinished
+        with file:
+            yield unfinished, file
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()
 
 
-def _remove_remains(path: Path) -> None:
-    for remains in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        process = remains.name.split(".")[-2]
-        if process.isdecimal() and not _is_alive(int(process)):
-            remains.unlink(missing_ok=True)
+def _new_file(path: Path) -> tuple[Path, BinaryIO]:
+    while True:
+        unfinished = _hidden(path, "part")
+        # Exclusively: a link that lies in wait under that name is not followed.
+        file = open(unfinished, "wb")  # noqa: SIM115 - the caller closes it
+        _hold(file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.lstat(unfinished), os.fstat(file.fileno())):
+                return unfinished, file
+        file.close()  # swept before it was held
 
 
-def _is_alive(process: int) -> bool:
+def _hidden(path: Path, end: str) -> Path:
+    # Not by the process's number: processes of two containers that share a folder may have the same.
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{end}")
+
+
+def sweep(folder: Path, name: str = "") -> None:
+    """Removes what writes of `name`, or of anything, that were killed have left in a folder. What a living process writes stays.
+
+    A folder that had made way for another, which never came, takes its name again.
+    """
+    with contextlib.suppress(OSError):
+        for remains in list(folder.iterdir()):
+            match = _REMAINS.fullmatch(remains.name)
+            if match and name in ("", match["name"]):
+                with contextlib.suppress(OSError):
+                    _remove(remains, folder / match["name"] if match["end"] == "old" else None)
+
+
+def _remove(remains: Path, successor: Path | None) -> None:
+    """successor: what an .old folder made way for. OSError when it can't be done, or a living process holds one of them."""
+    with _held(remains):
+        if successor is not None and not successor.exists():
+            os.rename(remains, successor)
+        elif remains.is_dir():
+            shutil.rmtree(remains)
+        else:
+            remains.unlink()
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """A file or folder that no other process holds, from here to the end of the block. OSError when one does."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        yield  # the system doesn't open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
+        if not _hold(descriptor):
+            raise BlockingIOError(f"{path} is in use")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _hold(descriptor: int) -> bool:
+    """Where the file system has no locks, everything counts as held by whoever asks."""
+    try:
+        return try_lock(descriptor)
     except OSError:
-        pass
-    return True
+        return True
 
 
 @contextlib.contextmanager
@@ -166,18 +217,21 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     leaves it, whole, under a hidden name. An OSError becomes InputError.
     """
     path = Path(path)
-    unfinished, former = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    sweep(path.parent, path.name)
+    unfinished, former = _hidden(path, "part"), _hidden(path, "old")
     try:
         unfinished.mkdir()
-        yield unfinished
-        for file in unfinished.iterdir():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-        _sync_folder(unfinished)
-        if path.exists():
-            os.rename(path, former)
-        os.rename(unfinished, path)
-        _sync_folder(path.parent)
+        with _held(unfinished):
+            yield unfinished
+            for file in unfinished.iterdir():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+            _sync_folder(unfinished)
+            with _held(path) if path.exists() else contextlib.nullcontext():
+                if path.exists():
+                    os.rename(path, former)
+                os.rename(unfinished, path)
+            _sync_folder(path.parent)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
@@ -186,7 +240,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _sync_folder(folder: Path) -> None:
-    # A rename outlives a power cut only when the folder that lists it is flushed too; not every system opens folders.
+    # A rename outlives a power cut only when the folder that lists it is flushed too.
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
