@@ -149,7 +149,7 @@ def _new_file(path: Path) -> tuple[Path, BinaryIO]:
     while True:
         unfinished = _hidden(path, "part")
         # Exclusively: a link that lies in wait under that name is not followed.
-        file = open(unfinished, "wb")  # noqa: SIM115 - the caller closes it
+        file = open(unfinished, "xb")  # noqa: SIM115 - the caller closes it
         _hold(file.fileno())
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.lstat(unfinished), os.fstat(file.fileno())):
