@@ -191,7 +191,20 @@ def _checkpoints() -> list[bytes]:
         _written(lambda path: torch.save(model.state_dict(), path)),
         _written(lambda path: torch.save({name: value.bfloat16() for name, value in model.state_dict().items()}, path)),
         _written(lambda path: torch.save(dict(model.state_dict()), path, _use_new_zipfile_serialization=False)),
+        _written(lambda path: torch.save(_trained(model), path)),
     ]
+
+
+def _trained(model) -> dict:
+    """As a script saves it beside its optimizer, and with a tied head."""
+    import argparse
+
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters())
+    weights = {f"module.{name}": value for name, value in model.state_dict().items()}
+    weights["module.head.weight"] = weights["module.emb.weight"]
+    return {"state_dict": weights, "optimizer": optimizer.state_dict(), "args": argparse.Namespace(lr=1e-3, path=Path("a")), "epoch": 3}
 
 
 def _safetensors() -> list[bytes]:

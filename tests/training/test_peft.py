@@ -8,7 +8,7 @@ from materialised import Materialised
 from runs import TINY, flags
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.corpus import open_corpus
-from rwkv_dpo.data.pairs import load_pairs
+from rwkv_dpo.data.pairs import file_sha256, load_pairs, save_pairs
 from rwkv_dpo.errors import InputError
 from rwkv_dpo.flags import parse_flags
 from rwkv_dpo.forest import ForestBuilder
@@ -16,7 +16,7 @@ from rwkv_dpo.model.adapter_files import read_adapter
 from rwkv_dpo.model.checkpoint import load_model, read_weights, save_weights
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.model.tuning import begin_tuning, load_tuned
-from rwkv_dpo.objective import objective
+from rwkv_dpo.objective import objective, score_pairs
 from rwkv_dpo.training.batches import MicroBatches
 from rwkv_dpo.training.trainer import build_model, resolve_shape
 from test_train import data, run  # noqa: F401  # `data` is a fixture
@@ -225,3 +225,49 @@ def test_states_and_adapters_of_another_shape_are_refused(data, tmp_path, small)
     save_weights(other.state_dict(), tmp_path / "model.pth")
     with pytest.raises(InputError, match="not a state file"):
         run(data, tmp_path / "out", peft="state", peft_load=tmp_path / "model.pth")
+
+
+@pytest.fixture(scope="module")
+def stateful(data, tmp_path_factory):  # noqa: F811
+    """A checkpoint with tuned states, as RWKV-Runner's users merge them, and pairs that it scored."""
+    path = tmp_path_factory.mktemp("stateful") / "model.pth"
+    weights = torch.load(data / "model.pth", weights_only=True)
+    generator = torch.Generator().manual_seed(4)
+    weights |= {f"blocks.{layer}.att.time_state": torch.randn(4, 8, 8, generator=generator) for layer in range(TINY.n_layer)}
+    torch.save(weights, path)
+    model = load_model(path, device=torch.device("cpu"), compute_dtype=torch.float32, wkv_backend="chunked")
+    pairs = load_pairs(data / "train.save")
+    save_pairs(path.parent / "train.save", pairs.with_ref_logps(score_pairs(model, pairs, 100), file_sha256(path), "fp32"))
+    return path.parent
+
+
+def test_a_checkpoint_with_states_trains_whole_from_them(data, stateful, tmp_path):  # noqa: F811
+    inputs = {"load_model": stateful / "model.pth", "dpo_train_file": stateful / "train.save"}
+    records = run(data, tmp_path / "out", **inputs)
+    assert records[0]["loss_dpo"] == pytest.approx(np.log(2), abs=1e-4)  # the model is the reference
+    before, after = (torch.load(path, weights_only=True) for path in (stateful / "model.pth", tmp_path / "out" / "rwkv-final.pth"))
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    chunked = run(data, tmp_path / "chunked", chunk_ctx=16, ctx_len=40, **inputs)
+    plain = run(data, tmp_path / "plain", ctx_len=40, **inputs)
+    assert [r["loss"] for r in chunked] == pytest.approx([r["loss"] for r in plain], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "state"])
+def test_a_checkpoint_with_states_is_tuned_from_them(data, stateful, tmp_path, small, method):  # noqa: F811
+    inputs = {"load_model": stateful / "model.pth", "dpo_train_file": stateful / "train.save"}
+    records = run(data, tmp_path, **small(method, **inputs))
+    assert records[0]["loss_dpo"] == pytest.approx(np.log(2), abs=1e-4)
+    states = {n: x for n, x in torch.load(stateful / "model.pth", weights_only=True).items() if n.endswith("time_state")}
+    if method == "state":
+        first = torch.load(tmp_path / "state-init.pth", weights_only=True)
+        assert all(torch.equal(first[name], states[name]) for name in states)
+    model = load_model(stateful / "model.pth", device=torch.device("cpu"), compute_dtype=torch.float32, wkv_backend="chunked")
+    load_tuned(model, saved_as(tmp_path, method))
+    kept = {name: torch.equal(model.get_parameter(name), states[name]) for name in states}
+    assert set(kept.values()) == {method == "lora"}
+
+
+def test_stage_3_takes_no_states(data, stateful, tmp_path):  # noqa: F811
+    with pytest.raises(InputError, match=r"--strategy deepspeed_stage_3: .*model.pth has tuned states"):
+        run(data, tmp_path / "out", load_model=stateful / "model.pth", strategy="deepspeed_stage_3")

@@ -1,10 +1,7 @@
 """Official RWKV files, .pth or .safetensors: the shape is read off them, loading is strict and runs no code, saving is atomic."""
 
-import mmap
 import os
-import pickletools
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,12 +9,13 @@ import torch
 from torch import Tensor
 
 from rwkv_dpo.atomic import hashed_write
-from rwkv_dpo.errors import InputError, refuse
+from rwkv_dpo.errors import refuse
 from rwkv_dpo.model import v5
+from rwkv_dpo.model.checkpoint_names import official_weights, with_tied_head
 from rwkv_dpo.model.rwkv import RWKV, Mixes
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.model.tensor_files import is_safetensors, read_safetensors, write_safetensors
-from rwkv_dpo.pickles import scan_pickle
+from rwkv_dpo.model.torch_files import load_torch
 from rwkv_dpo.wkv import WKV5, choose_backend
 
 Weights = Mapping[str, Tensor]
@@ -26,8 +24,8 @@ Weights = Mapping[str, Tensor]
 _SIGNS = (
     ("blocks.0.att.x_r", "7"),
     ("blocks.0.att.time_maa_x", "6"),
-    ("blocks.0.att.time_mix_g", "5"),
-    ("blocks.0.att.ln_x.weight", "5.0 or 5.1"),
+    ("blocks.0.att.gate.weight", "5"),
+    ("blocks.0.att.ln_x.weight", "5.0"),
     ("blocks.0.att.time_first", "4"),
 )
 _MIXES: dict[str, Mixes] = {"5": v5.MIXES}
@@ -39,76 +37,67 @@ SHAPE_FLAGS = {
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .pth or .safetensors file by name, on the CPU (memory-mapped where a .pth allows). Refuses files that are
-    missing, torn, hold anything but tensors, would execute code, or promise more than they hold. Prefixes that trainers leave
-    behind are dropped."""
+    """The tensors of a .pth or .safetensors file by official name, on the CPU (memory-mapped where a .pth allows). Refuses files that
+    are missing, torn, hold other than floating-point weights, would execute code, or promise more than they hold. What trainers put
+    around the weights, and before their names, is taken off (checkpoint_names.py)."""
     path = Path(path)
+    if path.is_dir():
+        refuse(f"{path}: a folder; {_in_folder(path)}")
     if not os.path.isfile(path):
         refuse(f"{path}: no such checkpoint")
     if is_safetensors(path):
-        return read_safetensors(path)[0]
-    try:
-        is_zip = zipfile.is_zipfile(path)
-        (_scan_zip if is_zip else _scan_old)(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    # A damaged file can fail anywhere in torch, zipfile or the unpickler, and they promise no particular exception.
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{path}: not a readable .pth file of plain tensors ({reason})") from error
-    if not isinstance(loaded, dict) or not loaded:
-        refuse(f"{path}: holds {type(loaded).__name__}; a dictionary of tensors is accepted")
-    for name, value in loaded.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor) or not value.is_floating_point():
-            refuse(f"{path}: entry {name!r} holds {type(value).__name__}; floating-point tensors are accepted")
-    # Shapes are read from tensors, and a tensor can have any shape with no storage, or one number repeated.
-    n_bytes = sum(value.numel() * value.element_size() for value in loaded.values())
-    if any(value.device.type != "cpu" or value.layout != torch.strided for value in loaded.values()) or n_bytes > path.stat().st_size:
+        return official_weights(read_safetensors(path)[0], path)
+    weights = official_weights(load_torch(path), path)
+    # Shapes are read from tensors, and a tensor can have any shape with no storage, or one number repeated. One matrix may be stored
+    # for embedding and head alike.
+    stored = [value for name, value in weights.items() if name != "head.weight" or not _is_same(value, weights.get("emb.weight"))]
+    n_bytes = sum(value.numel() * value.element_size() for value in stored)
+    if any(value.device.type != "cpu" or value.layout != torch.strided for value in stored) or n_bytes > path.stat().st_size:
         refuse(f"{path}: its tensors have {n_bytes} bytes and the file {path.stat().st_size}; tensors that share memory are not accepted")
-    return {name.removeprefix("_forward_module."): value for name, value in loaded.items()}
+    return weights
 
 
-# What torch.save writes for a dictionary of tensors. torch's own list has more, some of which allocates whatever is asked for.
-_NAMES = re.compile(
-    r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.nn\.parameter\.Parameter"
-    r"|torch(\.storage)?\.(?!Untyped|Typed|_)\w+Storage"
-)
-_OPCODES = frozenset(opcode.name for opcode in pickletools.opcodes if opcode.name not in ("STACK_GLOBAL", "INST"))
+def _is_same(value: Tensor, other: Tensor | None) -> bool:
+    if other is None or value.layout != torch.strided or other.layout != torch.strided:
+        return False
+    return value.data_ptr() == other.data_ptr() and value.shape == other.shape and value.stride() == other.stride()
 
 
-def _scan(content: bytes | mmap.mmap, at: int = 0) -> int:
-    end, names = scan_pickle(content, at, _OPCODES)
-    if foreign := sorted(name for name in names if not _NAMES.fullmatch(name)):
-        raise ValueError(f"it names {foreign[0]}")
-    return end
+def _in_folder(path: Path) -> str:
+    """What to give in place of a folder."""
+    if (path / "adapter_config.json").exists():
+        return "an adapter is given as --peft_load, beside its base model"
+    if (path / "zero_to_fp32.py").exists():
+        return f"DeepSpeed's zero_to_fp32.py in it makes a checkpoint of its parts (python {path}/zero_to_fp32.py {path} FOLDER)"
+    found = sorted(one.name for one in path.iterdir() if one.suffix in (".pth", ".safetensors", ".ckpt", ".pt", ".bin"))
+    return f"a checkpoint is a file in it, such as {', '.join(found[:4])}" if found else "no checkpoint is in it"
 
 
-def _scan_zip(path: Path) -> None:
-    """ValueError when an archive's members are compressed, or larger than it, or its pickle is not one of plain tensors."""
-    n_bytes = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size or member.file_size > n_bytes:
-                raise ValueError(f"{member.filename} is compressed, or larger than the file")
-        (pickled,) = (member for member in archive.infolist() if member.filename.endswith("/data.pkl"))
-        _scan(archive.read(pickled))
-
-
-def _scan_old(path: Path) -> None:
-    """The same for torch's format before archives: pickles of a magic number, a version, system facts, the tensors and the storages'
-    names, one after the other, then the storages."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        at = 0
-        for _ in range(5):
-            at = _scan(content, at)
+def read_checkpoint(path: str | Path, partial: bool = False) -> dict[str, Tensor]:
+    """The weights of a whole model, or with `partial` of some of it, as read_weights has them."""
+    weights = read_weights(path)
+    return weights if partial else with_tied_head(weights, path)
 
 
 def version_of(weights: Weights, path: str | Path) -> str:
     version = next((version for sign, version in _SIGNS if sign in weights), None)
+    decay = weights.get("blocks.0.att.time_decay")
+    if version == "5" and decay is not None and (decay.dim() < 2 or decay.shape[1] == 1):
+        version = "5.1"  # one decay a head
     if version is None:
-        refuse(f"{path}: not an RWKV checkpoint (no blocks.0.att.* weights of a known version)")
+        refuse(f"{path}: {_no_model(weights)}")
     if version not in _MIXES:
-        refuse(f"{path}: an RWKV-{version} checkpoint; supported: RWKV-{', RWKV-'.join(_MIXES)}")
+        refuse(f"{path}: an RWKV-{version} checkpoint; RWKV-5.2 is supported (World models of the name RWKV-5-World-...-v2)")
     return version
+
+
+def _no_model(weights: Weights) -> str:
+    """What a file of weights is that is no model."""
+    if weights and all(name.endswith(".time_state") for name in weights):
+        return "tuned states, which --peft state --peft_load takes, beside their base model as --load_model"
+    if any(".lora_" in name for name in weights):
+        return "holds a LoRA's matrices; merged into its base model by the program that trained it, it is a checkpoint"
+    return "not an RWKV checkpoint (no blocks.0.att.* weights of a known version)"
 
 
 def shape_of(weights: Weights, path: str | Path) -> ModelShape:
@@ -157,7 +146,10 @@ def empty_model(shape: ModelShape, version: str, wkv: WKV5, compute_dtype: torch
 
 
 def load_into(model: RWKV, weights: Weights, path: str | Path, partial: bool = False) -> None:
-    """Copies the weights, strictly: names and shapes must agree. `partial` leaves weights that the file lacks as they are."""
+    """Copies the weights, strictly: names and shapes must agree. `partial` leaves weights that the file lacks as they are. Tuned
+    states among them become the model's."""
+    if any(name.endswith(".att.time_state") for name in weights):
+        model.add_time_states()
     own = dict(model.named_parameters())
     missing = [] if partial else sorted(own.keys() - weights.keys())
     unexpected = sorted(weights.keys() - own.keys())
@@ -178,7 +170,7 @@ def load_into(model: RWKV, weights: Weights, path: str | Path, partial: bool = F
 
 def load_model(path: str | Path, *, device: torch.device, compute_dtype: torch.dtype, wkv_backend: str = "auto") -> RWKV:
     """The model of a checkpoint, to run: fp32 weights on `device`, computing in compute_dtype."""
-    weights = read_weights(path)
+    weights = read_checkpoint(path)
     model = empty_model(shape_of(weights, path), version_of(weights, path), choose_backend(wkv_backend, device).wkv5, compute_dtype)
     load_into(model, weights, path)
     return model.to(device).eval()

@@ -63,6 +63,17 @@ class RWKV(nn.Module):
             states.append(state)
         return self.ln_out(x), states
 
+    def add_time_states(self) -> list[nn.Parameter]:
+        """`blocks.N.att.time_state` of every layer, zero where it had none."""
+        shape, states = self.shape, []
+        for block in self.blocks:
+            att = block.get_submodule("att")
+            if not hasattr(att, "time_state"):
+                zero = torch.zeros(shape.n_head, shape.head_size, shape.head_size, device=self.ln_out.weight.device)
+                att.register_parameter("time_state", nn.Parameter(zero))
+            states.append(att.get_parameter("time_state"))
+        return states
+
     def first_states(self, n_roots: int) -> list[LayerState] | None:
         """The tuned states (`blocks.N.att.time_state`, [H, value, key] as files have them) that roots begin from; None: zero."""
         tuned = [parameter for name, parameter in self.named_parameters() if name.endswith(".att.time_state")]

@@ -8,8 +8,7 @@ model.py, which transposes the last two dimensions into its own [H, key, value].
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rwkv_dpo.errors import refuse
 from rwkv_dpo.model.adapters import keep_frozen
@@ -27,14 +26,12 @@ class States:
 
 
 def add_states(model: RWKV, saved: Weights | None = None) -> States:
-    """Gives the model trainable first states, zero or as saved, and freezes everything else."""
+    """Gives the model trainable first states, as saved, as its checkpoint had them or zero, and freezes everything else."""
     keep_frozen(model.requires_grad_(False))
-    shape = model.shape
-    for layer, block in enumerate(model.blocks):
-        state = torch.zeros(shape.n_head, shape.head_size, shape.head_size, device=model.ln_out.weight.device)
+    for layer, state in enumerate(model.add_time_states()):
         if saved is not None:
-            state.copy_(saved[state_name(layer)])
-        block.get_submodule("att").register_parameter("time_state", nn.Parameter(state))
+            state.data.copy_(saved[state_name(layer)])
+        state.requires_grad_()
     return States()
 
 
@@ -42,6 +39,8 @@ def read_states(path: str | Path, model: RWKV) -> dict[str, Tensor]:
     """Refuses files that aren't states, or are those of a model of another shape."""
     states = read_weights(path)
     other = [name for name in states if not name.endswith(".att.time_state")]
+    if "emb.weight" in states and len(other) < len(states):
+        refuse(f"{path}: not a state file but a whole model with its states; --load_model takes both")
     if other:
         refuse(f"{path}: not a state file ({other[0]} is no blocks.N.att.time_state)")
     shape = model.shape

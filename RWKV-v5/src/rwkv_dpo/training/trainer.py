@@ -16,7 +16,7 @@ from rwkv_dpo.data.pairs import PairSet, load_pairs
 from rwkv_dpo.data.tokenizer import NAME as WORLD_TOKENIZER
 from rwkv_dpo.device import COMPUTE_DTYPES, pick_device, set_up
 from rwkv_dpo.errors import refuse
-from rwkv_dpo.model.checkpoint import SHAPE_FLAGS, check_flags, empty_model, load_into, read_weights, save_weights, shape_of, version_of
+from rwkv_dpo.model.checkpoint import SHAPE_FLAGS, check_flags, empty_model, load_into, read_checkpoint, save_weights, shape_of, version_of
 from rwkv_dpo.model.init import init_weights
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
@@ -104,7 +104,9 @@ def resolve_shape(config: RunConfig, given: frozenset[str]) -> tuple[ModelShape,
     )  # fmt: skip
     if not config.load_model or config.my_pile_stage == 1:
         return from_flags, None
-    weights = read_weights(config.load_model)
+    weights = read_checkpoint(config.load_model, partial=config.load_partial == 1)
+    if config.strategy.startswith("deepspeed_stage_3") and any(name.endswith(".time_state") for name in weights):
+        refuse(f"--strategy {config.strategy}: {config.load_model} has tuned states, which stage 3 doesn't share out; 1 and 2, and ddp, do")
     if config.load_partial:
         return from_flags, weights
     shape = shape_of(weights, config.load_model)

@@ -1,0 +1,87 @@
+"""What torch.save wrote, read without running anything that the file brings along and in memory in proportion to it."""
+
+import mmap
+import pickletools
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rwkv_dpo.errors import InputError
+from rwkv_dpo.pickles import scan_pickle
+
+# What torch.save writes for numbers, texts, containers and tensors. torch's own list has more, some of which allocates whatever is
+# asked for.
+_NAMES = re.compile(
+    r"collections\.(OrderedDict|Counter)|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.nn\.parameter\.Parameter"
+    r"|torch(\.storage)?\.(?!Untyped|Typed|_)\w+Storage|torch\.(Size|device|(b?float|u?int|complex)\d+|bool)|_codecs\.encode"
+    r"|(builtins|__builtin__)\.(set|frozenset|object|complex|slice|range)"
+)
+# Other names of the modules that torch's list is made of, which would be torch's, and those of modules that torch blocks. All others
+# are foreign to torch, and can be stood in for.
+_REFUSED = re.compile(r"(torch(?!\.optim\.|\.nn\.modules\.)|builtins|__builtin__|_codecs|sys|os|posix|nt)\b.*")
+_MAX_FOREIGN = 200
+_OPCODES = frozenset(opcode.name for opcode in pickletools.opcodes if opcode.name not in ("STACK_GLOBAL", "INST"))
+
+
+class StandIn:
+    """An object of a class that was not imported: trainers save their settings beside the weights. It forgets what it is made of."""
+
+    def __new__(cls, *_arguments: object) -> Any:
+        # A dictionary is filled by the unpickler, which fills nothing else.
+        return {} if cls.__name__.lower().endswith("dict") else super().__new__(cls)
+
+    def __init__(self, *_arguments: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def load_torch(path: Path) -> Any:
+    """The content of a .pth file, tensors on the CPU, memory-mapped where the file's form allows; objects of foreign classes become
+    StandIns. InputError for a file that is torn, names what may not be named, or promises more than it holds."""
+    try:
+        is_zip = zipfile.is_zipfile(path)
+        names = (_scan_zip if is_zip else _scan_old)(path)
+        foreign = sorted(name for name in names if not _NAMES.fullmatch(name))
+        if refused := [name for name in foreign if _REFUSED.fullmatch(name)] or foreign[_MAX_FOREIGN:]:
+            raise ValueError(f"it names {refused[0]}")
+        with torch.serialization.safe_globals([_stand_in(name) for name in foreign]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    # A damaged file can fail anywhere in torch, zipfile or the unpickler, and they promise no particular exception.
+    except Exception as error:
+        # torch puts advice to trust the file before its reason.
+        text = str(error).strip().rpartition("WeightsUnpickler error: ")[2]
+        reason = text.split("\n")[0] or type(error).__name__
+        raise InputError(f"{path}: not a readable .pth file of plain tensors ({reason})") from error
+
+
+def _stand_in(full_name: str) -> type:
+    module, _, name = full_name.rpartition(".")
+    return type(name, (StandIn,), {"__module__": module, "__qualname__": name})
+
+
+def _scan_zip(path: Path) -> set[str]:
+    """The names in an archive's pickle. ValueError when members are compressed, or larger than it, or the pickle is not sound."""
+    n_bytes = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size or member.file_size > n_bytes:
+                raise ValueError(f"{member.filename} is compressed, or larger than the file")
+        (pickled,) = (member for member in archive.infolist() if member.filename.endswith("/data.pkl"))
+        return scan_pickle(archive.read(pickled), 0, _OPCODES)[1]
+
+
+def _scan_old(path: Path) -> set[str]:
+    """The same for torch's format before archives: pickles of a magic number, a version, system facts, the content and the storages'
+    names, one after the other, then the storages."""
+    names: set[str] = set()
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        at = 0
+        for _ in range(5):
+            at, more = scan_pickle(content, at, _OPCODES)
+            names |= more
+    return names
