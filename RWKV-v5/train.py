@@ -34,7 +34,7 @@ def keep_quiet() -> None:
     for name in ("pytorch_lightning", "lightning_fabric", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
-        ".*LeafSpec.*", ".*does not have many workers.*", ".*handles gradient clipping internally.*", ".*is deprecated.*",
+        ".*LeafSpec.*", ".*handles gradient clipping internally.*", ".*is deprecated.*",
         ".*dataloader is not resumable.*",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message)

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -16,8 +17,13 @@ from pathlib import Path
 MEASURED = ("tokens_per_s", "peak_memory_gb")
 
 
-def _live(flags: list[str], rank: int, world_size: int, port: int, log: Path) -> None:
-    """One process of a run, among world_size as torchrun would start them."""
+def nothing() -> None:
+    pass
+
+
+def _live(flags: list[str], rank: int, world_size: int, port: int, log: Path, prepare: Callable[[], None]) -> None:
+    """One process of a run, among world_size as torchrun would start them, in a process group of its own."""
+    os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -29,6 +35,7 @@ def _live(flags: list[str], rank: int, world_size: int, port: int, log: Path) ->
     from pytorch_lightning.utilities import rank_zero_only
     from rwkv_dpo.errors import run_script
 
+    prepare()
     rank_zero_only.rank = rank  # Lightning read it when it was imported, before there were ranks
     run_script(lambda: train.main(flags))
 
@@ -47,9 +54,11 @@ class Lives:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
-    def start(self, flags: list[str], log: Path, world_size: int = 1) -> list:
+    def start(self, flags: list[str], log: Path, world_size: int = 1, prepare: Callable[[], None] = nothing) -> list:
+        """prepare: a function of a module's top level, called in each process before the run."""
         port = free_port()
-        runs = [self.context.Process(target=_live, args=(flags, rank, world_size, port, log)) for rank in range(world_size)]
+        ranks = range(world_size)
+        runs = [self.context.Process(target=_live, args=(flags, rank, world_size, port, log, prepare)) for rank in ranks]
         for run in runs:
             run.start()
         return runs

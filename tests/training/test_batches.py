@@ -1,5 +1,8 @@
 """Which samples a rank sees: every one exactly once a pass, whatever the number of ranks, and from any step on."""
 
+import os
+import resource
+import threading
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -9,6 +12,7 @@ import pytest
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.corpus import Corpus
 from rwkv_dpo.data.pairs import pack_pairs
+from rwkv_dpo.errors import InputError
 from rwkv_dpo.training.batches import EpochNumbers, MicroBatches, Position, build_loader
 
 N_PAIRS = 24
@@ -104,8 +108,48 @@ def test_after_a_change_of_the_micro_batch_the_sequence_goes_on_where_it_was(bal
     assert sorted(seen + [p for k in range(3, 15) for p in pairs_of(later[k])]) == list(range(N_PAIRS))
 
 
-def test_a_worker_process_loads_the_same_batches():
-    here = list(build_loader(CONFIG, CORPUS, PAIRS, 0, on_gpu=False))
-    there = list(build_loader(CONFIG, CORPUS, PAIRS, 0, on_gpu=True))
-    for a, b in zip(here, there, strict=True):
-        assert a.step.forest.tokens.tolist() == b.step.forest.tokens.tolist()
+def tokens_of(loader) -> list[list[int]]:
+    return [batch.step.forest.tokens.tolist() for batch in loader]
+
+
+def test_batches_made_ahead_are_the_same():
+    here, ahead = (build_loader(CONFIG, CORPUS, PAIRS, 0, on_gpu=on_gpu) for on_gpu in (False, True))
+    for epoch in (0, 1):
+        here.sampler.set_epoch(epoch)
+        ahead.sampler.set_epoch(epoch)
+        assert tokens_of(here) == tokens_of(ahead)
+    assert len(tokens_of(here)) == len(here) == CONFIG.epoch_steps
+
+
+@pytest.fixture
+def few_files():
+    """No more than 50 files may be open beside those that are."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="open files are counted in /proc")
+def test_a_step_of_many_chunks_takes_no_open_files(few_files):
+    """8 windows of 128 chunks each: some 10,000 tensors a batch."""
+    corpus = Corpus("numbers", np.arange(20_000), vocab_size=20_000)
+    config = replace(CONFIG, ctx_len=2048, chunk_ctx=16, micro_bsz=8)
+    got: list[int] = []
+    loader = build_loader(config, corpus, None, 0, on_gpu=True)
+    # A loader that waits for ever fails here.
+    thread = threading.Thread(target=lambda: got.extend(len(batch.plan.chunks) for batch in loader), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert got == [1024] * config.epoch_steps
+
+
+class Failing(Corpus):
+    def window(self, start: int, n: int) -> np.ndarray:
+        raise InputError("numbers: token 3 at 7 is outside the vocabulary")
+
+
+def test_what_fails_ahead_is_told_in_its_own_words():
+    with pytest.raises(InputError) as error:
+        list(build_loader(CONFIG, Failing("numbers", np.arange(10_001), vocab_size=2), PAIRS, 0, on_gpu=True))
+    assert str(error.value) == "numbers: token 3 at 7 is outside the vocabulary"

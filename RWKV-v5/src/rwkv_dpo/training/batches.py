@@ -1,12 +1,11 @@
 """Which windows and pairs make up each micro-batch: a pure function of its number, the rank and the seed."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.corpus import Corpus
@@ -26,7 +25,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class MicroBatches(Dataset):
+class MicroBatches:
     """Micro-batch number k (counted from the first epoch of all) of one rank, whatever came before it."""
 
     config: RunConfig
@@ -70,7 +69,7 @@ class MicroBatches(Dataset):
         return window_start(sample, corpus.n_tokens, c.ctx_len, c.seed)
 
 
-class EpochNumbers(Sampler[int]):
+class EpochNumbers:
     """The micro-batch numbers of one epoch, of the resumed epoch those that are left. Lightning calls set_epoch with its own
     count, which starts at 0."""
 
@@ -90,12 +89,38 @@ class EpochNumbers(Sampler[int]):
         return self.epoch_steps
 
 
-def build_loader(config: RunConfig, corpus: Corpus | None, pairs: PairSet | None, rank: int, on_gpu: bool) -> DataLoader:
-    # On a GPU one worker prepares the next batch meanwhile; on a CPU it would take cores from the training.
-    workers = 1 if on_gpu else 0
+@dataclass(frozen=True)
+class Loader:
+    """An epoch's micro-batches, from those of a resumed epoch that are left to the next ones with each set_epoch of the sampler.
+
+    is_ahead: a thread prepares the next one while the last one trains. A thread and not a process: that would hand over every tensor
+    as a file descriptor or in shared memory, of which a step in chunks needs more than systems allow, and it would die of signals
+    that the run means to survive.
+    """
+
+    dataset: MicroBatches
+    sampler: EpochNumbers
+    is_ahead: bool
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        batches = (self.dataset[k] for k in self.sampler)
+        return _one_ahead(batches) if self.is_ahead else batches
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+def _one_ahead(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """The same, each made in a thread while its caller is busy with the one before; what fails there is raised here."""
+    with ThreadPoolExecutor(1, "batches") as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
+
+
+def build_loader(config: RunConfig, corpus: Corpus | None, pairs: PairSet | None, rank: int, on_gpu: bool) -> Loader:
     position = Position()
-    # A loader draws a seed for its workers: from torch's generator, dropout would depend on where a run was resumed.
-    return DataLoader(
-        MicroBatches(config, corpus, pairs, rank, position), batch_size=None, num_workers=workers, persistent_workers=workers > 0,
-        sampler=EpochNumbers(config.epoch_begin, config.epoch_steps, position), generator=torch.Generator(),
-    )  # fmt: skip
+    numbers = EpochNumbers(config.epoch_begin, config.epoch_steps, position)
+    # On a CPU preparing ahead would take cores from the training.
+    return Loader(MicroBatches(config, corpus, pairs, rank, position), numbers, is_ahead=on_gpu)
