@@ -54,7 +54,7 @@ class SavedAdapter:
         now, start = {}, {}
         for name, value in self.tensors.items():
             if ".lora_A." in name:
-                now[name], start[name] = value[: self.r], value[self.r :]
+                now[name], start[name] = value[: self.r], value[self.r :].clone()
             else:
                 now[name], start[name] = value[:, : self.r].contiguous(), -value[:, self.r :]
         return now, start

@@ -125,18 +125,18 @@ def add_adapter(model: RWKV, plan: AdapterPlan, saved: SavedAdapter | None = Non
     )  # fmt: skip
     config._register_custom_module({Linear: AdaptedLinear})
     peft.inject_adapter_in_model(config, model)
+    # Before the frozen matrices are rounded: what PiSSA takes out of them is more than the rest.
+    start = _restore(model, plan, saved) if saved else {}
     keep_frozen(model, plan.extra)
     for name, parameter in model.named_parameters():
         if name in plan.extra:
             parameter.requires_grad_()
     for module in model.modules():
-        if isinstance(module, AdaptedLinear) and plan.method == "dora":
+        if isinstance(module, AdaptedLinear) and plan.method == "dora" and saved is None:
             # Once more: the matrices may have been rounded since.
             module.lora_magnitude_vector[NAME].weight.data = module.row_norms()
-    if saved is not None:
-        start = _restore(model, plan, saved)
-    else:
-        start = {name: x.detach().cpu().clone() for name, x in _adapter_tensors(model).items()} if is_new_pissa else {}
+    if is_new_pissa:
+        start = {name: x.detach().cpu().clone() for name, x in _adapter_tensors(model).items()}
     return Adapter(model, plan, config, start)
 
 
@@ -156,8 +156,9 @@ def _restore(model: RWKV, plan: AdapterPlan, saved: SavedAdapter) -> dict[str, T
         parameters[name].copy_(value)
     for name in plan.modules if start else ():
         base, scaling = modules[name].base_layer, plan.alpha / plan.r
-        change = start[f"{name}.lora_B.weight"] @ start[f"{name}.lora_A.weight"]
-        base.weight.copy_(base.weight.to(change.dtype) - scaling * change.to(base.weight.device))
+        a, b = (start[f"{name}.lora_{x}.weight"].to(base.weight.device) for x in "AB")
+        # In peft's order, which leaves the same bits as when the run began.
+        base.weight.copy_(base.weight.to(a.dtype) - scaling * b @ a)
     return start
 
 
