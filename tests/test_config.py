@@ -26,6 +26,21 @@ def test_staged_pretraining_counts_from_epoch_0():
 def test_exit_tokens_end_the_run_and_set_the_cosine():
     c = replace(README_RUN, my_exit_tokens=4096 * 20 * 30 - 5)
     assert c.exit_steps == c.total_steps == c.schedule.cosine_steps == 30
+    assert not c.schedule.blend_cosine
+    # Ranks share the tokens of a step; epochs may end the run before the tokens do; a negative number has a mean of two curves.
+    c = replace(README_RUN, my_exit_tokens=-4096 * 20 * 8 * 500, devices=4, num_nodes=2)
+    assert (c.exit_steps, c.total_steps) == (500, 400)
+    assert c.schedule.blend_cosine
+
+
+def test_exit_tokens_count_from_epoch_0_in_staged_pretraining():
+    c = replace(README_RUN, my_pile_stage=3, magic_prime=1, epoch_begin=2, my_exit_tokens=4096 * 20 * 230)
+    assert (c.first_step, c.exit_steps, c.total_steps) == (200, 230, 30)
+    assert replace(c, epoch_begin=3).total_steps == 0
+
+
+def test_holding_counts_epochs():
+    assert replace(README_RUN, my_pile_edecay=2).schedule.hold_steps == 200
 
 
 def test_my_exit_is_the_last_epoch():

@@ -10,9 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.forest import ForestBuilder, build_step
-from rwkv_dpo.losses import L2WRAP_FACTOR
+from rwkv_dpo.losses import L2WRAP_FACTOR, dpo_loss
 from rwkv_dpo.model.checkpoint import empty_model, load_into, shape_of
-from rwkv_dpo.objective import answer_logps, collate, corpus_loss, objective, score_pairs, score_rows, scoring_batches, token_batches
+from rwkv_dpo.objective import (
+    answer_logps,
+    collate,
+    corpus_loss,
+    objective,
+    pair_metrics,
+    score_pairs,
+    score_rows,
+    scoring_batches,
+    token_batches,
+)
 from rwkv_dpo.wkv import BACKENDS, choose_backend, reference
 
 # What the issue asks for; fp32 rounding over two layers stays near 1e-6.
@@ -146,6 +156,20 @@ def test_ratio_0_needs_no_windows_and_ratio_1_no_pairs(tiny_shape):
     assert "rewards/margins" not in metrics
 
 
+def test_pair_metrics_by_hand():
+    """A pair that is ranked right, one that is ranked wrong, and two ties, which count as wrong: the model that is its own reference
+    has an accuracy of 0."""
+    logps = torch.tensor([[-10.0, -20.0], [-30.0, -31.0], [-8.0, -6.0], [-1.0, -3.0]])
+    refs = torch.tensor([[-12.0, -15.0], [-28.0, -33.0], [-4.0, -2.0], [-1.0, -3.0]])
+    # Rewards at beta 0.5: (1, -2.5), (-1, 1), (-2, -2), (0, 0).
+    got = pair_metrics(logps, refs, dpo_loss(logps, refs, 0.5))
+    assert {name: value.item() for name, value in got.items()} == pytest.approx({
+        "loss_dpo": (np.log1p(np.exp(-3.5)) + np.log1p(np.exp(2.0)) + 2 * np.log(2)) / 4,
+        "rewards/chosen": -0.5, "rewards/rejected": -0.875, "rewards/margins": 0.375, "rewards/accuracies": 0.25,
+        "logps/chosen": -12.25, "logps/rejected": -15.0, "ref_logps/chosen": -11.25, "ref_logps/rejected": -13.25,
+    })  # fmt: skip
+
+
 def test_metrics_are_those_of_trl_by_hand(tiny_shape):
     model = random_model(tiny_shape)
     pairs = [tuple(map(np.array, pair)) for pair in PAIRS[:2]]
@@ -159,6 +183,7 @@ def test_metrics_are_those_of_trl_by_hand(tiny_shape):
     assert got["rewards/margins"] == pytest.approx(-0.5, abs=1e-5)
     assert got["rewards/accuracies"] == 0.5
     assert got["logps/chosen"] == pytest.approx(logps[:, 0].mean())
+    assert got["ref_logps/rejected"] == pytest.approx(refs[:, 1].mean())
 
 
 def test_token_batches_respect_the_limit_and_lose_nothing():

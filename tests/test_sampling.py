@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rwkv_dpo.errors import InputError
 from rwkv_dpo.sampling import (
+    BLOCK,
+    RUN,
     LengthOrder,
     check_magic_prime,
     deal,
@@ -74,6 +76,11 @@ def test_ranks_together_take_the_global_sequence_in_turns(world_size, micro_bsz,
     assert sorted(taken) == list(range(first, first + n_steps * world_size * micro_bsz))
 
 
+def test_ranks_take_turns_sample_by_sample():
+    """Two steps of 2 slots on 3 ranks are 12 samples: rank 0 has the first of every three."""
+    assert [global_index(step, slot, 0, 3, 2) for step in (0, 1) for slot in (0, 1)] == [0, 3, 6, 9]
+
+
 def test_one_pass_on_any_number_of_ranks_holds_every_item_once():
     n = 24
     for world_size in (1, 2, 3, 4):
@@ -95,6 +102,11 @@ def test_windows_of_a_pass_fit_and_do_not_overlap(n_tokens, ctx_len, seed, pass_
     assert all(later - earlier == ctx_len for earlier, later in itertools.pairwise(starts))
 
 
+def test_a_pass_has_one_window_fewer_than_fit_side_by_side():
+    # 20 targets are two windows of 10, 29 are two and 9 over, 30 are three.
+    assert [n_windows(n_tokens, 10) for n_tokens in (11, 20, 21, 30, 31)] == [1, 1, 1, 1, 2]
+
+
 def test_passes_cut_at_different_places_and_reach_every_target():
     n_tokens, ctx_len = 103, 10
     n = n_windows(n_tokens, ctx_len)
@@ -102,6 +114,7 @@ def test_passes_cut_at_different_places_and_reach_every_target():
     targets = {start + 1 + t for start in starts for t in range(ctx_len)}
     assert targets == set(range(1, n_tokens))
     assert {start % ctx_len for start in starts} == set(range(ctx_len))
+    assert {window_start(0, n_tokens, ctx_len, seed) % ctx_len for seed in range(100)} == set(range(ctx_len))
 
 
 def test_a_corpus_of_exactly_one_window_gives_that_window():
@@ -133,6 +146,7 @@ def test_magic_prime_order_meets_every_window_once_per_pass(magic_prime):
     ("magic_prime", "fault"),
     [
         (309, "is not a prime"),
+        (305, "is not a prime"),  # 5 * 61 = 3 * 101 + 2
         (307, "is not a prime of the form 3n"),  # prime, but 307 = 3 * 102 + 1
         (311, "is more than the 309 windows"),
         (281, "leaves out more than 1%"),
@@ -149,6 +163,13 @@ def test_good_magic_primes_are_accepted():
     # 293 is 5% below the 309 windows, but no prime 3n + 2 lies between.
     check_magic_prime(293, n_tokens=39_582, ctx_len=128)
     check_magic_prime(2_926_181, n_tokens=1_498_226_207, ctx_len=512)
+
+
+def test_one_percent_is_what_a_magic_prime_may_leave_out():
+    # Of 10,000 windows: 9,923 and 9,887 are both primes 3n + 2, and 9,941 is the largest.
+    check_magic_prime(9923, n_tokens=1_280_000, ctx_len=128)
+    with pytest.raises(InputError, match=r"leaves out more than 1% of the 9999 windows .*use 9941"):
+        check_magic_prime(9887, n_tokens=1_280_000, ctx_len=128)
 
 
 def test_a_corpus_without_a_magic_prime_is_refused():
@@ -177,6 +198,29 @@ def test_steps_take_the_same_sequence_whatever_the_ranks(n, world_size, micro_bs
         ranks = [order.rank_items(step, rank, world_size, micro_bsz) for rank in range(world_size)]
         assert [len(items) for items in ranks] == [micro_bsz] * world_size
         assert sorted(itertools.chain(*ranks)) == sorted(order.item_at(i) for i in range(step * n_step, (step + 1) * n_step))
+
+
+def test_runs_of_like_length_stay_together_and_come_in_an_order_of_their_own():
+    """Lengths that are item numbers; two blocks of 32 runs a pass, and one of a run and the 4 longest of its items."""
+    n, orders = 2 * BLOCK + RUN + 4, []
+    for seed, pass_number in itertools.product((3, 4), (0, 1)):
+        order = LengthOrder(range(n), seed)
+        items = [order.item_at(pass_number * n + i) for i in range(n)]
+        for block in (items[:BLOCK], items[BLOCK : 2 * BLOCK]):
+            runs = [block[i : i + RUN] for i in range(0, BLOCK, RUN)]
+            by_length = sorted(block)
+            starts = [by_length.index(run[0]) for run in runs]
+            assert runs == [by_length[start : start + RUN] for start in starts]
+            assert sorted(starts) == list(range(0, BLOCK, RUN))
+            orders.append(tuple(starts))
+        assert items[2 * BLOCK :] == sorted(items[2 * BLOCK :])
+    assert len(set(orders)) == 8
+
+
+def test_a_resumed_run_deals_from_the_sample_that_is_next():
+    order = LengthOrder([(7 * i) % 31 for i in range(50)], seed=4)
+    taken = [item for rank in range(3) for item in order.rank_items(2, rank, 3, 2, shift=5)]
+    assert sorted(taken) == sorted(order.item_at(i) for i in range(5 + 2 * 6, 5 + 3 * 6))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

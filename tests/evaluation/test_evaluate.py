@@ -31,6 +31,20 @@ def test_metrics_of_known_scores(tiny_shape):
     assert margins_from_reference(model, shifted, 4096).tolist() == pytest.approx([2.0] * 15 + [-2.0] * 5, abs=1e-4)
 
 
+def test_metrics_by_hand_with_ties(monkeypatch):
+    """A model of known log-probabilities: chosen is the more probable answer in two of four pairs, and has the larger reward in one."""
+    logps = np.array([[-10.0, -20.0], [-1.0, -3.0], [-7.0, -7.0], [-8.0, -6.0]])
+    refs = np.array([[-12.0, -15.0], [-1.0, -3.0], [-7.0, -9.0], [-4.0, -2.0]])
+    monkeypatch.setattr("rwkv_dpo.evaluation.pairs.score_pairs", lambda model, pairs, batch_tokens: logps)
+    pairs = pack_pairs([([1], [2], [3])] * 4, refs)
+    got = evaluate_pairs(None, pairs, beta=0.5, batch_tokens=1)
+    assert (got["logps/accuracies"], got["rewards/accuracies"]) == (0.5, 0.25)
+    # Margins of 7, 0, -2 and 0 nats.
+    assert margins_from_reference(None, pairs, 1).tolist() == [7.0, 0.0, -2.0, 0.0]
+    assert got["rewards/margins"] == pytest.approx(0.5 * (7 - 2) / 4)
+    assert (got["logps/rejected"], got["ref_logps/chosen"]) == (-9.0, -6.0)
+
+
 def test_the_report_compares_checkpoints(tmp_path, capsys):
     shape = ModelShape(1, 32, 32, 96, 65536, head_size=32)
     models = [random_model(shape, torch.float32, seed=i) for i in range(2)]
