@@ -9,11 +9,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from lives import Lives
 from rwkv_dpo.model.checkpoint import empty_model
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.wkv import reference
+
+# A slow or busy machine is no fault: an example waits for a disk, or for other tests, as long as it takes.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def random_model(shape: ModelShape, dtype: torch.dtype = torch.float64, seed: int = 0, **options) -> RWKV:

@@ -56,7 +56,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     rows=st.lists(st.dictionaries(st.text(max_size=5), json_values, max_size=4), max_size=5),
     block=st.integers(1, 40),

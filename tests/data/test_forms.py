@@ -90,7 +90,7 @@ DIALOGUES = st.lists(TEXT | ODD, min_size=1, max_size=5).filter(lambda turns: le
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(turns=DIALOGUES, chosen=TEXT | ODD, rejected=TEXT | ODD)
 def test_every_form_tells_the_same_dialogue(write, turns, chosen, rejected):
     if write in (plain, plain_reject):
@@ -112,7 +112,7 @@ SOME = ODD | st.sampled_from(["Hi", "hi ", "HI", "a b", "a  b", "long " * 500])
 ROWS = st.lists(st.tuples(st.sampled_from([*WRITERS, trl_implicit_text]), st.lists(SOME, min_size=1, max_size=3), SOME, SOME), max_size=8)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=ROWS, ctx_len=st.integers(2, 64) | st.just(10**6), mode=st.sampled_from(list(MODES)), order=st.randoms(use_true_random=False))
 def test_rows_of_all_forms_become_the_tokens_of_their_text_or_are_counted(rows, ctx_len, mode, order):
     # A dialogue of two turns would end with an answer.
@@ -164,7 +164,6 @@ def lands_in(prepared):
     return {name: sorted([part.tolist() for part in prepared.pairs.pair(row)] for row in rows) for name, rows in splits.items()}
 
 
-@settings(deadline=None)
 @given(st.dictionaries(
     st.sampled_from(["prompt", "chosen", "rejected", "reject", "conversations", "system", "score_chosen", "score_rejected"]),
     st.recursive(

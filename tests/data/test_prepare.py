@@ -154,7 +154,7 @@ def test_no_prompt_is_in_two_splits(prompts, seed):
         assert key == " ".join(prompt.lower().split())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(*[st.text(max_size=30)] * 3), max_size=6), st.integers(2, 40))
 def test_odd_texts_are_kept_within_bounds_or_refused(tokenizer, rows, ctx_len):
     prepared = prepare([preference(i, *row) for i, row in enumerate(rows)], tokenizer, ctx_len, "mix", seed=0)

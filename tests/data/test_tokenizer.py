@@ -28,7 +28,7 @@ def reference():
     return rwkv_tokenizer.TRIE_TOKENIZER(str(Path(rwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @example("")
 @given(text=ODD_TEXT)
 def test_tokens_are_those_of_the_rwkv_package_and_decode_to_the_text(ours, reference, text):
@@ -38,7 +38,7 @@ def test_tokens_are_those_of_the_rwkv_package_and_decode_to_the_text(ours, refer
     assert DOCUMENT_END not in tokens
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(tokens=st.lists(st.integers(1, 65529), max_size=20))
 def test_any_tokens_decode_to_the_bytes_of_the_rwkv_package(ours, reference, tokens):
     assert ours.decode(tokens) == reference.decodeBytes(tokens).decode("utf-8", errors="replace")
