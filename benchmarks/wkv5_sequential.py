@@ -1,12 +1,14 @@
 """WKV-5 by a plain kernel, one block per (sequence, head): what rwkv_dpo.wkv.cuda is measured against. Same contract."""
 
 import ctypes
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
-from rwkv_dpo.wkv.build import load_library
+from rwkv_dpo.wkv.build import EntryPoint
 from rwkv_dpo.wkv.checks import DTYPES, check_inputs
+from rwkv_dpo.wkv.cuda import load_kernels
+from rwkv_dpo.wkv.decay import decay_rate
 from torch import Tensor
 
 SOURCE = Path(__file__).parent / "csrc" / "wkv5_sequential.cu"
@@ -24,17 +26,27 @@ class Layout(ctypes.Structure):
     )
 
 
+ENTRY_POINTS = {
+    "wkv5_sequential": EntryPoint(ctypes.c_int, (ctypes.POINTER(Layout), ctypes.c_int, ctypes.POINTER(ctypes.c_void_p))),
+}
+
+
 def wkv5(
     r: Tensor, k: Tensor, v: Tensor, time_decay: Tensor, u: Tensor, cu_seqlens: Tensor, state0: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See rwkv_dpo.wkv for the contract; CUDA tensors only."""
-    return wkv5_with(load_library(str(SOURCE), cuda_cflags=("-O3",)), r, k, v, time_decay, u, cu_seqlens, state0)
+    return wkv5_with(_library(), r, k, v, time_decay, u, cu_seqlens, state0)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return load_kernels(SOURCE, ENTRY_POINTS)
 
 
 def wkv5_with(library, r, k, v, time_decay, u, cu_seqlens, state0=None):
     """wkv5 by a build of csrc/wkv5_sequential.cu."""
     check_inputs("sequential", r, k, v, time_decay, u, cu_seqlens, state0)
-    w = torch.exp(-torch.exp(time_decay.float()))
+    w = torch.exp(-decay_rate(time_decay.float()))
     bounds = _on_device(cu_seqlens.to(torch.int32).numpy().tobytes(), r.device)
     return _Sequential.apply(library, bounds, *(x.contiguous() for x in (r, k, v, w, u.float())), state0)
 

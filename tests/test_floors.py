@@ -63,3 +63,18 @@ def test_every_module_has_a_floor_and_every_name_exists():
 
 def test_modules_stay_readable():
     assert all(len(path.read_text().splitlines()) <= 300 for path in MODULES)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_what_windows_lacks_is_imported_in_a_try(path):
+    """So that every module can be imported there."""
+    posix_only = {"fcntl", "grp", "posix", "pwd", "resource", "termios"}
+    tree = ast.parse(path.read_text())
+    tries = [node for node in ast.walk(tree) if isinstance(node, ast.Try) and "ImportError" in map(ast.unparse, _caught(node))]
+    guarded = {node for one in tries for statement in one.body for node in ast.walk(statement)}
+    unguarded = [node for node in ast.walk(tree) if isinstance(node, ast.Import) and node not in guarded]
+    assert not posix_only & {alias.name for node in unguarded for alias in node.names}
+
+
+def _caught(node: ast.Try) -> list[ast.expr]:
+    return [handler.type for handler in node.handlers if handler.type is not None]

@@ -5,14 +5,15 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-namespace {
-
-struct Layout {  // mirrors `Layout` in wkv5_sequential.py
+// Mirrors `Layout` in wkv5_sequential.py. In no anonymous namespace, as in wkv5_cuda.cu.
+struct Layout {
     int dtype, n_sequences, n_heads, head_size;
     const int* cu_seqlens;  // [n_sequences + 1]
     const float *w, *u;     // [H, N]
     cudaStream_t stream;
 };
+
+namespace {
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }

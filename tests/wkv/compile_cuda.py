@@ -1,26 +1,43 @@
-"""Compiles the CUDA kernels for sm_80 and sm_90 and prints what each needs; exits 1 on a compile error or a register spill.
+"""Compiles and links the CUDA kernels for sm_75 to sm_120, looks up what Python calls, and prints what each kernel needs; exits 1 on a
+compile error, a function that the library lacks, or a register spill.
 
 Needs nvcc and no GPU; without nvcc it says so and exits 0. Run as `python tests/wkv/compile_cuda.py`.
 """
 
+import ctypes
+import importlib.util
+import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ROOT / "RWKV-v5/src/rwkv_dpo/wkv/csrc/wkv5_cuda.cu"
-BASELINE = ROOT / "benchmarks/csrc/wkv5_sequential.cu"
-ARCHITECTURES = ("sm_80", "sm_90")
+sys.path.insert(0, str(ROOT / "RWKV-v5/src"))
 
-# As torch's extension builder defines them: the conversions that the kernels may not use.
-DEFINES = tuple(
-    f"-D__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
-)
+from rwkv_dpo.wkv import cuda  # noqa: E402 (the path above makes the package importable without installing it)
+from rwkv_dpo.wkv.build import SOURCES, BuildError, EntryPoint, bind, compiled  # noqa: E402 (as above)
+from rwkv_dpo.wkv.compilers import cuda_recipe, find_nvcc  # noqa: E402 (as above)
+
+KERNELS = SOURCES / "wkv5_cuda.cu"
+BASELINE = ROOT / "benchmarks/csrc/wkv5_sequential.cu"
+
+# From the oldest that nvcc 13 knows to the newest. The benchmark's kernel needs one.
+CAPABILITIES = {KERNELS: ((7, 5), (8, 0), (9, 0), (12, 0)), BASELINE: ((9, 0),)}
+
+
+def baseline() -> ModuleType:
+    """benchmarks/wkv5_sequential.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("wkv5_sequential", BASELINE.parents[1] / "wkv5_sequential.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 KERNEL_REPORT = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?(?P<spilled>\d+) bytes spill stores.*?Used (?P<registers>\d+) registers"
@@ -36,12 +53,14 @@ class Usage(NamedTuple):
     spilled_bytes: int
 
 
-def compile_for(source: Path, architecture: str) -> str:
-    """ptxas's report; CalledProcessError with the compiler's words when the source is at fault."""
+def compile_for(source: Path, capability: tuple[int, int], entry_points: Mapping[str, EntryPoint]) -> str:
+    """ptxas's report on a library that has every entry point; BuildError with the compiler's words, or the function that is missing."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-std=c++17", "-O3", *DEFINES, f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
-        done = subprocess.run([*command, "-o", f"{folder}/out.cubin", str(source)], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+        done = compiled(cuda_recipe(source, [capability], ("-Xptxas", "-v")), Path(folder, "log"))
+        library = Path(folder, f"{source.stem}.so")
+        library.write_bytes(done.library)
+        bind(ctypes.CDLL(str(library)), entry_points)
+    return done.said
 
 
 def usages(report: str) -> Iterator[Usage]:
@@ -60,26 +79,29 @@ def _readable(mangled: str) -> str:
 
 
 def main() -> int:
-    if shutil.which("nvcc") is None:
-        print("CUDA kernels not compiled: no nvcc on PATH")
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("CUDA kernels not compiled: no nvcc")
         return 0
+    entry_points = {KERNELS: cuda.ENTRY_POINTS, BASELINE: baseline().ENTRY_POINTS}
+    jobs = [(source, capability, entry_points[source]) for source in CAPABILITIES for capability in CAPABILITIES[source]]
     spills = 0
-    for architecture in ARCHITECTURES:
-        for source in (KERNELS, BASELINE):
-            try:
-                report = compile_for(source, architecture)
-            except subprocess.CalledProcessError as error:
-                print(f"{source.name} does not compile for {architecture}:\n{error.stdout}{error.stderr}")
-                return 1
-            found = sorted(usages(report))
-            if not found:
-                print(f"{source.name}: no kernel in the compiler's report:\n{report}")
-                return 1
-            for usage in found:
-                print(f"{architecture} {usage.kernel:40} {usage.registers:4} registers {usage.shared_bytes:6} bytes shared", end="")
-                print(f"   SPILLS {usage.spilled_bytes} bytes" if usage.spilled_bytes else "")
-                # The baseline is there to be beaten: its head size 128 may spill.
-                spills += usage.spilled_bytes > 0 and source == KERNELS
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        reports = [pool.submit(compile_for, *job) for job in jobs]
+    for (source, (major, minor), _), report in zip(jobs, reports, strict=True):
+        try:
+            found = sorted(usages(report.result()))
+        except BuildError as error:
+            print(f"sm_{major}{minor} {error}")
+            return 1
+        if not found:
+            print(f"{source.name}: no kernel in the compiler's report:\n{report.result()}")
+            return 1
+        for usage in found:
+            print(f"sm_{major}{minor} {usage.kernel:40} {usage.registers:4} registers {usage.shared_bytes:6} bytes shared", end="")
+            print(f"   SPILLS {usage.spilled_bytes} bytes" if usage.spilled_bytes else "")
+            # The baseline is there to be beaten: its head size 128 may spill.
+            spills += usage.spilled_bytes > 0 and source == KERNELS
     if spills:
         print(f"{spills} kernels spill registers")
     return 1 if spills else 0

@@ -1,16 +1,19 @@
 """Every backend that can run here against the defining loop in float64: values and all gradients."""
 
 import logging
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rwkv_dpo.errors import InputError
-from rwkv_dpo.wkv import build, choose_backend, chunked, cpu, cuda, reference
-from rwkv_dpo.wkv.build import BuildError, load_library
+from rwkv_dpo.wkv import choose_backend, chunked, cpu, cuda, reference
+from rwkv_dpo.wkv.build import BuildError
 
 MODULES = {"chunked": chunked, "cpu": cpu, "cuda": cuda}
 BANDS = ((-9, -6), (-6, -3), (-3, 0), (0, 1), (1, 2))
@@ -136,6 +139,33 @@ def test_decays_of_one_and_of_zero_overflow_nowhere(backend):
     assert_close(case.run(wkv5, device), case.run(reference.wkv5, exact=True), FP32)
 
 
+# Where exp(time_decay) leaves fp32 (88.7) and float64 (709.8), beyond, and as far on the other side; infinity is what fp16 makes of 70,000.
+EXTREMES = (80.0, 88.7, 88.8, 89.0, 200.0, 709.7, 709.9, 1000.0, 3e38, math.inf, -80.0, -89.0, -104.0, -200.0, -746.0, -1000.0, -math.inf)
+
+
+@pytest.mark.parametrize("time_decay", EXTREMES)
+def test_no_time_decay_gives_nan(backend, time_decay):
+    wkv5, device = backend
+    case = Case([70, 1, 0, 33], n_heads=2, head_size=16)
+    case.time_decay[:, ::3] = time_decay
+    expected = case.run(reference.wkv5, exact=True)
+    assert all(x.isfinite().all() for x in expected.values())
+    assert_close(case.run(wkv5, device), expected, FP32)
+
+
+@pytest.mark.parametrize(("extreme", "mild"), [(x, 20.0 if x > 0 else -45.0) for x in EXTREMES])
+def test_an_extreme_time_decay_is_a_decay_of_0_or_1_to_the_loop(extreme, mild):
+    """In float64, 2^-1074 being the least number and 2^-53 half a unit: exp(-exp(20)) = 0 and exp(-exp(-45)) = 1."""
+    found, expected = (Case([9, 2], n_heads=1, head_size=8, decays=(x, x)) for x in (extreme, mild))
+    expected.time_decay.fill_(mild)
+    found.time_decay.fill_(extreme)
+    found, expected = found.run(reference.wkv5, exact=True), expected.run(reference.wkv5, exact=True)
+    gradients = [values.pop("gradient of time_decay") for values in (found, expected)]
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
+    # exp(-45) is 2.9e-20, and sums of a hundred products stay far below 1e6.
+    assert all(gradient.abs().max() < 1e-13 for gradient in gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_size", [40, 64])
 def test_16_bit_inputs_agree_to_one_rounding_of_the_outputs(backend, dtype, head_size):
@@ -221,9 +251,26 @@ class TestChoice:
         with caplog.at_level(logging.INFO, "rwkv_dpo.wkv"):
             backend = choose_backend("auto", torch.device("cpu"))
         assert (backend.name, backend.wkv5) == ("chunked", chunked.wkv5)
-        [line] = caplog.messages
-        assert line.startswith("WKV backend: chunked; not cuda (")
-        assert line.endswith("not cpu (no c++ on PATH)")
+        [record] = caplog.records
+        assert record.levelname == "WARNING"
+        assert record.message == (
+            "WKV backend: chunked, and its part of a step will take several times as long: not cpu, since no c++ on PATH"
+        )
+
+    def test_on_a_gpu_the_reason_comes_with_a_warning_of_the_cost(self, caplog, monkeypatch):
+        monkeypatch.setattr(cuda, "unusable_because", lambda device: "nvcc fatal: no")
+        assert choose_backend("auto", torch.device("cuda")).name == "chunked"
+        [record] = caplog.records
+        assert record.levelname == "WARNING"
+        assert record.message == "WKV backend: chunked, and this run will be several times slower: not cuda, since nvcc fatal: no"
+
+    def test_the_backend_made_for_a_device_is_no_warning(self, caplog, monkeypatch):
+        monkeypatch.setattr(cpu, "unusable_because", lambda device: None)
+        with caplog.at_level(logging.INFO, "rwkv_dpo.wkv"):
+            assert choose_backend("auto", torch.device("cpu")).name == "cpu"
+        assert [(record.levelname, record.message) for record in caplog.records] == [
+            ("INFO", "WKV backend: cpu; not cuda (the device is cpu)")
+        ]
 
     def test_an_unknown_name_is_refused_with_the_known_ones(self):
         with pytest.raises(InputError, match=r"--wkv_backend cpp: accepted are auto, cuda, cpu, chunked, reference"):
@@ -235,28 +282,49 @@ class TestChoice:
 
     def test_a_missing_compiler_is_named(self, monkeypatch):
         monkeypatch.setenv("CXX", "no-such-compiler")
-        assert cpu.unusable_because(torch.device("cpu")) == "no no-such-compiler on PATH"
+        cpu._library.cache_clear()
+        reason = cpu.unusable_because(torch.device("cpu"))
+        assert reason == "no no-such-compiler on PATH; install a C++ compiler, or set CXX to one"
+
+
+class TestCudaReasons:
+    @pytest.fixture(autouse=True)
+    def _torch_sees_a_gpu(self, monkeypatch):
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def test_a_kernel_that_cannot_be_built_or_lacks_a_function_is_a_reason(self, monkeypatch):
+        def fail():
+            raise BuildError("wkv5_cuda.so has no function wkv5_forward")
+
+        monkeypatch.setattr(cuda, "_library", fail)
+        assert cuda.unusable_because(torch.device("cuda")) == "wkv5_cuda.so has no function wkv5_forward"
+
+    @pytest.mark.parametrize(("code", "reason"), [(0, None), (35, "the kernels can't run with this driver: too old (CUDA error 35)")])
+    def test_a_driver_that_is_too_old_is_a_reason(self, monkeypatch, code, reason):
+        library = SimpleNamespace(wkv5_usable=lambda: code, wkv5_error=lambda code: b"too old")
+        monkeypatch.setattr(cuda, "_library", lambda: library)
+        assert cuda.unusable_because(torch.device("cuda")) == reason
 
 
 class TestBuildFailure:
     @pytest.fixture(autouse=True)
     def _broken_kernel(self, tmp_path, monkeypatch):
-        if reason := build.missing_tool("c++", "ninja"):
-            pytest.skip(reason)
+        if shutil.which("c++") is None:
+            pytest.skip("needs a C++ compiler")
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-        self.source = tmp_path / "broken.cpp"
-        self.source.write_text('extern "C" int broken() { return undeclared_name; }\n')
-        monkeypatch.setattr(cpu, "_library", lambda: load_library(str(self.source)))
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setattr(cpu, "SOURCES", tmp_path)
+        (tmp_path / "wkv5_cpu.cpp").write_text('extern "C" int broken() { return undeclared_name; }\n')
+        cpu._library.cache_clear()
+        yield
+        cpu._library.cache_clear()
 
-    def test_the_compilers_log_is_shown_again_on_every_attempt(self):
-        for _ in range(2):
-            with pytest.raises(BuildError, match="undeclared_name"):
-                load_library(str(self.source))
-
-    def test_a_named_backend_shows_the_whole_log_and_auto_one_line(self, caplog):
-        with pytest.raises(InputError, match=r"(?s)--wkv_backend cpu can't be used on cpu: .*did not compile.*undeclared_name"):
+    def test_a_named_backend_is_refused_with_the_compilers_error(self):
+        with pytest.raises(InputError, match=r"--wkv_backend cpu can't be used on cpu: wkv5_cpu.cpp did not compile: .*undeclared_name"):
             choose_backend("cpu", torch.device("cpu"))
-        with caplog.at_level(logging.INFO, "rwkv_dpo.wkv"):
-            assert choose_backend("auto", torch.device("cpu")).name == "chunked"
-        assert "broken.cpp did not compile" in caplog.text
-        assert "undeclared_name" not in caplog.text
+
+    def test_auto_warns_with_the_compilers_error(self, caplog):
+        assert choose_backend("auto", torch.device("cpu")).name == "chunked"
+        assert "undeclared_name" in caplog.text
+        assert "several times as long" in caplog.text

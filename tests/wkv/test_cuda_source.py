@@ -2,7 +2,7 @@
 
 import ctypes
 import hashlib
-import importlib.util
+import math
 import os
 import shutil
 import subprocess
@@ -14,6 +14,7 @@ import pytest
 import torch
 from rwkv_dpo.errors import InputError
 from rwkv_dpo.wkv import cuda, reference
+from rwkv_dpo.wkv.build import bind
 
 HERE = Path(__file__).parent
 SOURCES = compile_cuda.KERNELS.parent
@@ -48,7 +49,7 @@ def build(cache: pytest.Cache, source: Path, *flags: str) -> Path:
 def library(request):
     # Set where this file runs itself once more, under AddressSanitizer.
     path = os.environ.get("WKV_SHIM") or build(request.config.cache, compile_cuda.KERNELS, "-O1")
-    return ctypes.CDLL(str(path))
+    return bind(ctypes.CDLL(str(path)), cuda.ENTRY_POINTS)
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +138,20 @@ def test_decays_of_one_and_zero_neither_overflow_nor_give_nan(library):
     assert_close(errors(on(library), arguments, grads))
 
 
+# Where exp(time_decay) leaves fp32 (88.7) and float64 (709.8), beyond, and as far on the other side.
+@pytest.mark.parametrize("decay", [80.0, 88.8, 89.0, 200.0, 700.0, 709.9, 1000.0, math.inf, -80.0, -89.0, -200.0, -1000.0, -math.inf])
+def test_no_time_decay_gives_nan(library, decay):
+    arguments, grads = inputs([67, 0, 3], 2, 8)
+    arguments[3][:, ::3] = decay
+    assert_close(errors(on(library), arguments, grads))
+
+
+def test_a_decay_that_is_no_number_does_not_pass_for_one(library):
+    arguments, _ = inputs([3], 1, 8)
+    arguments[3][0, 0] = math.nan
+    assert cuda.wkv5_with(library, *arguments)[0].isnan().any()
+
+
 @pytest.mark.parametrize("missing", ["gradient of y", "gradient of state_end", "state0"])
 def test_what_is_not_given_counts_as_zero(library, missing):
     arguments, (gy, gstate_end) = inputs([66, 0, 3], 1, 16)
@@ -210,11 +225,8 @@ def test_the_backend_says_why_it_cannot_run_on_a_cpu():
 
 
 def test_the_plain_kernel_of_the_benchmark_equals_the_loop_too(request):
-    source = compile_cuda.BASELINE
-    spec = importlib.util.spec_from_file_location("wkv5_sequential", source.parents[1] / "wkv5_sequential.py")
-    sequential = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sequential)
-    plain = ctypes.CDLL(str(build(request.config.cache, source, "-O1")))
+    sequential = compile_cuda.baseline()
+    plain = bind(ctypes.CDLL(str(build(request.config.cache, compile_cuda.BASELINE, "-O1"))), sequential.ENTRY_POINTS)
     for lengths, head_size in (([0, 5, 66], 64), ([3], 24), ([7], 128)):
         assert_close(errors(lambda *a: sequential.wkv5_with(plain, *a), *inputs(lengths, 2, head_size)))
 
@@ -229,10 +241,11 @@ def run_under_address_sanitizer(*command: str, shim: Path) -> subprocess.Complet
 BEYOND_THE_END = """
 import ctypes, os, sys, torch
 sys.path[:0] = ["RWKV-v5/src"]
-from rwkv_dpo.wkv import cuda
+from rwkv_dpo.wkv import build, cuda
 x = torch.randn(9, 2, 8)
 cuda._segments = lambda *_: cuda.Segments(torch.tensor([[0, 10]]).int(), torch.tensor([0, 1]).int())
-cuda.wkv5_with(ctypes.CDLL(os.environ["WKV_SHIM"]), x, x, x, x[0], x[0], torch.tensor([0, 9]), None)
+shim = build.bind(ctypes.CDLL(os.environ["WKV_SHIM"]), cuda.ENTRY_POINTS)
+cuda.wkv5_with(shim, x, x, x, x[0], x[0], torch.tensor([0, 9]), None)
 """
 
 

@@ -6,7 +6,6 @@ Records are only ever appended, each on the disk before the next begins, so that
 """
 
 import contextlib
-import fcntl
 import os
 import struct
 import zlib
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rwkv_dpo.errors import InputError, refuse
+from rwkv_dpo.locks import try_lock
 
 _RECORD = struct.Struct("<II")
 
@@ -41,9 +41,7 @@ def open_journal(path: str | Path, fingerprint: bytes) -> Iterator[Journal]:
         file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by the next block
     with file:
         with _told(path):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not try_lock(file.fileno()):
                 refuse(f"{path}: another process is at work on it")
             file.seek(0)
             records, end = _whole_records(file.read(), fingerprint)

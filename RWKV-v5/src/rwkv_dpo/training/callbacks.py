@@ -4,7 +4,7 @@ import datetime
 import json
 import logging
 import math
-import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -223,10 +223,15 @@ def full_weights(trainer: pl.Trainer, module: DPOModule) -> dict[str, torch.Tens
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory held so far: the GPU allocator's, or the process's resident set."""
+    """Most memory held so far: the GPU allocator's, or the process's resident set; 0 where the system doesn't say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def _finite(value: float) -> float | None:

@@ -20,8 +20,8 @@ Every backend module offers two functions:
     Differentiable in r, k, v, time_decay, u and state0, through y and state_end alike. N is a multiple of 8 up to 128.
 
     unusable_because(device) -> str | None
-        None when the backend can run on that device here, else the reason: one line, and after it the compiler's log if a
-        build failed. May compile on first use.
+        None when the backend can run on that device here, else the reason, and what a user can do about it, in one line.
+        May compile on first use.
 """
 
 import importlib
@@ -40,6 +40,12 @@ WKV5 = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 # Fastest first: the order in which `auto` tries them.
 BACKENDS = ("cuda", "cpu", "chunked", "reference")
 
+# By device: the backend made for it, and what its absence costs.
+_MADE_FOR = {
+    "cuda": ("cuda", "this run will be several times slower"),
+    "cpu": ("cpu", "its part of a step will take several times as long"),
+}
+
 
 class Backend(NamedTuple):
     name: str
@@ -47,8 +53,8 @@ class Backend(NamedTuple):
 
 
 def choose_backend(name: str, device: torch.device) -> Backend:
-    """The backend of a run. `auto` takes the first usable one and logs why the others were passed over; a backend that
-    the user names is used, or refused with the whole reason (InputError)."""
+    """The backend of a run. `auto` takes the first usable one, says why it passed over the others, and warns when that makes the run
+    slow; a backend that the user names is used, or refused with the reason (InputError)."""
     if name != "auto":
         if name not in BACKENDS:
             raise InputError(f"--wkv_backend {name}: accepted are auto, {', '.join(BACKENDS)}")
@@ -56,14 +62,22 @@ def choose_backend(name: str, device: torch.device) -> Backend:
         if reason is not None:
             raise InputError(f"--wkv_backend {name} can't be used on {device.type}: {reason}")
         return Backend(name, _module(name).wkv5)
-    passed_over: list[str] = []
+    passed_over: dict[str, str] = {}
     for candidate in BACKENDS:
         reason = _module(candidate).unusable_because(device)
         if reason is None:
-            log.info("WKV backend: %s%s", candidate, "".join(f"; not {p}" for p in passed_over))
+            _tell(candidate, passed_over, device)
             return Backend(candidate, _module(candidate).wkv5)
-        passed_over.append(f"{candidate} ({reason.splitlines()[0]})")
+        passed_over[candidate] = reason
     raise AssertionError("the reference backend runs everywhere")
+
+
+def _tell(chosen: str, passed_over: dict[str, str], device: torch.device) -> None:
+    made_for_it, cost = _MADE_FOR.get(device.type, ("", ""))
+    if made_for_it in passed_over:
+        log.warning("WKV backend: %s, and %s: not %s, since %s", chosen, cost, made_for_it, passed_over[made_for_it])
+    else:
+        log.info("WKV backend: %s%s", chosen, "".join(f"; not {one} ({reason})" for one, reason in passed_over.items()))
 
 
 def _module(name: str):

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from rwkv_dpo.wkv.decay import decay_rate
+
 # A power of two. Larger chunks mean fewer states, and more pairs inside the chunks.
 CHUNK = 32
 
@@ -72,7 +74,7 @@ class _Wkv5(torch.autograd.Function):
         dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
         layout = _layout(cu_seqlens, r.device)
         with torch.autocast(r.device.type, enabled=False):
-            log_w = -torch.exp(time_decay.to(dtype))
+            log_w = -decay_rate(time_decay.to(dtype))
             powers = torch.exp(log_w[:, None, :] * torch.arange(CHUNK + 1, device=r.device)[:, None])  # [H, CHUNK + 1, N]
             r_chunks, k_chunks, v_chunks = (_to_chunks(x, layout, dtype) for x in (r, k, v))
             shape = (n_seqs, n_heads, head_size, head_size)

@@ -1,14 +1,15 @@
 """WKV-5 on CPUs in C++ and OpenMP, compiled on first use: csrc/wkv5_cpu.cpp holds the mathematics."""
 
 import ctypes
-import os
 from functools import cache
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from rwkv_dpo.wkv.build import BuildError, load_library, missing_tool
+from rwkv_dpo.wkv.build import SOURCES, BuildError, EntryPoint, load_library
 from rwkv_dpo.wkv.checks import DTYPES, check_inputs
+from rwkv_dpo.wkv.compilers import cpp_recipe
+from rwkv_dpo.wkv.decay import decay_rate
 
 # Tokens that advance the state together. 4 keeps the sums in registers; 8 was no faster.
 BLOCK = 4
@@ -33,13 +34,13 @@ class Call(ctypes.Structure):
     )
 
 
+ENTRY_POINTS = {name: EntryPoint(None, (ctypes.POINTER(Call),)) for name in ("wkv5_forward", "wkv5_backward")}
+
+
 def unusable_because(device: torch.device) -> str | None:
-    """See rwkv_dpo.wkv. Compiles the kernel; after a failed build the reason carries the compiler's log."""
+    """See rwkv_dpo.wkv. Compiles the kernel."""
     if device.type != "cpu":
         return "it runs on CPUs only"
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if reason := missing_tool(compiler, "ninja"):
-        return reason
     try:
         _library()
     except BuildError as error:
@@ -86,7 +87,7 @@ class _Wkv5(torch.autograd.Function):
             gr=gr, gk=gk, gv=gv, gw=gw, gu=gu, g_state0=g_state0,
         )
         # w = exp(-exp(time_decay)), so dw / d time_decay = -exp(time_decay) w.
-        rate = torch.exp(time_decay.double())
+        rate = decay_rate(time_decay.double())
         g_time_decay = gw.sum(0) * (-rate * torch.exp(-rate))
         return gr, gk, gv, g_time_decay.to(time_decay.dtype), gu.sum(0).to(original_u.dtype), None, g_state0
 
@@ -94,7 +95,7 @@ class _Wkv5(torch.autograd.Function):
 def _powers_of_w(time_decay: torch.Tensor) -> torch.Tensor:
     """w^0 .. w^BLOCK, fp32 [H, BLOCK + 1, N]; rounded once from float64, as w itself is too near 1 for its powers to be exact."""
     exponents = torch.arange(BLOCK + 1, dtype=torch.float64)
-    return torch.exp(-torch.exp(time_decay.double())[:, None, :] * exponents[:, None]).float().contiguous()
+    return torch.exp(-decay_rate(time_decay.double())[:, None, :] * exponents[:, None]).float().contiguous()
 
 
 def _run(function: str, r: torch.Tensor, cu_seqlens: torch.Tensor, **others: torch.Tensor | None) -> None:
@@ -108,7 +109,4 @@ def _run(function: str, r: torch.Tensor, cu_seqlens: torch.Tensor, **others: tor
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = load_library("wkv5_cpu.cpp", CFLAGS)
-    for function in (library.wkv5_forward, library.wkv5_backward):
-        function.argtypes, function.restype = [ctypes.POINTER(Call)], None
-    return library
+    return load_library(cpp_recipe(SOURCES / "wkv5_cpu.cpp", CFLAGS), ENTRY_POINTS)

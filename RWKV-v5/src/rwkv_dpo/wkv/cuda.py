@@ -6,15 +6,19 @@ the three forward launches, roughly a tenth of the time of forward and backward.
 """
 
 import ctypes
+from collections.abc import Mapping
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rwkv_dpo.wkv.build import BuildError, load_library, missing_tool
+from rwkv_dpo.wkv.build import SOURCES, BuildError, EntryPoint, load_library
 from rwkv_dpo.wkv.checks import DTYPES, check_inputs
+from rwkv_dpo.wkv.compilers import cuda_recipe
+from rwkv_dpo.wkv.decay import decay_rate
 
 # Tokens per segment. Half as many would double the parallelism and, with it, the 0.18 GB of states that 4096 tokens of 16 heads of
 # 64 move in a forward and backward.
@@ -30,6 +34,18 @@ class Layout(ctypes.Structure):
     )
 
 
+# Tensors as wkv5_forward and wkv5_backward in csrc/wkv5_cuda.cu name them.
+FORWARD = ("r", "k", "v", "state0", "states", "y", "state_end")
+BACKWARD = ("r", "k", "v", "gy", "states", "gstate_end", "state_grads", "gr", "gk", "gv", "gw", "gu", "gstate0")
+
+ENTRY_POINTS = {
+    "wkv5_forward": EntryPoint(ctypes.c_int, (ctypes.POINTER(Layout), *len(FORWARD) * [ctypes.c_void_p])),
+    "wkv5_backward": EntryPoint(ctypes.c_int, (ctypes.POINTER(Layout), *len(BACKWARD) * [ctypes.c_void_p])),
+    "wkv5_error": EntryPoint(ctypes.c_char_p, (ctypes.c_int,)),
+    "wkv5_usable": EntryPoint(ctypes.c_int, ()),
+}
+
+
 class Segments(NamedTuple):
     """Where the segments lie: rows (first row, length) int32 [n_segments, 2], and the first segment of every sequence,
     int32 [n + 1], both on the device."""
@@ -39,23 +55,19 @@ class Segments(NamedTuple):
 
 
 def unusable_because(device: torch.device) -> str | None:
-    """See rwkv_dpo.wkv. Compiles the kernels; after a failed build the reason carries the compiler's log."""
+    """See rwkv_dpo.wkv. Compiles the kernels."""
     if device.type != "cuda":
         return f"the device is {device.type}"
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():
         return "no CUDA device is available"
-    from torch.utils import cpp_extension  # imports setuptools: a second that a run on another device need not spend
-
-    if cpp_extension.CUDA_HOME is None:
-        return "no CUDA toolkit: nvcc is not on PATH and CUDA_HOME is not set"
-    if reason := missing_tool("ninja"):
-        return reason
     try:
-        _library()
+        library = _library()
     except BuildError as error:
         return str(error)
+    if code := library.wkv5_usable():
+        return f"the kernels can't run with this driver: {library.wkv5_error(code).decode()} (CUDA error {code})"
     return None
 
 
@@ -107,8 +119,8 @@ class _Wkv5(torch.autograd.Function):
             ctx.library, ctx.library.wkv5_backward, ctx.segments, time_decay, u,
             r, k, v, gy, states, gstate_end, state_grads, gr, gk, gv, gw, gu, gstate0,
         )
-        # w = exp(-rate) with rate = exp(time_decay).
-        rate = time_decay.exp()
+        # w = exp(-rate).
+        rate = decay_rate(time_decay)
         gtime_decay = gw.sum(0) * -rate * (-rate).exp()
         return None, None, gr, gk, gv, gtime_decay, gu.sum(0), gstate0
 
@@ -124,9 +136,8 @@ def _call(library, function, segments: Segments, time_decay: Tensor, u: Tensor, 
             segments.rows.data_ptr(), segments.first.data_ptr(), time_decay.data_ptr(), u.data_ptr(),
             torch.cuda.current_stream(r.device).cuda_stream if on_gpu else None,
         )
-        code = function(ctypes.byref(layout), *(None if x is None else ctypes.c_void_p(x.data_ptr()) for x in tensors))
+        code = function(ctypes.byref(layout), *(None if x is None else x.data_ptr() for x in tensors))
     if code != 0:
-        library.wkv5_error.restype = ctypes.c_char_p
         raise RuntimeError(f"WKV-5 kernels: {library.wkv5_error(code).decode()} (CUDA error {code})")
 
 
@@ -150,5 +161,12 @@ def _segments(cu_seqlens: bytes, device: torch.device) -> Segments:
     return Segments(table.int().to(device), first.int().to(device))
 
 
+def load_kernels(source: Path, entry_points: Mapping[str, EntryPoint]) -> ctypes.CDLL:
+    """A library of CUDA kernels for the devices of this machine, whatever each of them is. BuildError."""
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return load_library(cuda_recipe(source, capabilities), entry_points)
+
+
+@cache
 def _library() -> ctypes.CDLL:
-    return load_library("wkv5_cuda.cu", cuda_cflags=("-O3",))
+    return load_kernels(SOURCES / "wkv5_cuda.cu", ENTRY_POINTS)

@@ -2,6 +2,8 @@
 
 import torch
 
+from rwkv_dpo.wkv.decay import decay_rate
+
 
 def unusable_because(device: torch.device) -> str | None:
     return None
@@ -12,7 +14,7 @@ def wkv5(r, k, v, time_decay, u, cu_seqlens, state0=None):
     _, n_heads, head_size = r.shape
     n_seqs = cu_seqlens.numel() - 1
     dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
-    w = torch.exp(-torch.exp(time_decay.to(dtype)))
+    w = torch.exp(-decay_rate(time_decay.to(dtype)))
     u = u.to(dtype)
     if state0 is None:
         state0 = torch.zeros(n_seqs, n_heads, head_size, head_size, dtype=dtype, device=r.device)

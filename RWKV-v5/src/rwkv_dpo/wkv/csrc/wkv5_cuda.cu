@@ -25,9 +25,7 @@
 #include "wkv5_forward.cuh"
 #include "wkv5_gradients.cuh"
 
-namespace {
-
-// Mirrors `Layout` in cuda.py.
+// Mirrors `Layout` in cuda.py. In no anonymous namespace: nvcc hides every function with a parameter of such a type, extern "C" or not.
 struct Layout {
     int dtype, n_sequences, n_segments, n_heads, head_size;
     const Segment* segments;   // [n_segments], the segments of a sequence side by side
@@ -37,6 +35,8 @@ struct Layout {
 
     Problem problem() const { return {n_heads, head_size, segments, time_decay, u}; }
 };
+
+namespace {
 
 // Never called with an empty grid, which CUDA takes for an error.
 template <class... Parameters, class... Arguments>
@@ -121,3 +121,9 @@ extern "C" int wkv5_backward(const Layout* layout, const void* r, const void* k,
 }
 
 extern "C" const char* wkv5_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+
+// A cudaError_t when the driver is too old for the runtime that these kernels are linked to. Touches no device.
+extern "C" int wkv5_usable() {
+    int n_devices;
+    return cudaGetDeviceCount(&n_devices);
+}

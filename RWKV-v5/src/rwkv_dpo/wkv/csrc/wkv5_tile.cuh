@@ -61,8 +61,11 @@ __device__ inline void store(T* to, Quad<float> x) {
 }
 
 // -log2 w: w^n is exp2f(-n * rate), which doesn't compound the rounding of a w near 1. The bound changes nothing in fp32, where
-// 2^-200 is 0, and keeps 0 * rate a number.
-__device__ inline float decay_rate(float time_decay) { return fminf(expf(time_decay) * 1.44269504f, 200.f); }
+// 2^-200 is 0, and keeps 0 * rate a number. Not fminf, which would take the bound for NaN.
+__device__ inline float decay_rate(float time_decay) {
+    const float rate = expf(time_decay) * 1.44269504f;
+    return rate > 200.f ? 200.f : rate;
+}
 
 // The q-th channel of a group. Quads of neighbouring groups are neighbours, so that eight threads read 128 bytes in a row.
 template <int NP>
