@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import make_data
 import pytest
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.errors import InputError
@@ -59,6 +60,13 @@ def test_given_flags_are_told_from_defaults():
 def test_faults_are_named(arguments, message):
     with pytest.raises(InputError, match=message):
         parse_flags(arguments)
+
+
+def test_other_scripts_name_a_slip_of_the_fingers_too():
+    with pytest.raises(InputError, match=r"--sed: unknown flag; did you mean --seed\?"):
+        make_data.parse_flags(["text.txt", "--sed", "1"])
+    with pytest.raises(InputError, match=r"--frobnicate: unknown flag \(--help lists them all\)"):
+        make_data.parse_flags(["text.txt", "--frobnicate", "1"])
 
 
 def test_help_shows_every_flag_and_needs_no_torch():

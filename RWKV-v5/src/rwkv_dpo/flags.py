@@ -5,16 +5,21 @@ import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 from rwkv_dpo.config import RunConfig, check
 from rwkv_dpo.errors import refuse
+from rwkv_dpo.foreign_flags import translate
 
 # Flags that the original takes for experiments that RWKV-5 World models don't use, with the values that mean "without".
 NEUTRAL: dict[str, tuple[int, ...]] = {
     "pre_ffn": (0,), "head_qk": (0,), "tiny_att_dim": (0, -1), "tiny_att_layer": (-999, -1), "my_pos_emb": (0,), "my_qa_mask": (0,),
     "my_sample_len": (0,), "my_ffn_shift": (1,), "my_att_shift": (1,), "my_random_steps": (0,), "my_pile_version": (1,),
 }  # fmt: skip
+
+
+# Share of letters in common from which a name is taken for a slip of the fingers: n_layers, dpo_betta, but not lora for lora_r.
+_NEAR = 0.85
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -30,21 +35,32 @@ class OneLineParser(argparse.ArgumentParser):
                 self.error(f"{argument.removesuffix('=--')}: expected one argument, found '--'")
         return super().parse_known_args(args, namespace)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given, unknown = self.parse_known_args(args, namespace)
+        return self.refuse_unknown(unknown[0]) if unknown else given
+
+    def refuse_unknown(self, argument: str) -> NoReturn:
+        """With the flag that may have been meant, when it is one or two letters away."""
+        if not argument.startswith("-"):
+            refuse(f"{argument!r}: not expected; flags look like --name value")
+        name = argument.split("=")[0]
+        known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
+        near = difflib.get_close_matches(name.lstrip("-"), known, n=1, cutoff=_NEAR)
+        refuse(f"{name}: unknown flag{f'; did you mean --{near[0]}?' if near else ''} (--help lists them all)")
+
     def error(self, message: str):
         refuse(message)
 
 
 def parse_flags(arguments: Sequence[str]) -> tuple[RunConfig, frozenset[str]]:
     """The checked settings, and the names of the flags that were given. Raises InputError."""
-    parser = build_parser()
-    given, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        refuse(_unknown(unknown[0], parser))
-    values = vars(given)
+    values = vars(build_parser().parse_args(translate(arguments, {f.name for f in fields(RunConfig)} | NEUTRAL.keys())))
     for name, accepted in NEUTRAL.items():
         value = values.pop(name, accepted[0])
         if value not in accepted:
             refuse(f"--{name} {value}: that experiment is not part of RWKV-5 World models; only {accepted[0]} is accepted")
+    if values.get("load_model") == "0":
+        values["load_model"] = ""  # as RWKV-LM's scripts say it
     config = RunConfig(**values)
     check(config)
     return config, frozenset(values)
@@ -76,15 +92,6 @@ def _boolean(text: str) -> bool:
     if text.lower() in ("false", "0", "no"):
         return False
     raise argparse.ArgumentTypeError(f"{text!r}: True and False are accepted")
-
-
-def _unknown(argument: str, parser: argparse.ArgumentParser) -> str:
-    if not argument.startswith("-"):
-        return f"{argument!r}: not expected; flags look like --name value"
-    name = argument.split("=")[0]
-    known = [option for action in parser._actions for option in action.option_strings]
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"{name}: unknown flag{f'; did you mean {near[0]}?' if near else ''} (--help lists them all)"
 
 
 def flag_table() -> str:
