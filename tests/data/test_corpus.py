@@ -109,7 +109,7 @@ def test_an_array_that_is_no_row_of_integers_is_refused(tmp_path, array):
 
 
 def test_broken_files_are_refused(tmp_path):
-    (tmp_path / "odd").write_bytes(b"123")
+    (tmp_path / "odd").write_bytes(b"\1\2\3")
     (tmp_path / "torn.npy").write_bytes(b"\x93NUMPY\x01\x00")
     np.save(tmp_path / "cut.npy", np.arange(100))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-8])
@@ -119,7 +119,7 @@ def test_broken_files_are_refused(tmp_path):
         ("torn.npy", "numpy", "torn.npy: not a whole .npy"),
         ("cut.npy", "numpy", "cut.npy: not a whole .npy"),
         ("a.npz", "numpy", "a.npz: an .npz archive"),
-        ("torn.npy", "utf-8", "torn.npy: not utf-8 text: .* at byte 0"),
+        ("torn.npy", "utf-8", "torn.npy: not utf-8 text but a NumPy array"),
         ("torn.npy", "csv", "--data_type csv: accepted are utf-8"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -249,3 +249,33 @@ def test_the_file_tells_what_it_is(tmp_path, monkeypatch):
     ]:
         with pytest.raises(InputError, match=message):
             name_corpus(named, data_type)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a2146" * 8 + b"\nsize 12345\n"
+
+
+def test_what_a_file_is_is_said_where_another_was_wanted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_text(Path("story.jsonl"), [STORY] * 9)
+    Path("story.txt").write_text(STORY)
+    Path("pointer.txt").write_bytes(POINTER)
+    Path("latin1.txt").write_bytes("Füchse".encode("latin-1"))
+    np.save("array.npy", TOKENS)
+    write_binidx("c", [TOKENS])
+    Path("p.idx").write_bytes(POINTER)
+    Path("p.bin").write_bytes(POINTER)
+    Path("q.idx").write_bytes(Path("c.idx").read_bytes())
+    Path("q.bin").write_bytes(POINTER)
+    for named, data_type, message in [
+        ("story.txt", "uint16", "story.txt: not bare tokens but plain text; make_data.py story.txt makes a corpus of it"),
+        ("story.jsonl", "uint16", "story.jsonl: not bare tokens but JSON lines"),
+        ("array.npy", "uint16", "array.npy: not bare tokens but a NumPy array"),
+        ("array.npy", "utf-8", "array.npy: not utf-8 text but a NumPy array"),
+        ("latin1.txt", "utf-8", "latin1.txt: not UTF-8: invalid start byte at byte 1"),
+        ("story.txt", "numpy", "story.txt: not a .npy file but plain text"),
+        ("pointer.txt", "utf-8", "pointer.txt: not text but a Git LFS pointer"),
+        ("p", "binidx", "p.idx: not a binidx index but a Git LFS pointer"),
+        ("q", "binidx", "q.bin: not a corpus's tokens but a Git LFS pointer"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            open_corpus(named, data_type, vocab_size=65536, ctx_len=2)

@@ -151,13 +151,36 @@ def test_a_model_that_the_rwkv_package_converted_is_refused(tmp_path):
     (lambda w: {"state_dict": {"generator.weight": torch.ones(3)}}, "entry 'state_dict' holds dict"),
     (lambda w: {"state_dict": {**w, "module.emb.weight": w["emb.weight"]}}, "holds emb.weight twice, once as module.emb.weight"),
     (lambda w: {"state_dict": {**w, "head.weight": w["head.weight"].to(torch.int8)}}, "entry 'head.weight' holds torch.int8"),
-    (lambda w: list(w), "holds list"),
 ], ids=str)  # fmt: skip
 def test_other_files_are_refused_by_what_they_are(tmp_path, edit, message):
     torch.save(edit(dict(random_model(SHAPE, torch.float32).state_dict())), tmp_path / "m.pth")
     with pytest.raises(InputError, match=message) as error:
         load(tmp_path / "m.pth")
     assert "m.pth: " in str(error.value)
+
+
+# As https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md has them.
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a2146" * 8 + b"\nsize 12345\n"
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (POINTER, "m.pth: not a checkpoint but a Git LFS pointer, which stands for the file; git lfs pull"),
+    (b"<!doctype html><html><head><title>Not found</title>", "m.pth: not a checkpoint but a web page"),
+    (b"", "m.pth: not a checkpoint but an empty file"),
+    (bytes(70000), "m.pth: not a checkpoint but a file of zeros"),
+    (b"GGUF\3\0\0\0" + bytes(99), "m.pth: not a checkpoint but a GGUF file"),
+    (b"PK\3\4", "m.pth: not a"),
+], ids=["pointer", "page", "empty", "zeros", "gguf", "torn"])  # fmt: skip
+def test_what_a_download_left_is_named(tmp_path, content, message):
+    (tmp_path / "m.pth").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load(tmp_path / "m.pth")
+
+
+def test_a_pair_file_is_no_checkpoint(tmp_path):
+    torch.save([([1], [2], [3], -1.0, -2.0)], tmp_path / "m.pth")
+    with pytest.raises(InputError, match=r"m.pth: not a checkpoint but a list that torch.save wrote, .*--dpo_train_file"):
+        load(tmp_path / "m.pth")
 
 
 class Settings:

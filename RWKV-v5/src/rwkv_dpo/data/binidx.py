@@ -16,6 +16,7 @@ import numpy as np
 
 from rwkv_dpo.atomic import atomic_write
 from rwkv_dpo.errors import InputError, reading, refuse
+from rwkv_dpo.file_kinds import Kind, refuse_others
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -54,6 +55,7 @@ def read_binidx(prefix: str | Path) -> BinIdx:
     n_tokens = int(ends[-1]) if len(ends) else 0
     n_bytes = bin_path.stat().st_size
     if n_bytes != (n_listed := n_tokens * dtype.itemsize):
+        refuse_others(bin_path, "a corpus's tokens", [kind for kind in Kind if kind is not Kind.LFS_POINTER])
         refuse(f"{bin_path}: {n_bytes} bytes, but {index_path.name} lists {n_tokens} {dtype.name} tokens, {n_listed} bytes")
     # An empty file cannot be mapped.
     with reading(bin_path):
@@ -65,6 +67,7 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
     with reading(path):
         content = path.read_bytes()
     if content[: len(MAGIC)] != MAGIC:
+        refuse_others(path, "a binidx index", (Kind.BINIDX,))
         refuse(f"{path}: not a binidx index (it does not begin with {MAGIC[:7].decode()})")
     if len(content) < _HEADER.size:
         refuse(f"{path}: truncated: {len(content)} bytes, the header alone takes {_HEADER.size}")

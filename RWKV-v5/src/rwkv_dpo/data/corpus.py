@@ -13,10 +13,13 @@ from rwkv_dpo.data.files import ending
 from rwkv_dpo.data.text_corpus import character_tokens, check_size, documents_of, holds_documents, vocabulary_of, world_tokens
 from rwkv_dpo.data.tokenizer import VOCAB_SIZE as WORLD_SIZE
 from rwkv_dpo.errors import InputError, reading, refuse
+from rwkv_dpo.file_kinds import Kind, refuse_others
 
 # Up to here every token id is checked when the corpus is opened (a fraction of a second); beyond, as windows are read.
 _CHECKED_AT_ONCE = 100_000_000
 _BLOCK = 1 << 22
+_TEXTS = (Kind.TEXT, Kind.CSV, Kind.JSON, Kind.JSON_LINES, Kind.WEB_PAGE)
+_MARKED = (Kind.LFS_POINTER, Kind.PARQUET, Kind.NUMPY, Kind.SAFETENSORS, Kind.PAIRS, Kind.TORCH_DICT, Kind.TORCH_LIST, Kind.TORCH)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ def open_corpus(data_file: str, data_type: str, vocab_size: int, ctx_len: int, c
 
 def _text_corpus(data_file: str, data_type: str, vocab_size: int, checkpoint: str) -> Corpus:
     source = data_file or data_type
+    if data_file and os.path.isfile(data_file):
+        refuse_others(data_file, "text", [kind for kind in Kind if kind is not Kind.LFS_POINTER])
     vocabulary, characters = vocabulary_of(checkpoint) if checkpoint else (None, "")
     if vocab_size == WORLD_SIZE:
         if characters:
@@ -138,6 +143,7 @@ def _read_text(data_file: str, encoding: str) -> str:
         with reading(data_file):
             return _existing(data_file).read_text(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
+        refuse_others(data_file, f"{encoding} text", _TEXTS)
         raise InputError(f"{data_file}: not {encoding} text: {error.reason} at byte {error.start}") from error
 
 
@@ -152,12 +158,15 @@ def _read_numpy(data_file: str) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     # Its header is a Python literal: numpy's parser fails in more ways than numpy documents.
     except Exception as error:
+        refuse_others(data_file, "a .npy file", (Kind.NUMPY, Kind.ZIP))
         raise InputError(f"{data_file}: not a whole .npy file of numbers") from error
     return array if isinstance(array, np.ndarray) else refuse(f"{data_file}: an .npz archive; expected one array (.npy)")
 
 
 def _read_uint16(data_file: str) -> np.ndarray:
     n_bytes = _existing(data_file).stat().st_size
+    # Any bytes are tokens; those of text and of files with a long mark at their beginning are not meant so.
+    refuse_others(data_file, "bare tokens", [kind for kind in Kind if kind not in (*_TEXTS, *_MARKED)])
     if n_bytes % 2:
         refuse(f"{data_file}: {n_bytes} bytes, an odd number; expected uint16 tokens")
     with reading(data_file):

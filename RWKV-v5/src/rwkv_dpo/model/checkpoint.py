@@ -10,12 +10,13 @@ from torch import Tensor
 
 from rwkv_dpo.atomic import hashed_write
 from rwkv_dpo.errors import refuse
+from rwkv_dpo.file_kinds import refuse_others
 from rwkv_dpo.model import v5
 from rwkv_dpo.model.checkpoint_names import official_weights, with_tied_head
 from rwkv_dpo.model.rwkv import RWKV, Mixes
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.model.tensor_files import is_safetensors, read_safetensors, write_safetensors
-from rwkv_dpo.model.torch_files import load_torch
+from rwkv_dpo.model.torch_files import CHECKPOINTS, load_torch
 from rwkv_dpo.wkv import WKV5, choose_backend
 
 Weights = Mapping[str, Tensor]
@@ -47,7 +48,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         refuse(f"{path}: no such checkpoint")
     if is_safetensors(path):
         return official_weights(read_safetensors(path)[0], path)
-    weights = official_weights(load_torch(path), path)
+    content = load_torch(path)
+    if not isinstance(content, dict):
+        refuse_others(path, "a checkpoint", CHECKPOINTS)
+    weights = official_weights(content, path)
     # Shapes are read from tensors, and a tensor can have any shape with no storage, or one number repeated. One matrix may be stored
     # for embedding and head alike.
     stored = [value for name, value in weights.items() if name != "head.weight" or not _is_same(value, weights.get("emb.weight"))]

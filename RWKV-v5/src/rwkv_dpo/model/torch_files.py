@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rwkv_dpo.errors import InputError
+from rwkv_dpo.file_kinds import Kind, refuse_others
 from rwkv_dpo.pickles import scan_pickle
 
 # What torch.save writes for numbers, texts, containers and tensors. torch's own list has more, some of which allocates whatever is
@@ -23,6 +24,7 @@ _NAMES = re.compile(
 # are foreign to torch, and can be stood in for.
 _REFUSED = re.compile(r"(torch(?!\.optim\.|\.nn\.modules\.)|builtins|__builtin__|_codecs|sys|os|posix|nt)\b.*")
 _MAX_FOREIGN = 200
+CHECKPOINTS = (Kind.TORCH_DICT, Kind.TORCH, Kind.SAFETENSORS)
 _OPCODES = frozenset(opcode.name for opcode in pickletools.opcodes if opcode.name not in ("STACK_GLOBAL", "INST"))
 
 
@@ -53,6 +55,7 @@ def load_torch(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     # A damaged file can fail anywhere in torch, zipfile or the unpickler, and they promise no particular exception.
     except Exception as error:
+        refuse_others(path, "a checkpoint", CHECKPOINTS)
         # torch puts advice to trust the file before its reason.
         text = str(error).strip().rpartition("WeightsUnpickler error: ")[2]
         reason = text.split("\n")[0] or type(error).__name__
