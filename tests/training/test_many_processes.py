@@ -14,7 +14,7 @@ import torch
 import train
 from lives import free_port
 from runs import SHARDED, write_inputs
-from rwkv_dpo.data.pairs import load_pairs
+from rwkv_dpo.data.pairs import load_pairs, save_pairs
 
 pytestmark = pytest.mark.slow
 TRAIN = Path(train.__file__).resolve()
@@ -22,14 +22,19 @@ TRAIN = Path(train.__file__).resolve()
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """With pairs of uneven lengths."""
+    """With pairs of uneven lengths. Rejected answers are a nat more, or less, probable to their reference than to the model: a margin
+    that begins at 0 has the sign of its rounding, and metrics count signs."""
     folder = tmp_path_factory.mktemp("data")
-    write_inputs(folder, SHARDED, 50, longest=29)
+    pairs = write_inputs(folder, SHARDED, 50, longest=29)
+    save_pairs(folder / "scored.save", pairs)
+    refs = pairs.ref_logps + np.where(np.arange(50)[:, None] % 2, [0.0, 1.0], [0.0, -1.0])
+    save_pairs(folder / "train.save", pairs.with_ref_logps(refs, "0" * 64, "fp32"))
     return folder
 
 
 def flags(data, proj_dir, **changes) -> list[str]:
-    own = {"epoch_steps": 20, "epoch_count": 1, "micro_bsz": 1, "lr_init": 1e-4, "lr_final": 1e-5, "weight_decay": 0.1}
+    """Adam's epsilon is above the rounding of gradients, by which it would divide others: it would move such weights anywhere."""
+    own = {"epoch_steps": 20, "epoch_count": 1, "micro_bsz": 1, "lr_init": 1e-4, "lr_final": 1e-5, "weight_decay": 0.1, "adam_eps": 1e-5}
     return runs.flags(data, proj_dir, **{**own, "cpu_malloc": None, **changes})
 
 
@@ -71,9 +76,11 @@ def assert_same(one, many):
     for a, b in zip(records, other_records, strict=True):
         assert a.keys() == b.keys()
         for name in a.keys() - {"tokens_per_s", "peak_memory_gb"}:
+            # fp32 sums of 30 terms, and for rewards the difference of two of them near 100 (roundings of 8e-6) times a beta of 0.1.
             # Rounding that moves weights by 1e-6 shows tenfold in the norm of the gradients.
             assert b[name] == pytest.approx(a[name], rel=1e-4 if name == "grad_norm" else 1e-5, abs=1e-5), (a["step"], name)
     for name, weight in weights.items():
+        # Rounding of 1e-9 in gradients of norm 1, over an epsilon of 1e-5, is a ten-thousandth of a rate of 1e-4 in each of 20 steps.
         torch.testing.assert_close(other_weights[name], weight, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -100,9 +107,12 @@ def test_two_processes_share_the_scoring_of_the_reference(lives, data, tmp_path,
     assert output.count("scored 50 pairs with the model as training starts") == 1
     scored = load_pairs(tmp_path / "out" / "reference.save").ref_logps
     # fp32 sums of up to 30 terms; a row that both ranks, or none, had scored would be off by all of it.
-    np.testing.assert_allclose(scored, load_pairs(data / "train.save").ref_logps, rtol=1e-5)
-    for a, b in zip(one_process[0], result(tmp_path / "out")[0], strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+    np.testing.assert_allclose(scored, load_pairs(data / "scored.save").ref_logps, rtol=1e-5)
+    records, _ = result(tmp_path / "out")
+    for a, b in zip(one_process[0], records, strict=True):
+        assert b["ref_logps/chosen"] == pytest.approx(a["ref_logps/chosen"], rel=1e-5)
+    # Margins of the model from itself: 0 but for roundings of 1e-5 nats, times beta.
+    assert records[0]["loss_dpo"] == pytest.approx(np.log(2), abs=1e-5)
 
 
 @pytest.mark.parametrize(("optim", "strategy"), [

@@ -22,6 +22,8 @@ from rwkv_dpo.training.trainer import build_model, resolve_shape
 from test_train import data, run  # noqa: F401  # `data` is a fixture
 
 METHODS = ("lora", "dora", "pissa", "rslora", "state")
+# For runs that are compared: above the rounding of gradients (1e-9), by which Adam would divide others and move such weights anywhere.
+ADAM_EPS = 1e-5
 
 
 @pytest.fixture
@@ -79,14 +81,14 @@ def test_a_run_begins_at_the_reference_learns_and_saves_what_it_trained_alone(da
 @pytest.mark.parametrize("method", METHODS)
 def test_gradient_checkpointing_trains_the_same(data, tmp_path, small, method):  # noqa: F811
     for grad_cp in (0, 1):
-        run(data, tmp_path / str(grad_cp), **small(method, grad_cp=grad_cp, epoch_count=1))
+        run(data, tmp_path / str(grad_cp), **small(method, grad_cp=grad_cp, epoch_count=1, adam_eps=ADAM_EPS))
     a, b = (logits_of(data, saved_as(tmp_path / str(grad_cp), method)) for grad_cp in (0, 1))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def test_lora_trains_as_a_hand_written_parametrization_does(data, tmp_path):  # noqa: F811
     given = {"peft": "lora", "lora_r": 4, "lora_alpha": 8, "train_extra": "ln", "lr_init": 1e-2, "lr_final": 1e-2, "epoch_count": 1,
-             "weight_decay": 0.1}  # fmt: skip
+             "weight_decay": 0.1, "adam_eps": ADAM_EPS}  # fmt: skip
     run(data, tmp_path, **given)
     got = read_adapter(tmp_path / "adapter-final")
 
@@ -110,7 +112,7 @@ def test_lora_trains_as_a_hand_written_parametrization_does(data, tmp_path):  # 
     matrices = [p for p in start.values() if p.dim() > 1]
     vectors = [p for p in start.values() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.99), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.99), eps=ADAM_EPS)
     corpus = open_corpus(str(data / "corpus.bin"), "uint16", TINY.vocab_size, config.ctx_len)
     batches = MicroBatches(config, corpus, load_pairs(data / "train.save", TINY.vocab_size), 0)
     for k in range(config.epoch_steps):
@@ -121,8 +123,8 @@ def test_lora_trains_as_a_hand_written_parametrization_does(data, tmp_path):  # 
     assert set(got.tensors) | set(got.extra) == {name.replace(".default", "") for name in start}
     for name, p in start.items():
         value = (got.tensors | got.extra)[name.replace(".default", "")]
-        # Adam turns rounding of small gradients into steps of a share of the rate.
-        torch.testing.assert_close(value, p.detach(), rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        # Rounding over the epsilon is a ten-thousandth of the rate of 1e-2 in each of 4 steps.
+        torch.testing.assert_close(value, p.detach(), rtol=1e-4, atol=3e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -184,8 +186,8 @@ def test_every_flag_changes_the_result(data, tmp_path, lora, changes):  # noqa: 
 
 def test_ddp_trains_adapters_and_states_in_one_process_too(data, tmp_path, small):  # noqa: F811
     for method in ("lora", "state"):
-        run(data, tmp_path / method / "plain", **small(method, epoch_count=1))
-        run(data, tmp_path / method / "ddp", **small(method, epoch_count=1, strategy="ddp"))
+        run(data, tmp_path / method / "plain", **small(method, epoch_count=1, adam_eps=ADAM_EPS))
+        run(data, tmp_path / method / "ddp", **small(method, epoch_count=1, strategy="ddp", adam_eps=ADAM_EPS))
         a, b = (logits_of(data, saved_as(tmp_path / method / name, method)) for name in ("plain", "ddp"))
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
