@@ -104,6 +104,14 @@ def hash_path(path: str | Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
+def hash_of(path: str | Path) -> str:
+    """The sha256 that hashed_write put beside a file, "" without."""
+    try:
+        return hash_path(path).read_text(errors="replace").split(" ")[0]
+    except FileNotFoundError:
+        return ""
+
+
 def fault_of(path: str | Path) -> str:
     """What is wrong with a file that hashed_write wrote, in a few words; "" when it has the bytes that were written."""
     try:

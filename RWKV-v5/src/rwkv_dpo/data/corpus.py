@@ -1,5 +1,6 @@
 """The general corpus: one long row of tokens, whatever file it comes from (the original's --data_type)."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ _CHECKED_AT_ONCE = 100_000_000
 _BLOCK = 1 << 22
 _TEXTS = (Kind.TEXT, Kind.CSV, Kind.JSON, Kind.JSON_LINES, Kind.WEB_PAGE)
 _MARKED = (Kind.LFS_POINTER, Kind.PARQUET, Kind.NUMPY, Kind.SAFETENSORS, Kind.PAIRS, Kind.TORCH_DICT, Kind.TORCH_LIST, Kind.TORCH)
+# A fingerprint reads all of a corpus up to so many blocks of so many tokens, and of a larger one as many, evenly spread.
+_SAMPLED, _SAMPLED_BLOCK = 512, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,21 @@ def open_corpus(data_file: str, data_type: str, vocab_size: int, ctx_len: int, c
     if corpus.n_tokens < ctx_len + 1:
         refuse(f"{corpus.source}: {corpus.n_tokens} tokens, fewer than one window of --ctx_len {ctx_len} + 1")
     return corpus
+
+
+def corpus_sha256(corpus: Corpus) -> str:
+    """Fingerprint of the tokens, whatever file and integer type they come from, and of the characters that they number.
+
+    A corpus of more than 33 million tokens is sampled: what is added or taken away shows, a change that leaves all else in its place
+    shows when a sampled block has it.
+    """
+    digest = hashlib.sha256(f"{corpus.n_tokens} {corpus.characters}".encode())
+    last = max(corpus.n_tokens - _SAMPLED_BLOCK, 0)
+    is_small = corpus.n_tokens <= _SAMPLED * _SAMPLED_BLOCK
+    starts = range(0, corpus.n_tokens, _SAMPLED_BLOCK) if is_small else (i * last // (_SAMPLED - 1) for i in range(_SAMPLED))
+    for start in starts:
+        digest.update(np.asarray(corpus.tokens[start : start + _SAMPLED_BLOCK], dtype="<i8").tobytes())
+    return digest.hexdigest()
 
 
 def _text_corpus(data_file: str, data_type: str, vocab_size: int, checkpoint: str) -> Corpus:

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import shutil
 import signal
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from rwkv_dpo.config import RunConfig
 from rwkv_dpo.training.batches import EpochNumbers, MicroBatches
 from rwkv_dpo.training.callbacks import MetricsLog, full_weights
 from rwkv_dpo.training.halt import Halt, Halted
+from rwkv_dpo.training.identity import Identity
 from rwkv_dpo.training.module import DPOModule
 from rwkv_dpo.training.optimizer_state import OptimizerState, read_state, set_sharded, trainable, write_state
 from rwkv_dpo.training.resume import Progress, Saved, last_folder, save
@@ -32,8 +32,8 @@ class LastCheckpoints(pl.Callback):
     saved: what to go on from; known to rank 0 alone, which hands it to the others.
     """
 
-    def __init__(self, config: RunConfig, metrics: MetricsLog, halt: Halt, saved: Saved | None, data: dict[str, int]) -> None:
-        self.config, self.metrics, self.halt, self.saved, self.data = config, metrics, halt, saved, data
+    def __init__(self, config: RunConfig, metrics: MetricsLog, halt: Halt, saved: Saved | None, identity: Identity) -> None:
+        self.config, self.metrics, self.halt, self.saved, self.identity = config, metrics, halt, saved, identity
         self.resumes = False
 
     def setup(self, trainer: pl.Trainer, module: DPOModule, stage: str) -> None:  # type: ignore[override]
@@ -142,7 +142,7 @@ class LastCheckpoints(pl.Callback):
         dataset: Any = trainer.train_dataloader.dataset  # type: ignore[union-attr]
         first = c.epoch_begin * c.epoch_steps + step * c.accumulate_grad_batches
         return Progress(
-            config=asdict(c), data=self.data, step=step, samples=dataset.position.shift + first * c.micro_bsz * c.world_size,
+            identity=self.identity.as_json(), step=step, samples=dataset.position.shift + first * c.micro_bsz * c.world_size,
             pairs_seen=metrics.pairs_seen, epoch_losses=metrics.epoch_losses, skipped_steps=metrics.skipped_steps,
             bad_in_a_row=metrics.bad_in_a_row, logs=log_sizes(Path(c.proj_dir)),
         )  # fmt: skip

@@ -13,21 +13,22 @@ from torch import Tensor
 from rwkv_dpo.atomic import fault_of, hashed_write, remove_hashed
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.errors import InputError, refuse
-from rwkv_dpo.training.run_folder import CONTINUATION, INCIDENTAL, LAYOUT, changes, read_config
+from rwkv_dpo.training.identity import Identity, flags_of
+from rwkv_dpo.training.run_folder import CONTINUATION, INCIDENTAL, LAYOUT, continues, read_identity
 
 log = logging.getLogger(__name__)
-_FORM = 1
+_FORM = 2
 
 
 @dataclass(frozen=True)
 class Progress:
     """How far a run is. None of it depends on the number of processes or the strategy.
 
-    step: optimizer steps done. samples: taken of the global sequence. logs: bytes of each log file that belong to those steps.
+    identity: the run's, as JSON. step: optimizer steps done. samples: taken of the global sequence. logs: bytes of each log file that
+    belong to those steps.
     """
 
-    config: dict[str, Any]
-    data: dict[str, int]
+    identity: dict[str, Any]
     step: int
     samples: int
     pairs_seen: int
@@ -79,13 +80,6 @@ def save(folder: Path, progress: Progress, parts: dict[str, Any], keep: int) -> 
     return path
 
 
-def sweep(config: RunConfig) -> None:
-    """Removes what writes that were cut off have left."""
-    for folder in (Path(config.proj_dir), last_folder(config)):
-        for path in (*folder.glob(".step-*.part"), *folder.glob(".rwkv-*.part")):
-            path.unlink(missing_ok=True)
-
-
 def load(path: Path) -> Saved:
     """Tensors are mapped from the file. Refuses what is no such checkpoint; never executes code."""
     try:
@@ -99,12 +93,8 @@ def load(path: Path) -> Saved:
         raise InputError(f"{path}: not a checkpoint to resume from ({reason})") from error
 
 
-def choose(config: RunConfig, data: dict[str, int]) -> Saved | None:
-    """The checkpoint that --resume means, None to begin anew. Refuses one that is not whole, or of a run with other
-    settings or data.
-
-    data: sizes of the corpus and the pair file, by names.
-    """
+def choose(config: RunConfig, identity: Identity) -> Path | None:
+    """The checkpoint that --resume means, None to begin anew. Refuses one that is not whole, or of another run."""
     if config.resume == "none":
         return None
     if config.resume != "auto":
@@ -115,46 +105,46 @@ def choose(config: RunConfig, data: dict[str, int]) -> Saved | None:
             refuse(f"--resume {config.resume}: no such checkpoint; auto, none, or a step-N.pth are accepted")
         if fault := fault_of(path):
             refuse(f"--resume {path}: {fault}")
-        saved = load(path)
-        _check(saved, config, data)
-        return saved
+        _check(load(path), config, identity)
+        return path
     paths = checkpoints_in(last_folder(config))
-    if not paths or _is_other_run(paths, config):
+    if not paths or _is_other_run(config, identity):
         return None
     for path in paths:
         fault = fault_of(path)
         if not fault:
-            saved = load(path)
-            _check(saved, config, data)
-            return saved
+            _check(load(path), config, identity)
+            return path
         log.warning("%s %s; the one before is used", path, fault)
     refuse(f"{last_folder(config)}: none of its checkpoints is whole ({paths[0].name} {fault_of(paths[0])}); --resume none begins anew")
 
 
+def goes_on_here(config: RunConfig, path: Path | None) -> bool:
+    """Whether a checkpoint to go on from is of the run folder's own last/."""
+    return path is not None and path.resolve().parent == last_folder(config).resolve()
+
+
 def start_of(saved: Saved | None) -> str:
     """The adapter that the run of a checkpoint began with, which it had saved beside; "" without."""
-    if saved is None or saved.progress.config["peft"] in ("none", "state"):
+    if saved is None or saved.progress.identity["peft"] in ("none", "state"):
         return ""
     return str(saved.path.parent.parent / "adapter-init")
 
 
-def _is_other_run(paths: list[Path], config: RunConfig) -> bool:
+def _is_other_run(config: RunConfig, identity: Identity) -> bool:
     """Whether the folder holds an interrupted run that this one is allowed to leave behind."""
-    before = read_config(Path(config.proj_dir) / "config.json") or {}
-    if not changes(before, config, INCIDENTAL + LAYOUT):
+    before = read_identity(Path(config.proj_dir))
+    if before is None or not identity.changes_from(before, INCIDENTAL + LAYOUT):
         return False
-    continues = config.epoch_begin > 0 or config.my_pile_stage >= 2
-    return bool(config.overwrite) or (continues and not changes(before, config, INCIDENTAL + CONTINUATION))
+    return bool(config.overwrite) or (continues(config) and not identity.changes_from(before, INCIDENTAL + CONTINUATION))
 
 
-def _check(saved: Saved, config: RunConfig, data: dict[str, int]) -> None:
-    before = saved.progress.config
-    if data != saved.progress.data and not config.overwrite:
-        refuse(f"{saved.path} is of a run on other data: now {data}, then {saved.progress.data}; --resume none begins anew")
-    changed = changes(before, config, INCIDENTAL + LAYOUT)
+def _check(saved: Saved, config: RunConfig, identity: Identity) -> None:
+    before = Identity.from_json(saved.progress.identity)
+    changed = identity.changes_from(before, INCIDENTAL + LAYOUT)
     if changed and not config.overwrite:
         refuse(f"{saved.path} is of a run with other settings: {', '.join(changed[:5])}; --resume none begins anew")
-    steps = before["epoch_steps"] // before["accumulate_grad_batches"]
+    steps = before.flags["epoch_steps"] // before.flags["accumulate_grad_batches"]
     if steps != config.steps_per_epoch:
         refuse(
             f"--epoch_steps {config.epoch_steps}: {saved.path} counts {steps} optimizer steps in an epoch; "
@@ -168,8 +158,11 @@ def interrupted_stage(config: RunConfig) -> RunConfig | None:
     """Staged pre-training takes its epoch and weights from the folder; those with which an interrupted run had begun."""
     if config.resume != "auto" or not checkpoints_in(last_folder(config)):
         return None
-    before = read_config(Path(config.proj_dir) / "config.json") or {}
-    begun = {name: before[name] for name in ("load_model", "epoch_begin", "warmup_steps") if name in before}
-    if changes(before, config, (*INCIDENTAL, *LAYOUT, *begun)):
+    before = read_identity(Path(config.proj_dir))
+    if before is None:
+        return None
+    begun = {name: before.flags[name] for name in ("load_model", "epoch_begin", "warmup_steps") if name in before.flags}
+    # The files are not opened yet: they are compared when they are.
+    if flags_of(config).changes_from(before, (*INCIDENTAL, *LAYOUT, *begun)):
         return None
     return replace(config, **begun)

@@ -1,14 +1,18 @@
 """The run folder (--proj_dir): config.json, checkpoints, and what earlier runs left there."""
 
 import json
+import logging
 import os
 import re
-from dataclasses import asdict
 from pathlib import Path
 
-from rwkv_dpo.atomic import atomic_write
+from rwkv_dpo.atomic import atomic_write, hash_of, sweep
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.errors import InputError, refuse
+from rwkv_dpo.training.identity import FILES, Identity
+from rwkv_dpo.training.run_lock import RunLock
+
+log = logging.getLogger(__name__)
 
 # Settings that leave a run's result as it is.
 INCIDENTAL = (
@@ -21,19 +25,24 @@ CONTINUATION = ("load_model", "epoch_begin", "epoch_count", "my_pile_stage", "my
 LAYOUT = ("devices", "num_nodes", "strategy", "ds_bucket_mb", "grad_cp", "chunk_ctx", "micro_bsz", "accumulate_grad_batches", "epoch_steps")
 # What grows with the run.
 LOGS = ("metrics.jsonl", "valid.jsonl", "train_log.txt")
+# What a run writes under these names, a run that begins anew would write again.
+_OF_A_RUN = re.compile(
+    r"config\.json|metrics\.jsonl|valid\.jsonl|train_log\.txt|vocab\.json|reference\.(save|journal.*)|last"
+    r"|(rwkv|state)-(init|final|last-good|\d+)\.pth(\.sha256)?|adapter-(init|final|last-good|\d+)|(rwkv|state|adapter)-final\.json"
+)
+# Of those, what stays for a run that starts from rwkv-init.pth; and what says by itself of which pairs and weights it is.
+_START, _KEYED = re.compile(r"rwkv-init\.pth(\.sha256)?|vocab\.json"), re.compile(r"reference\..*")
 
 
-def changes(before: dict, config: RunConfig, free: tuple[str, ...]) -> list[str]:
-    """Settings, but for those in `free`, in which `config` differs from the run before, each as a few words."""
-    settings = asdict(config)
-    known = {name: value for name, value in before.items() if name not in free}
-    return [f"--{name} {settings.get(name)} (was {value})" for name, value in known.items() if settings.get(name) != value]
+def continues(config: RunConfig) -> bool:
+    """Whether the run goes on with the epochs of an earlier one, from its weights."""
+    return config.epoch_begin > 0 or config.my_pile_stage >= 2
 
 
-def prepare_folder(config: RunConfig, resumes: bool) -> None:
-    """Makes the folder and writes config.json; refuses a folder that can't be written, or that holds another run.
+def prepare_folder(config: RunConfig, identity: Identity, lock: RunLock, resumes: bool) -> None:
+    """Makes the folder, takes it, and writes config.json; refuses a folder that can't be written, or that holds another run.
 
-    What a run that begins anew would write again is set aside under the next free number, never lost.
+    What a run that begins anew would write again is set aside together, in earlier-N; nothing is lost.
     """
     folder = Path(config.proj_dir)
     try:
@@ -42,17 +51,42 @@ def prepare_folder(config: RunConfig, resumes: bool) -> None:
         refuse(f"--proj_dir {folder}: can't be made ({error.strerror})")
     if not os.access(folder, os.W_OK):
         refuse(f"--proj_dir {folder}: can't be written to")
-    before = read_config(folder / "config.json")
-    if before is not None and not config.overwrite:
-        continues = config.epoch_begin > 0 or config.my_pile_stage >= 2
-        changed = changes(before, config, INCIDENTAL + (LAYOUT if resumes else CONTINUATION if continues else ()))
-        if changed:
-            refuse(f"--proj_dir {folder} holds a run with other settings: {', '.join(changed[:5])}; --overwrite 1 goes on all the same")
+    lock.take()
+    before = read_identity(folder)
+    free = INCIDENTAL + (LAYOUT if resumes else CONTINUATION if continues(config) else ())
+    changed = identity.changes_from(before, free) if before else []
+    if changed and not config.overwrite:
+        refuse(f"--proj_dir {folder} holds a run with other settings: {', '.join(changed[:5])}; --overwrite 1 goes on all the same")
+    for place in (folder, folder / "last"):
+        sweep(place)
     if not resumes:
-        for name in ("last",) if config.epoch_begin else ("last", "metrics.jsonl", "valid.jsonl"):
-            _set_aside(folder / name)
+        _set_aside(config, identity, is_again=before is not None and not changed and config.resume == "auto")
     with atomic_write(folder / "config.json") as file:
-        file.write(json.dumps(asdict(config), indent=1).encode())
+        file.write(json.dumps(identity.as_json(), indent=1).encode())
+
+
+def _set_aside(config: RunConfig, identity: Identity, is_again: bool) -> None:
+    """Moves what earlier runs wrote into a folder of its own; of a run that goes on with another's epochs, `last` alone.
+
+    is_again: the same run was interrupted before it had saved anything. Its reference scores stay.
+    """
+    folder = Path(config.proj_dir)
+    names = re.compile("last") if continues(config) else _OF_A_RUN
+    moved = [path for path in folder.iterdir() if names.fullmatch(path.name) and not (is_again and _KEYED.fullmatch(path.name))]
+    read = {Path(str(identity.flags[flag])).resolve() for flag in FILES if identity.flags[flag]}
+    for path in moved:
+        if path.resolve() in read and not _START.fullmatch(path.name):
+            refuse(f"{path}: this run starts from it and would write over it; name another --proj_dir")
+    if any(path.resolve() in read for path in moved):
+        moved = [path for path in moved if not _START.fullmatch(path.name)]
+    if not moved:
+        return
+    earlier = next(path for n in range(1, 10**6) if not (path := folder / f"earlier-{n}").exists())
+    earlier.mkdir()
+    # What says that a run is finished goes first: a crash in between must not leave it beside the new run's files.
+    for path in sorted(moved, key=lambda path: not path.name.endswith("-final.json")):
+        path.rename(earlier / path.name)
+    log.info("what an earlier run wrote is now in %s", earlier)
 
 
 def final_name(config: RunConfig) -> str:
@@ -60,14 +94,21 @@ def final_name(config: RunConfig) -> str:
     return {"none": "rwkv-final.pth", "state": "state-final.pth"}.get(config.peft, "adapter-final")
 
 
-def is_finished(config: RunConfig) -> bool:
-    """Whether the folder holds the end of a run with these settings."""
-    folder = Path(config.proj_dir)
-    before = read_config(folder / "config.json")
-    if before is None or changes(before, config, INCIDENTAL) or not (folder / final_name(config)).exists():
+def save_end(config: RunConfig, identity: Identity, step: int) -> None:
+    """Writes, beside what a run wrote last, whose end it is."""
+    path = Path(config.proj_dir) / final_name(config)
+    end = {**identity.as_json(), "step": step, "sha256": hash_of(path)}
+    with atomic_write(path.with_suffix(".json")) as file:
+        file.write(json.dumps(end, indent=1).encode())
+
+
+def is_finished(config: RunConfig, identity: Identity) -> bool:
+    """Whether the folder holds the end of this run."""
+    path = Path(config.proj_dir) / final_name(config)
+    end = _read_json(path.with_suffix(".json"))
+    if end is None or not path.exists() or end.pop("sha256", "") != hash_of(path):
         return False
-    lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
-    return bool(lines) and f'"step": {config.epoch_begin * config.steps_per_epoch + config.total_steps},' in lines[-1]
+    return end.pop("step", 0) == config.total_steps and not identity.changes_from(Identity.from_json(end), INCIDENTAL)
 
 
 def log_sizes(folder: Path) -> dict[str, int]:
@@ -105,7 +146,13 @@ def newest_epoch(folder: Path) -> int | None:
     return -1 if (folder / "rwkv-init.pth").exists() else None
 
 
-def read_config(path: Path) -> dict | None:
+def read_identity(folder: Path) -> Identity | None:
+    """Whose folder it is, by its config.json; None without."""
+    settings = _read_json(folder / "config.json")
+    return None if settings is None else Identity.from_json(settings)
+
+
+def _read_json(path: Path) -> dict | None:
     if not path.exists():
         return None
     try:
@@ -113,9 +160,3 @@ def read_config(path: Path) -> dict | None:
     except (OSError, ValueError, RecursionError) as error:
         refuse(f"{path}: not readable as JSON ({error})")
     return settings if isinstance(settings, dict) else refuse(f"{path}: not a JSON object")
-
-
-def _set_aside(path: Path) -> None:
-    if path.exists():
-        number = next(n for n in range(1, 10**6) if not path.with_suffix(f".{n}{path.suffix}").exists())
-        path.rename(path.with_suffix(f".{number}{path.suffix}"))

@@ -1,0 +1,92 @@
+"""What makes a run the run it is: the flags that decide its result, and what is in the files that they name.
+
+Every question "is this mine?" (a finished run, a checkpoint of last/, a run folder) is asked of an Identity.
+"""
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_dpo.config import RunConfig
+from rwkv_dpo.data.corpus import Corpus, corpus_sha256
+from rwkv_dpo.data.pairs import PairSet, file_sha256, pairs_sha256
+from rwkv_dpo.errors import reading
+
+# Flags that name what a run reads. Their content counts, not their path.
+FILES = ("load_model", "peft_load", "data_file", "dpo_train_file", "dpo_valid_file")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """flags: all of them by name. content: by each of FILES, the sha256 of what it names, "" where the run reads nothing.
+
+    A file that content lacks is known by its path alone: in folders of earlier versions, and before the files are opened.
+    """
+
+    flags: Mapping[str, Any]
+    content: Mapping[str, str]
+
+    def changes_from(self, before: "Identity", free: Collection[str]) -> list[str]:
+        """What is another than before, but for the flags in `free`, each in a few words. A flag that is newer than `before` is none."""
+        changes = []
+        for name, was in before.flags.items():
+            now = self.flags.get(name)
+            if name in before.content and name in self.content:
+                is_same = before.content[name] == self.content[name]
+            else:
+                is_same = now == was
+            if name not in free and not is_same:
+                changes.append(f"--{name} {now} ({f'was {was}' if now != was else 'its content has changed'})")
+        return changes
+
+    def as_json(self) -> dict[str, Any]:
+        """The flags, and beside them "content"."""
+        return {**self.flags, "content": dict(self.content)}
+
+    @classmethod
+    def from_json(cls, settings: Mapping[str, Any]) -> "Identity":
+        content = settings.get("content", {})
+        return cls({name: value for name, value in settings.items() if name != "content"}, content if isinstance(content, dict) else {})
+
+
+def flags_of(config: RunConfig) -> Identity:
+    """Known by flags and paths alone."""
+    return Identity(asdict(config), {})
+
+
+def identity_of(config: RunConfig, corpus: Corpus | None, pairs: PairSet | None, valid: PairSet | None) -> Identity:
+    """Reads the checkpoint once, and of a large corpus a sample."""
+    c = config
+    content = {
+        "load_model": _path_sha256(c.load_model) if c.load_model and c.my_pile_stage != 1 else "",
+        "peft_load": _path_sha256(c.peft_load) if c.peft_load else "",
+        "data_file": corpus_sha256(corpus) if corpus else "",
+        "dpo_train_file": _pairs_sha256(c, pairs),
+        "dpo_valid_file": _pairs_sha256(c, valid),
+    }
+    return Identity(asdict(c), content)
+
+
+def _pairs_sha256(config: RunConfig, pairs: PairSet | None) -> str:
+    """Of tokens and, where the run trains against them, reference scores."""
+    if pairs is None:
+        return ""
+    digest = hashlib.sha256(pairs_sha256(pairs).encode())
+    if config.dpo_ref == "file":
+        digest.update(np.ascontiguousarray(pairs.ref_logps, "<f8").tobytes())
+    return digest.hexdigest()
+
+
+def _path_sha256(path: str) -> str:
+    """Of a file, or of the files in an adapter folder."""
+    with reading(path):
+        if not Path(path).is_dir():
+            return file_sha256(path)
+        digest = hashlib.sha256()
+        for file in sorted(one for one in Path(path).iterdir() if one.is_file() and one.suffix in (".json", ".safetensors")):
+            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+        return digest.hexdigest()
