@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -54,11 +54,13 @@ class Lives:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
-    def start(self, flags: list[str], log: Path, world_size: int = 1, prepare: Callable[[], None] = nothing) -> list:
-        """prepare: a function of a module's top level, called in each process before the run."""
+    def start(self, flags: list[str], log: Path, world_size: int = 1, prepare: Callable[[], None] = nothing,
+              own: Sequence[list[str]] = ()) -> list:  # fmt: skip
+        """prepare: a function of a module's top level, called in each process before the run. own: by rank, flags that it has beside
+        or instead of those of all."""
         port = free_port()
-        ranks = range(world_size)
-        runs = [self.context.Process(target=_live, args=(flags, rank, world_size, port, log, prepare)) for rank in ranks]
+        of_rank = [flags + (own[rank] if own else []) for rank in range(world_size)]
+        runs = [self.context.Process(target=_live, args=(of_rank[rank], rank, world_size, port, log, prepare)) for rank in range(world_size)]
         for run in runs:
             run.start()
         return runs

@@ -13,8 +13,8 @@ import train
 from lives import records
 from runs import TINY, write_inputs
 from rwkv_dpo.atomic import fault_of
-from rwkv_dpo.data.pairs import load_pairs, save_pairs
 from rwkv_dpo.errors import InputError
+from rwkv_dpo.training.run_lock import RunLock
 
 N_STEPS = 24
 
@@ -152,8 +152,9 @@ def test_none_begins_anew_and_a_path_goes_on_elsewhere(data, tmp_path, whole):
     assert (tmp_path / "elsewhere" / "rwkv-final.pth").read_bytes() == (whole / "rwkv-final.pth").read_bytes()
     train.main(flags(data, tmp_path / "out", resume="none"))
     assert records(tmp_path / "out") == records(whole)
-    assert (tmp_path / "out" / "last.1" / saved.name).exists()
-    assert len((tmp_path / "out" / "metrics.1.jsonl").read_text().splitlines()) == step
+    earlier = tmp_path / "out" / "earlier-1"
+    assert (earlier / "last" / saved.name).exists()
+    assert len((earlier / "metrics.jsonl").read_text().splitlines()) == step
 
 
 def test_a_finished_run_is_not_trained_again_unless_asked_to(data, tmp_path, caplog):
@@ -166,7 +167,7 @@ def test_a_finished_run_is_not_trained_again_unless_asked_to(data, tmp_path, cap
     assert (tmp_path / "rwkv-final.pth").stat().st_mtime_ns == before
     for changes in ({"resume": "none"}, {"overwrite": 1}):
         train.main(flags(data, tmp_path, **short, **changes))
-    assert len(list(tmp_path.glob("metrics.*.jsonl"))) == 2
+    assert sorted(path.parent.name for path in tmp_path.glob("*/metrics.jsonl")) == ["earlier-1", "earlier-2"]
 
 
 def test_other_settings_are_not_resumed(data, tmp_path):
@@ -175,12 +176,6 @@ def test_other_settings_are_not_resumed(data, tmp_path):
         train.main(flags(data, tmp_path / "out", lr_init=2e-3))
     with pytest.raises(InputError, match=r"--epoch_steps 26: .* counts 12 optimizer steps in an epoch; 24 is accepted"):
         train.main(flags(data, tmp_path / "out", epoch_steps=26))
-    save_pairs(tmp_path / "fewer.save", load_pairs(data / "train.save").select(range(20)))
-    (tmp_path / "train.save").write_bytes((data / "train.save").read_bytes())
-    run_until(data, tmp_path / "other", 5, dpo_train_file=tmp_path / "train.save")
-    (tmp_path / "fewer.save").rename(tmp_path / "train.save")
-    with pytest.raises(InputError, match=r"is of a run on other data: now .*'pairs': 20.* then .*'pairs': 30"):
-        train.main(flags(data, tmp_path / "other", dpo_train_file=tmp_path / "train.save"))
     train.main(flags(data, tmp_path / "out", lr_init=2e-3, overwrite=1, epoch_count=1, epoch_steps=2))
     assert [r["step"] for r in records(tmp_path / "out")] == [1]
 
@@ -260,7 +255,9 @@ def test_a_full_disk_stops_both_processes_with_one_line(data, small_disk, lives,
     assert "Traceback" not in log.read_text()
 
 
-def test_a_folder_that_becomes_read_only_stops_the_run_likewise(data, small_disk, whole):
+def test_a_folder_that_becomes_read_only_stops_the_run_likewise(data, small_disk, whole, monkeypatch):
+    # The run's lock is open for writing, and would keep `mount` from doing what a failing disk does.
+    monkeypatch.setattr(RunLock, "take", lambda self: None)
     subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
     out = small_disk / "out"
 
@@ -269,7 +266,7 @@ def test_a_folder_that_becomes_read_only_stops_the_run_likewise(data, small_disk
             time.sleep(0.001)  # busy while a file is open for writing
 
     with pytest.raises(InputError, match=r"cannot be written: Read-only file system; the last good checkpoint is \S+$") as error:
-        run_until(data, out, 8, act=lock, save_every=2)
+        run_until(data, out, 4, act=lock, save_every=2)
     assert fault_of(str(error.value).rsplit(" ", 1)[1]) == ""
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
     train.main(flags(data, out))

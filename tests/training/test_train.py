@@ -56,7 +56,9 @@ def test_a_run_writes_the_folder_of_the_design(data, tmp_path):
     assert records[-1]["rewards/margins"] > records[0]["rewards/margins"]
     names = {p.name for p in tmp_path.iterdir()}
     weights = {"rwkv-0.pth", "rwkv-1.pth", "rwkv-final.pth"}
-    assert names == {"config.json", "metrics.jsonl", "train_log.txt", "valid.jsonl"} | weights | {f"{name}.sha256" for name in weights}
+    others = {"config.json", "metrics.jsonl", "train_log.txt", "valid.jsonl", "rwkv-final.json"}
+    assert names == others | weights | {f"{name}.sha256" for name in weights}
+    assert (tmp_path / "rwkv-1.pth").samefile(tmp_path / "rwkv-final.pth")  # the same bytes once on the disk
     valid = [json.loads(line) for line in (tmp_path / "valid.jsonl").read_text().splitlines()]
     assert [v["epoch"] for v in valid] == [0, 1]
     assert valid[1]["loss_dpo"] < np.log(2)
@@ -358,8 +360,8 @@ def test_a_folder_of_another_run_is_refused_unless_overwritten(data, tmp_path):
         run(data, tmp_path, dpo_beta=0.3)
     with pytest.raises(InputError, match=r"other settings: --load_model .*rwkv-final.pth \(was .*model.pth\)"):
         run(data, tmp_path, load_model=tmp_path / "rwkv-final.pth")
-    run(data, tmp_path, resume="none")  # the same run again: its old metrics are set aside
-    assert (tmp_path / "metrics.1.jsonl").exists()
+    run(data, tmp_path, resume="none")  # the same run again: what it wrote before is set aside
+    assert (tmp_path / "earlier-1" / "metrics.jsonl").exists()
     assert len(run(data, tmp_path, dpo_beta=0.3, overwrite=1)) == 8
 
 

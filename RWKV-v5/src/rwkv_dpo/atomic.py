@@ -86,6 +86,18 @@ def rename_hashed(path: Path, new_path: Path) -> None:
         hash_path(path).unlink()
 
 
+def link_hashed(path: Path, new_path: Path) -> bool:
+    """Gives the content of a file of hashed_write a second name in its folder. False where the file system has no hard links."""
+    link = _hidden(new_path, "part")
+    try:
+        os.link(path, link)
+    except OSError:
+        return False
+    with _one_line(new_path):
+        _take_name(link, new_path, hash_of(path))
+    return True
+
+
 def remove_hashed(path: Path) -> None:
     """Removes a file of hashed_write and its hash, where they exist."""
     path.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy
 
+from rwkv_dpo.atomic import link_hashed
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.pairs import PairSet
 from rwkv_dpo.evaluation.pairs import evaluate_pairs, margins_from_reference
@@ -21,7 +22,9 @@ from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.tuning import Tuning
 from rwkv_dpo.training.guard import is_bad, name_samples
 from rwkv_dpo.training.halt import Halt, Halted
+from rwkv_dpo.training.identity import Identity
 from rwkv_dpo.training.module import DPOModule
+from rwkv_dpo.training.run_folder import save_end
 
 log = logging.getLogger(__name__)
 
@@ -135,10 +138,11 @@ class MetricsLog(pl.Callback):
 
 class Checkpoints(pl.Callback):
     """rwkv-{epoch}.pth every epoch_save epochs and after the last, rwkv-final.pth at the end: fp32, official names. With --peft,
-    what it trains alone: adapter-{epoch} or state-{epoch}.pth."""
+    what it trains alone: adapter-{epoch} or state-{epoch}.pth. Beside the final one, whose end it is."""
 
-    def __init__(self, config: RunConfig, folder: Path, halt: Halt, tuning: Tuning | None) -> None:
-        self.config, self.folder, self.halt, self.tuning = config, folder, halt, tuning
+    def __init__(self, config: RunConfig, folder: Path, halt: Halt, tuning: Tuning | None, identity: Identity) -> None:
+        self.config, self.folder, self.halt, self.tuning, self.identity = config, folder, halt, tuning, identity
+        self.newest, self.saved_at = Path(), -1  # what was saved last, and the step it is of
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         c, epoch = self.config, trainer.current_epoch
@@ -148,15 +152,18 @@ class Checkpoints(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         self._save(trainer, module, "final")
+        self.halt.write(trainer, lambda: save_end(self.config, self.identity, trainer.global_step))
 
     def _save(self, trainer: pl.Trainer, module: DPOModule, label: str) -> None:
         weights = full_weights(trainer, module)
 
         def write() -> None:
-            if self.tuning is None:
-                save_weights(weights, self.folder / f"rwkv-{label}.pth")
-            else:
+            path = self.folder / f"rwkv-{label}.pth"
+            if self.tuning is not None:
                 self.tuning.save(weights, self.folder, label)
+            elif trainer.global_step != self.saved_at or not link_hashed(self.newest, path):
+                save_weights(weights, path)
+            self.newest, self.saved_at = path, trainer.global_step
 
         self.halt.write(trainer, write)
 

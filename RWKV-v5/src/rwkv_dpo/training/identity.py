@@ -35,10 +35,8 @@ class Identity:
         changes = []
         for name, was in before.flags.items():
             now = self.flags.get(name)
-            if name in before.content and name in self.content:
-                is_same = before.content[name] == self.content[name]
-            else:
-                is_same = now == was
+            is_known = name in before.content and name in self.content
+            is_same = before.content[name] == self.content[name] if is_known else now == was
             if name not in free and not is_same:
                 changes.append(f"--{name} {now} ({f'was {was}' if now != was else 'its content has changed'})")
         return changes
@@ -82,7 +80,9 @@ def _pairs_sha256(config: RunConfig, pairs: PairSet | None) -> str:
 
 
 def _path_sha256(path: str) -> str:
-    """Of a file, or of the files in an adapter folder."""
+    """Of a file, or of the files in an adapter folder; "" of what isn't there, which its reader refuses."""
+    if not Path(path).exists():
+        return ""
     with reading(path):
         if not Path(path).is_dir():
             return file_sha256(path)

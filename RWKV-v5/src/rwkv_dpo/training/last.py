@@ -25,6 +25,15 @@ from rwkv_dpo.training.run_folder import log_sizes
 log = logging.getLogger(__name__)
 
 
+class WeightsOfRankZero(pl.Callback):
+    """Gives every rank the weights that rank 0 has read from the run folder."""
+
+    def setup(self, trainer: pl.Trainer, module: DPOModule, stage: str) -> None:  # type: ignore[override]
+        with torch.no_grad():
+            for parameter in module.model.parameters():
+                parameter.copy_(_from_rank_0(trainer, parameter if trainer.is_global_zero else None, parameter))
+
+
 class LastCheckpoints(pl.Callback):
     """Saves every save_every optimizer steps, after every epoch, and when the run is told to stop; `trainer.global_step` counts
     the steps of the whole run, those before a resumption included. Comes after the callbacks whose work it saves.

@@ -102,7 +102,7 @@ def _open_store(environment: ClusterEnvironment, is_host: bool) -> Store:
             multi_tenant=True,
         )  # fmt: skip
     except RuntimeError as error:
-        address = f"{environment.main_address}:{environment.main_port}"
-        raise InputError(f"rank 0 can't be met at {address} ({str(error).splitlines()[0]}); MASTER_ADDR and MASTER_PORT say where") from error
+        address, reason = f"{environment.main_address}:{environment.main_port}", str(error).splitlines()[0]
+        raise InputError(f"MASTER_ADDR, MASTER_PORT: the run's processes can't meet at {address} ({reason})") from error
     # An agent's store outlives the processes that it starts again after a failure.
     return PrefixStore(f"rwkv_dpo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -1,5 +1,6 @@
 """One run at a time in a run folder."""
 
+import contextlib
 import os
 import socket
 import time
@@ -24,7 +25,8 @@ class RunLock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._descriptor is not None:
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._path.unlink()
             os.close(self._descriptor)
             self._descriptor = None
 
@@ -44,7 +46,8 @@ class RunLock:
             if _is_at(descriptor, self._path):
                 self._descriptor = descriptor
                 os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+                since = time.strftime("%Y-%m-%d %H:%M:%S")
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode())
             else:
                 os.close(descriptor)
 

@@ -60,7 +60,9 @@ def find_start(config: RunConfig, identity: Identity, lock: RunLock) -> Start:
     return Start(identity, resumes=choose(config, identity))
 
 
-def begin_folder(config: RunConfig, start: Start, lock: RunLock, saved: Saved | None, new_model: RWKV | None, corpus: Corpus | None) -> None:
+def begin_folder(
+    config: RunConfig, start: Start, lock: RunLock, saved: Saved | None, new_model: RWKV | None, corpus: Corpus | None
+) -> None:
     """What a run writes before its first step. saved: the checkpoint that it goes on from."""
     folder = Path(config.proj_dir)
     prepare_folder(config, start.identity, lock, resumes=goes_on_here(config, start.resumes))

@@ -9,14 +9,14 @@ import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.utilities import rank_zero_only
 
-from rwkv_dpo.config import PILE_EPOCH_WINDOWS, RunConfig
+from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.corpus import Corpus, open_corpus
 from rwkv_dpo.data.corpus_names import name_corpus
 from rwkv_dpo.data.pairs import PairSet, load_pairs
 from rwkv_dpo.data.tokenizer import NAME as WORLD_TOKENIZER
 from rwkv_dpo.device import COMPUTE_DTYPES, pick_device, set_up
 from rwkv_dpo.errors import refuse
-from rwkv_dpo.model.checkpoint import SHAPE_FLAGS, check_flags, empty_model, load_into, read_checkpoint, save_weights, shape_of, version_of
+from rwkv_dpo.model.checkpoint import SHAPE_FLAGS, check_flags, empty_model, load_into, read_checkpoint, shape_of, version_of
 from rwkv_dpo.model.init import init_weights
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
@@ -26,38 +26,19 @@ from rwkv_dpo.training.batches import build_loader
 from rwkv_dpo.training.callbacks import Checkpoints, MetricsLog, ReferenceCheck, ValidPairs
 from rwkv_dpo.training.dry_run import dry_run
 from rwkv_dpo.training.halt import Halt, Halted
-from rwkv_dpo.training.last import LastCheckpoints
+from rwkv_dpo.training.identity import identity_of
+from rwkv_dpo.training.last import LastCheckpoints, WeightsOfRankZero
 from rwkv_dpo.training.module import CLIP_NORM, DPOModule
 from rwkv_dpo.training.optim import check_optim
+from rwkv_dpo.training.ranks import Ranks
 from rwkv_dpo.training.reference import StartIsReference, check_scored, tell_differences
-from rwkv_dpo.training.resume import Saved, choose, interrupted_stage, last_folder, start_of, sweep
-from rwkv_dpo.training.run_folder import cut_logs, final_name, is_finished, newest_epoch, prepare_folder, save_vocabulary
+from rwkv_dpo.training.resume import load, start_of
+from rwkv_dpo.training.run_lock import RunLock
+from rwkv_dpo.training.start import begin_folder, find_start, plan_stage
 from rwkv_dpo.training.strategy import build_precision, build_strategy
 from rwkv_dpo.wkv import choose_backend
 
 log = logging.getLogger(__name__)
-
-
-def plan_stage(config: RunConfig) -> RunConfig:
-    """RWKV-LM's staged pre-training spelled out: epochs of 40,320 windows; stages 2 and 3 continue from the newest checkpoint."""
-    if not config.my_pile_stage:
-        return config
-    steps = PILE_EPOCH_WINDOWS // (config.micro_bsz * config.world_size)
-    config = replace(config, epoch_count=max(config.magic_prime // PILE_EPOCH_WINDOWS, 1), epoch_steps=steps)
-    if steps % config.accumulate_grad_batches:
-        refuse(f"--accumulate_grad_batches {config.accumulate_grad_batches}: with --my_pile_stage it has to divide {steps}")
-    if config.my_pile_stage == 1:
-        return config
-    if begun := interrupted_stage(config):
-        return begun
-    folder = Path(config.proj_dir)
-    newest = newest_epoch(folder)
-    if newest is None:
-        refuse(f"--my_pile_stage {config.my_pile_stage}: {folder} holds no rwkv-*.pth; --my_pile_stage 1 makes rwkv-init.pth")
-    if newest == -1:
-        return replace(config, load_model=str(folder / "rwkv-init.pth"), epoch_begin=0)
-    warmup = config.warmup_steps if config.warmup_steps >= 0 else {2: 10, 3: 30}[config.my_pile_stage]
-    return replace(config, load_model=str(folder / f"rwkv-{newest}.pth"), epoch_begin=newest + 1, warmup_steps=warmup)
 
 
 def tell_corpus(config: RunConfig, given: frozenset[str]) -> RunConfig:
@@ -133,7 +114,8 @@ def build_trainer(
     config: RunConfig, pairs: PairSet | None, valid: PairSet | None, device: torch.device, last: LastCheckpoints, tuning: Tuning | None
 ) -> pl.Trainer:
     folder = Path(config.proj_dir)
-    callbacks: list[pl.Callback] = [last.metrics, Checkpoints(config, folder, last.halt, tuning)]
+    callbacks: list[pl.Callback] = [WeightsOfRankZero()] if config.my_pile_stage >= 2 else []
+    callbacks += [last.metrics, Checkpoints(config, folder, last.halt, tuning, last.identity)]
     sets = [one for one in (pairs, valid) if one is not None]
     if sets and config.dpo_ref == "recompute":
         callbacks.append(StartIsReference(config, folder, sets))
@@ -163,25 +145,54 @@ def train(config: RunConfig, given: frozenset[str]) -> None:
     if device.type == "cuda" and config.devices > torch.cuda.device_count():
         refuse(f"--devices {config.devices}: this machine has {torch.cuda.device_count()}")
     check_optim(config)
+    ranks = meet(config, device)
+    with RunLock(Path(config.proj_dir)) as lock:
+        config, shape_there = ranks.told("plan", lambda: plan(config, given, lock))
+        set_up(device, config.precision, keep_memory=config.cpu_malloc == 1)
+        _train(config, given, device, ranks, lock, shape_there if ranks.rank else None)
+
+
+def meet(config: RunConfig, device: torch.device) -> Ranks:
+    """The run's processes, as Lightning finds them."""
+    if config.world_size == 1:
+        return Ranks()
+    probe = pl.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu", devices=config.devices, num_nodes=config.num_nodes,
+        strategy=build_strategy(config, device), logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    return Ranks(probe.strategy.cluster_environment, config.num_nodes)  # type: ignore[attr-defined]  # of strategies for many processes
+
+
+def plan(config: RunConfig, given: frozenset[str], lock: RunLock) -> tuple[RunConfig, ModelShape | None]:
+    """The settings, with what the files and the run folder say; and the shape of a checkpoint that lies in the run folder, which the
+    other ranks may not see."""
+    if Path(config.proj_dir).is_dir():
+        lock.take()
     config = plan_stage(tell_corpus(config, given))
-    set_up(device, config.precision, keep_memory=config.cpu_malloc == 1)
-    shape, weights = resolve_shape(config, given)
+    return config, resolve_shape(config, given)[0] if config.my_pile_stage >= 2 else None
+
+
+def _train(
+    config: RunConfig, given: frozenset[str], device: torch.device, ranks: Ranks, lock: RunLock, shape_there: ModelShape | None
+) -> None:
+    """shape_there: of the checkpoint that rank 0 has read, and this rank won't."""
+    shape, weights = (shape_there, None) if shape_there else resolve_shape(config, given)
     corpus, pairs, valid = open_data(config, shape.vocab_size)
     if not shape.vocab_size and corpus is not None:
         shape = replace(shape, vocab_size=corpus.vocab_size)
     torch.manual_seed(config.seed)  # for dropout
     model = build_model(config, shape, weights, device)
-    is_new = weights is None
+    new_model = model if weights is None else None
     del weights  # a mapped file counts as memory in use for as long as a tensor refers to it
-    folder = Path(config.proj_dir)
-    if config.resume == "auto" and not config.overwrite and is_finished(config):
-        log.info("%s holds the end of this run (%s); --resume none trains it again", folder, final_name(config))
+    start = ranks.told("start", lambda: find_start(config, identity_of(config, corpus, pairs, valid), lock))
+    if start.end:
+        log.info("%s", start.end)
         return
-    sizes = {"tokens of the corpus": corpus.n_tokens} if corpus else {}
-    sizes |= {"pairs": len(pairs), "tokens of the pairs": int(pairs.offsets[-1])} if pairs else {}
-    saved = rank_zero_only(choose)(config, sizes)
+    saved = load(start.resumes) if start.resumes and ranks.rank == 0 else None
     tuning = begin_tuning(model, config, given, start_of(saved))
-    begin_folder(config, saved, model if is_new else None, corpus)
+    ranks.told("folder", lambda: begin_folder(config, start, lock, saved, new_model, corpus))
+    folder = Path(config.proj_dir)
     if config.my_pile_stage == 1:
         log.info("wrote %s; now run with --my_pile_stage 2 or 3", folder / "rwkv-init.pth")
         return
@@ -190,7 +201,7 @@ def train(config: RunConfig, given: frozenset[str]) -> None:
         begin_tuned(config, tuning, model)
     rank_zero_only(tell_differences)(config, {"dpo_train_file": pairs, "dpo_valid_file": valid})
     halt = Halt()
-    last = LastCheckpoints(config, MetricsLog(config, folder, halt), halt, saved, sizes)
+    last = LastCheckpoints(config, MetricsLog(config, folder, halt), halt, saved, start.identity)
     trainer = build_trainer(config, pairs, valid, device, last, tuning)
     loader = build_loader(config, corpus, pairs, trainer.global_rank, device.type == "cuda")
     try:
@@ -205,21 +216,6 @@ def end(halted: Halted) -> None:
     if halted.fault:
         refuse(halted.fault)
     log.info("%s", halted.message)
-
-
-@rank_zero_only
-def begin_folder(config: RunConfig, saved: Saved | None, new_model: RWKV | None, corpus: Corpus | None) -> None:
-    """What a run writes before its first step. saved: the checkpoint that it goes on from."""
-    folder = Path(config.proj_dir)
-    sweep(config)
-    goes_on_here = saved is not None and saved.path.resolve().parent == last_folder(config).resolve()
-    prepare_folder(config, goes_on_here)
-    if saved is not None and goes_on_here:
-        cut_logs(folder, saved.progress.logs)
-    if new_model is not None:
-        save_weights(new_model.state_dict(), folder / "rwkv-init.pth")
-    if corpus is not None and corpus.characters:
-        save_vocabulary(corpus.characters, folder / "vocab.json")
 
 
 def describe(config: RunConfig, shape: ModelShape, corpus: Corpus | None, pairs: PairSet | None, device: torch.device) -> str:
