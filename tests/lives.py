@@ -60,7 +60,8 @@ class Lives:
         or instead of those of all."""
         port = free_port()
         of_rank = [flags + (own[rank] if own else []) for rank in range(world_size)]
-        runs = [self.context.Process(target=_live, args=(of_rank[rank], rank, world_size, port, log, prepare)) for rank in range(world_size)]
+        ranks = range(world_size)
+        runs = [self.context.Process(target=_live, args=(of_rank[rank], rank, world_size, port, log, prepare)) for rank in ranks]
         for run in runs:
             run.start()
         return runs

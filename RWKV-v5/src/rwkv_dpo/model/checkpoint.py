@@ -16,7 +16,7 @@ from rwkv_dpo.model.checkpoint_names import official_weights, with_tied_head
 from rwkv_dpo.model.rwkv import RWKV, Mixes
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.model.tensor_files import is_safetensors, read_safetensors, write_safetensors
-from rwkv_dpo.model.torch_files import CHECKPOINTS, load_torch
+from rwkv_dpo.model.torch_files import CHECKPOINTS, check_stored, load_torch
 from rwkv_dpo.wkv import WKV5, choose_backend
 
 Weights = Mapping[str, Tensor]
@@ -52,12 +52,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         refuse_others(path, "a checkpoint", CHECKPOINTS)
     weights = official_weights(content, path)
-    # Shapes are read from tensors, and a tensor can have any shape with no storage, or one number repeated. One matrix may be stored
-    # for embedding and head alike.
-    stored = [value for name, value in weights.items() if name != "head.weight" or not _is_same(value, weights.get("emb.weight"))]
-    n_bytes = sum(value.numel() * value.element_size() for value in stored)
-    if any(value.device.type != "cpu" or value.layout != torch.strided for value in stored) or n_bytes > path.stat().st_size:
-        refuse(f"{path}: its tensors have {n_bytes} bytes and the file {path.stat().st_size}; tensors that share memory are not accepted")
+    # One matrix may be stored for embedding and head alike.
+    is_tied = "head.weight" in weights and _is_same(weights["head.weight"], weights.get("emb.weight"))
+    check_stored((value for name, value in weights.items() if not (is_tied and name == "head.weight")), path)
     return weights
 
 

@@ -4,12 +4,14 @@ import mmap
 import pickletools
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from rwkv_dpo.errors import InputError
+from rwkv_dpo.errors import InputError, refuse
 from rwkv_dpo.file_kinds import Kind, refuse_others
 from rwkv_dpo.pickles import scan_pickle
 
@@ -60,6 +62,15 @@ def load_torch(path: Path) -> Any:
         text = str(error).strip().rpartition("WeightsUnpickler error: ")[2]
         reason = text.split("\n")[0] or type(error).__name__
         raise InputError(f"{path}: not a readable .pth file of plain tensors ({reason})") from error
+
+
+def check_stored(tensors: Iterable[Tensor], path: Path) -> None:
+    """Refuses tensors that don't lie in the file, number for number: read from it they can have any shape with no storage, or repeat
+    one number."""
+    tensors = list(tensors)
+    n_bytes = sum(value.numel() * value.element_size() for value in tensors)
+    if any(value.device.type != "cpu" or value.layout != torch.strided for value in tensors) or n_bytes > path.stat().st_size:
+        refuse(f"{path}: its tensors have {n_bytes} bytes and the file {path.stat().st_size}; tensors that share memory are not accepted")
 
 
 def _stand_in(full_name: str) -> type:

@@ -1,8 +1,8 @@
 """The checkpoints of `last/`, from which a run goes on as if it had never stopped: their form, and which one to take."""
 
 import logging
-import pickle
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from rwkv_dpo.atomic import fault_of, hashed_write, remove_hashed
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.errors import InputError, refuse
+from rwkv_dpo.model.torch_files import check_stored, load_torch
 from rwkv_dpo.training.identity import Identity, flags_of
 from rwkv_dpo.training.run_folder import CONTINUATION, INCIDENTAL, LAYOUT, continues, read_identity
 
@@ -81,16 +82,35 @@ def save(folder: Path, progress: Progress, parts: dict[str, Any], keep: int) -> 
 
 
 def load(path: Path) -> Saved:
-    """Tensors are mapped from the file. Refuses what is no such checkpoint; never executes code."""
+    """Tensors are mapped from the file. InputError for what is no such checkpoint, would execute code, or promises more than it holds."""
+    loaded = load_torch(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if loaded["form"] != _FORM:
-            refuse(f"{path}: checkpoint of form {loaded['form']}; {_FORM} is accepted")
+            refuse(f"{path}: a checkpoint of form {loaded['form']}, of another version; {_FORM} is accepted. --resume none begins anew")
         parts = {f.name: loaded[f.name] for f in fields(Saved) if f.name not in ("path", "progress")}
-        return Saved(path, Progress(**loaded["progress"]), **parts)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{path}: not a checkpoint to resume from ({reason})") from error
+        saved = Saved(path, Progress(**loaded["progress"]), **parts)
+        states = [value for state in saved.optimizer.values() for value in state.values()]
+        generators = [value for rank in saved.generators for value in rank.values()]
+        check_stored((value for value in (*saved.weights.values(), *states, *generators) if isinstance(value, Tensor)), path)
+        return saved
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a checkpoint to resume from ({error or type(error).__name__})") from error
+
+
+def check_fits(saved: Saved, trained: Mapping[str, Tensor]) -> None:
+    """Refuses a checkpoint that isn't of the parameters that a run trains, by name: weights and optimizer states, shape for shape."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
+    found = {name: tuple(value.shape) for name, value in saved.weights.items() if isinstance(value, Tensor)}
+    if found != shapes:
+        odd = next(name for name in sorted(shapes.keys() | found.keys()) if shapes.get(name) != found.get(name))
+        refuse(f"{saved.path}: {odd} is {found.get(odd, 'missing')}; this run trains {shapes.get(odd, 'no such weight')}")
+    for name, state in saved.optimizer.items():
+        # bitsandbytes keeps tables and one scale a block, smaller than the parameter; everything else has its shape.
+        is_packed = saved.progress.identity["optim"] == "adamw8bit"
+        for key, value in state.items():
+            if isinstance(value, Tensor) and (name not in shapes or (not is_packed and tuple(value.shape) != shapes[name])):
+                weight = shapes.get(name, "missing")
+                refuse(f"{saved.path}: the optimizer's {key} of {name} is {tuple(value.shape)}; the weight is {weight}")
 
 
 def choose(config: RunConfig, identity: Identity) -> Path | None:

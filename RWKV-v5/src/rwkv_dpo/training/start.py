@@ -11,7 +11,8 @@ from rwkv_dpo.errors import refuse
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.training.identity import Identity
-from rwkv_dpo.training.resume import Saved, choose, goes_on_here, interrupted_stage, last_folder
+from rwkv_dpo.training.optimizer_state import trainable
+from rwkv_dpo.training.resume import Saved, check_fits, choose, goes_on_here, interrupted_stage, last_folder
 from rwkv_dpo.training.run_folder import cut_logs, final_name, is_finished, newest_epoch, prepare_folder, save_vocabulary
 from rwkv_dpo.training.run_lock import RunLock
 
@@ -61,14 +62,16 @@ def find_start(config: RunConfig, identity: Identity, lock: RunLock) -> Start:
 
 
 def begin_folder(
-    config: RunConfig, start: Start, lock: RunLock, saved: Saved | None, new_model: RWKV | None, corpus: Corpus | None
+    config: RunConfig, start: Start, lock: RunLock, saved: Saved | None, model: RWKV, is_new: bool, corpus: Corpus | None
 ) -> None:
-    """What a run writes before its first step. saved: the checkpoint that it goes on from."""
+    """What a run writes before its first step. saved: the checkpoint that it goes on from; is_new: the model has initial weights."""
+    if saved is not None:
+        check_fits(saved, dict(trainable(model)))
     folder = Path(config.proj_dir)
     prepare_folder(config, start.identity, lock, resumes=goes_on_here(config, start.resumes))
     if saved is not None and goes_on_here(config, start.resumes):
         cut_logs(folder, saved.progress.logs)
-    if new_model is not None:
-        save_weights(new_model.state_dict(), folder / "rwkv-init.pth")
+    if is_new:
+        save_weights(model.state_dict(), folder / "rwkv-init.pth")
     if corpus is not None and corpus.characters:
         save_vocabulary(corpus.characters, folder / "vocab.json")

@@ -183,7 +183,7 @@ def _train(
         shape = replace(shape, vocab_size=corpus.vocab_size)
     torch.manual_seed(config.seed)  # for dropout
     model = build_model(config, shape, weights, device)
-    new_model = model if weights is None else None
+    is_new = weights is None
     del weights  # a mapped file counts as memory in use for as long as a tensor refers to it
     start = ranks.told("start", lambda: find_start(config, identity_of(config, corpus, pairs, valid), lock))
     if start.end:
@@ -191,7 +191,7 @@ def _train(
         return
     saved = load(start.resumes) if start.resumes and ranks.rank == 0 else None
     tuning = begin_tuning(model, config, given, start_of(saved))
-    ranks.told("folder", lambda: begin_folder(config, start, lock, saved, new_model, corpus))
+    ranks.told("folder", lambda: begin_folder(config, start, lock, saved, model, is_new, corpus))
     folder = Path(config.proj_dir)
     if config.my_pile_stage == 1:
         log.info("wrote %s; now run with --my_pile_stage 2 or 3", folder / "rwkv-init.pth")
