@@ -1,6 +1,8 @@
 """A checkpoint of last/ may come from anyone, as others do: it is looked through before it is loaded, and fits or is refused."""
 
+import io
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -112,8 +114,12 @@ def test_a_checkpoint_runs_nothing_and_takes_no_more_memory_than_its_file(data, 
     with pytest.raises(InputError, match="tensors that share memory are not accepted"):
         resume(data, changed(interrupted, path, huge), tmp_path / "out")
     # A memo of 2**31 entries: what the scan of pickles sees.
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as members:
+        members.writestr("archive/data.pkl", b"\x80\x02]r\xff\xff\xff\x7f.")
+        members.writestr("archive/version", b"3")
     with hashed_write(path) as file:
-        file.write(b"\x80\x02]r\xff\xff\xff\x7f.")
+        file.write(archive.getvalue())
     with pytest.raises(InputError, match=r"not a readable \.pth file"):
         resume(data, path, tmp_path / "out")
     assert pickle.loads(b"\x80\x02]q\x00.") == []  # noqa: S301 - the same without the number is a pickle
