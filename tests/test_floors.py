@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "RWKV-v5" / "src" / "rwkv_dpo"
 
 # As in CONTRIBUTING.md. Folders count as one place.
 FLOORS = [
-    {"errors", "locks", "atomic", "file_kinds", "pickles", "schedule", "sampling", "config", "losses", "foreign_flags"},
+    {"errors", "locks", "atomic", "file_kinds", "pickles", "schedule", "sampling", "config", "losses", "foreign_flags", "run_length"},
     {"flags", "wkv", "linear_logprobs", "data", "forest", "chunks", "device"},
     {"model", "chunked_step", "objective"},
     {"training", "evaluation"},
@@ -19,11 +19,11 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # Within a floor these look at one another in one direction.
 WITHIN = {
     ("config", "schedule"), ("config", "errors"), ("sampling", "errors"), ("atomic", "errors"), ("atomic", "locks"),
-    ("file_kinds", "errors"), ("foreign_flags", "errors"),
+    ("file_kinds", "errors"), ("foreign_flags", "errors"), ("run_length", "config"), ("run_length", "errors"), ("run_length", "schedule"),
     ("forest", "data"), ("chunks", "forest"), ("chunked_step", "model"), ("objective", "model"), ("objective", "chunked_step"),
     ("training", "evaluation"),
 }  # fmt: skip
-STANDARD_ONLY = {"errors", "locks", "atomic", "file_kinds", "pickles", "schedule", "sampling", "config", "foreign_flags"}
+STANDARD_ONLY = {"errors", "locks", "atomic", "file_kinds", "pickles", "schedule", "sampling", "config", "foreign_flags", "run_length"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

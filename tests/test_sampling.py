@@ -135,6 +135,13 @@ def test_magic_prime_order_worked_out_by_hand():
     assert [magic_prime_start(i, 11, 100) for i in range(3)] == [600, 400, 800]
 
 
+def test_a_shift_keeps_the_last_window_within_the_corpus():
+    """11 windows of 100 tokens and the one after them, in 1,130 tokens: the last begins at 1,000 + shift and needs 101."""
+    check_magic_prime(11, 1130, 100, shift=29)
+    with pytest.raises(InputError, match=r"--my_pile_shift 30: moves the last window past the corpus's 1130 tokens; up to 29 is accepted"):
+        check_magic_prime(11, 1130, 100, shift=30)
+
+
 @pytest.mark.parametrize("magic_prime", [2, 5, 11, 293])
 def test_magic_prime_order_meets_every_window_once_per_pass(magic_prime):
     for first in (0, magic_prime, 3):

@@ -354,6 +354,14 @@ def test_gradients_are_gone_before_the_next_forward_pass_unless_they_accumulate(
     assert counter.counts == [0, n, 0, n]
 
 
+def test_a_warm_up_longer_than_the_run_is_told_of(data, tmp_path, caplog):
+    run(data, tmp_path / "long", warmup_steps=20)
+    assert "the last of 8 optimizer steps has a learning rate of 0.00048 instead of --lr_final 0.0001 (--warmup_steps 20" in caplog.text
+    caplog.clear()
+    run(data, tmp_path / "short", warmup_steps=3)
+    assert "--lr_final" not in caplog.text
+
+
 def test_a_folder_of_another_run_is_refused_unless_overwritten(data, tmp_path):
     run(data, tmp_path)
     with pytest.raises(InputError, match=r"other settings: --dpo_beta 0.3 \(was 0.1\)"):
@@ -441,6 +449,9 @@ BAD = [
     ({"pre_ffn": 1}, "--pre_ffn 1: that experiment"),
     ({"tiny_att_dim": 256}, "--tiny_att_dim 256"),
     ({"magic_prime": 100}, "--magic_prime 100"),
+    # 333 windows of 12 tokens fit into 4,000; the last of 317 ends at token 3,804.
+    ({"magic_prime": 317, "my_pile_shift": 196}, "--my_pile_shift 196: moves the last window past .* up to 195 is accepted"),
+    ({"my_exit": -1}, "--my_exit -1: nothing would be trained"),
     ({"my_pile_stage": 2, "magic_prime": 317}, "rwkv-"),
     ({"my_pile_stage": 1, "magic_prime": 317}, "--my_pile_stage 1 makes initial weights"),
     ({"grad_cp": 2}, "--grad_cp '2': accepted are '0', '1', 'selective'"),

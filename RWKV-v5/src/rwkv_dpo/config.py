@@ -103,8 +103,8 @@ class RunConfig:
     precision: str = flag("fp16", "arithmetic; fp16 and bf16 keep fp32 master weights", ("fp32", "tf32", "fp16", "bf16"))
     grad_cp: str = flag("0", "1: recompute each block in the backward pass (least memory, a third more time); selective: only what is "
                         "cheap (a quarter less memory, a few per cent more time)", ("0", "1", "selective"))  # fmt: skip
-    chunk_ctx: int = flag(0, "N of at least 16: run windows and pairs in chunks of N tokens with the same gradient, in the memory of one "
-                          "chunk and a state at each border, for one more forward pass; 0: whole")  # fmt: skip
+    chunk_ctx: int = flag(0, "N of at least 16: run windows and pairs in chunks of N tokens with the same gradient, rounding aside, in the "
+                          "memory of one chunk and a state at each border, for one more forward pass; 0: whole")  # fmt: skip
     tbptt: int = flag(0, "1: with --chunk_ctx, states carry no gradients from chunk to chunk: an approximation that spares windows the "
                       "additional pass, and stores nothing at borders")  # fmt: skip
     wkv_backend: str = flag("auto", "implementation of the WKV recurrence", ("auto", "reference", "chunked", "cpu", "cuda"))
@@ -234,6 +234,10 @@ def check(config: RunConfig) -> None:
         refuse(f"--my_pile_stage {c.my_pile_stage}: 0, 1, 2 and 3 are accepted")
     if c.my_pile_stage == 1 and c.load_model not in ("", "0"):
         refuse(f"--load_model {c.load_model}: --my_pile_stage 1 makes initial weights; leave it out")
+    if c.my_pile_shift < -1:
+        refuse(f"--my_pile_shift {c.my_pile_shift}: -1 (none), and 0 or more tokens are accepted")
+    if c.my_pile_shift > 0 and not c.magic_prime:
+        refuse(f"--my_pile_shift {c.my_pile_shift} shifts the windows of --magic_prime, which is not given")
     if c.my_pile_stage and not c.magic_prime:
         refuse(f"--my_pile_stage {c.my_pile_stage} needs --magic_prime")
     if c.my_pile_stage and PILE_EPOCH_WINDOWS % (c.micro_bsz * c.world_size):

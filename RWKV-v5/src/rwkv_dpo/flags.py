@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from rwkv_dpo.config import RunConfig, check
 from rwkv_dpo.errors import refuse
 from rwkv_dpo.foreign_flags import translate
+from rwkv_dpo.run_length import check_trains
 
 # Flags that the original takes for experiments that RWKV-5 World models don't use, with the values that mean "without".
 NEUTRAL: dict[str, tuple[int, ...]] = {
@@ -63,6 +64,8 @@ def parse_flags(arguments: Sequence[str]) -> tuple[RunConfig, frozenset[str]]:
         values["load_model"] = ""  # as RWKV-LM's scripts say it
     config = RunConfig(**values)
     check(config)
+    if not config.my_pile_stage:
+        check_trains(config)
     return config, frozenset(values)
 
 

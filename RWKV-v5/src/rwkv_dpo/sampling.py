@@ -134,9 +134,10 @@ def largest_magic_prime(n_tokens: int, ctx_len: int) -> int:
     raise InputError(f"--magic_prime: {n_tokens} tokens are too few for --ctx_len {ctx_len}; 3 windows are the least")
 
 
-def check_magic_prime(magic_prime: int, n_tokens: int, ctx_len: int) -> None:
+def check_magic_prime(magic_prime: int, n_tokens: int, ctx_len: int, shift: int = 0) -> None:
     """Refuse (InputError) a --magic_prime that is no prime 3n + 2, reaches past the corpus, or leaves out more than the 1%
-    that RWKV-LM allows; the largest one is accepted even where a short corpus leaves a wider gap between primes."""
+    that RWKV-LM allows; the largest one is accepted even where a short corpus leaves a wider gap between primes. And a
+    --my_pile_shift that moves the last of its windows past the corpus."""
     largest = largest_magic_prime(n_tokens, ctx_len)
     n_fitting = (n_tokens - 1) // ctx_len
     if magic_prime > n_fitting:
@@ -145,6 +146,8 @@ def check_magic_prime(magic_prime: int, n_tokens: int, ctx_len: int) -> None:
         fault = "is not a prime of the form 3n + 2"
     elif magic_prime < min(largest, 0.99 * (n_tokens // ctx_len)):
         fault = f"leaves out more than 1% of the {n_fitting} windows of --ctx_len {ctx_len} in the corpus"
+    elif shift > (room := n_tokens - 1 - magic_prime * ctx_len):
+        raise InputError(f"--my_pile_shift {shift}: moves the last window past the corpus's {n_tokens} tokens; up to {room} is accepted")
     else:
         return
     raise InputError(f"--magic_prime {magic_prime} {fault}; for its {n_tokens} tokens use {largest}")

@@ -2,13 +2,14 @@
 
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
 from rwkv_dpo.errors import InputError
+from rwkv_dpo.training.torn_lines import mend_last_line
 
 
 class Halted(Exception):
@@ -26,6 +27,7 @@ class Halt:
     signalled: bool = False
     fault: str = ""  # what rank 0 could not write
     last_good: str = ""  # what the run can go on from, for messages
+    appended: set[Path] = field(default_factory=set)
 
     def on_signal(self, number: int, frame: Any) -> None:
         if self.signalled and number == signal.SIGINT:
@@ -35,6 +37,9 @@ class Halt:
     def append(self, path: Path, text: str) -> None:
         """For rank 0. A fault is kept until the ranks agree to stop."""
         try:
+            if path not in self.appended:
+                mend_last_line(path)
+                self.appended.add(path)
             with open(path, "a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:

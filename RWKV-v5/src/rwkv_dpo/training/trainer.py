@@ -21,6 +21,7 @@ from rwkv_dpo.model.init import init_weights
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.model.tuning import Tuning, begin_tuning, keep_small
+from rwkv_dpo.run_length import check_trains, far_end
 from rwkv_dpo.sampling import check_magic_prime
 from rwkv_dpo.training.batches import build_loader
 from rwkv_dpo.training.callbacks import Checkpoints, MetricsLog, ReferenceCheck, ValidPairs
@@ -54,7 +55,7 @@ def open_data(config: RunConfig, vocab_size: int) -> tuple[Corpus | None, PairSe
     c = config
     corpus = open_corpus(c.data_file, c.data_type, vocab_size, c.ctx_len, c.load_model) if c.uses_corpus else None
     if corpus is not None and config.magic_prime:
-        check_magic_prime(config.magic_prime, corpus.n_tokens, config.ctx_len)
+        check_magic_prime(config.magic_prime, corpus.n_tokens, config.ctx_len, config.my_pile_shift)
     vocab_size = vocab_size or (corpus.vocab_size if corpus else 0)
     pairs = _open_pairs(config, "dpo_train_file", vocab_size) if config.uses_pairs else None
     valid = _open_pairs(config, "dpo_valid_file", vocab_size) if config.dpo_valid_file else None
@@ -170,6 +171,8 @@ def plan(config: RunConfig, given: frozenset[str], lock: RunLock) -> tuple[RunCo
     if Path(config.proj_dir).is_dir():
         lock.take()
     config = plan_stage(tell_corpus(config, given))
+    if config.my_pile_stage >= 2:
+        check_trains(config)
     return config, resolve_shape(config, given)[0] if config.my_pile_stage >= 2 else None
 
 
@@ -197,6 +200,8 @@ def _train(
         log.info("wrote %s; now run with --my_pile_stage 2 or 3", folder / "rwkv-init.pth")
         return
     log.info("%s", describe(config, shape, corpus, pairs, device))
+    if told := far_end(config):
+        rank_zero_only(log.warning)("%s", told)
     if tuning is not None:
         begin_tuned(config, tuning, model)
     rank_zero_only(tell_differences)(config, {"dpo_train_file": pairs, "dpo_valid_file": valid})
