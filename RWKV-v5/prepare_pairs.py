@@ -67,7 +67,9 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of template and split draws (0)")
     parser.add_argument("--valid_ratio", type=float, default=0.1, help="share of prompts in validset.save (0.1)")
     parser.add_argument("--test_ratio", type=float, default=0.1, help="share of prompts in testset.save (0.1)")
-    parser.add_argument("--original_format", type=int, choices=(0, 1), default=0, help="1: the original's pickled form, no header")
+    parser.add_argument(
+        "--original_format", type=int, choices=(0, 1), default=0, help="1: the original's form, a list for torch.load, without a header (0)"
+    )
     parser.add_argument("--precision", choices=("fp32", "tf32", "fp16", "bf16"), default="fp32", help="of the reference (fp32)")
     parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens scored at once (8192)")
     parser.add_argument("--wkv_backend", default="auto", help="auto, reference, chunked, cpu or cuda (auto)")

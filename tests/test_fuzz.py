@@ -15,6 +15,7 @@ NAMES = [
     "binidx",
     "pairs_packed",
     "pairs_pickled",
+    "pairs_torch",
     "checkpoint",
     "safetensors",
     "adapter",

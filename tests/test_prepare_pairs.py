@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rwkv_dpo.data.pairs import file_sha256, load_pairs
 from rwkv_dpo.data.tokenizer import VOCAB_SIZE, WorldTokenizer
 
@@ -32,7 +32,6 @@ def source(tmp_path):
 
 def save_tiny_model(path, vocab_size=VOCAB_SIZE):
     pytest.importorskip("rwkv_dpo.objective")
-    import torch
     from rwkv_dpo.model.checkpoint import empty_model, save_weights
     from rwkv_dpo.model.init import init_weights
     from rwkv_dpo.model.shape import ModelShape
@@ -86,7 +85,7 @@ def test_splits_and_report_tell_what_was_done(source):
 
     run = prepare_pairs(folder, *common, "--out_dir", "original", "--valid_ratio", 0.3, "--original_format", 1)
     assert run.returncode == 0, run.stderr
-    rows = pickle.loads((folder / "original" / "trainset.save").read_bytes())  # noqa: S301 - written by the line above
+    rows = torch.load(folder / "original" / "trainset.save", weights_only=True)
     assert [row[0] for row in rows] == [sets[0].pair(i)[0].tolist() for i in range(len(sets[0]))]
     assert [row[3:] for row in rows] == [tuple(logps) for logps in sets[0].ref_logps.tolist()]
 

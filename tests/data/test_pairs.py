@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rwkv_dpo.data.pairs import PairSet, cut_pair, file_sha256, load_pairs, pack_pairs, save_original, save_pairs
@@ -54,7 +55,7 @@ def test_the_originals_pickle_reads(tmp_path, protocol):
 
 def test_the_originals_form_is_written_as_plain_numbers(tmp_path):
     save_original(tmp_path / "a.save", packed())
-    assert pickle.loads((tmp_path / "a.save").read_bytes()) == ROWS  # noqa: S301 - our own bytes of a line ago
+    assert torch.load(tmp_path / "a.save", weights_only=True) == ROWS
     assert as_rows(load_pairs(tmp_path / "a.save")) == ROWS
 
 
@@ -86,12 +87,6 @@ def test_a_pickle_that_carries_code_is_refused_and_not_run(tmp_path, monkeypatch
         with pytest.raises(InputError, match=r"a.save: carries code \(.*\); a pair file holds only"):
             load_pairs(write_pickle(tmp_path / "a.save", content))
     assert os.listdir(tmp_path) == ["a.save"]
-
-
-@pytest.mark.parametrize("array", [np.zeros(3), np.array([{}], dtype=object)])
-def test_whole_arrays_in_a_pickle_are_refused(tmp_path, array):
-    with pytest.raises(InputError, match=r"carries code \(numpy"):
-        load_pairs(write_pickle(tmp_path / "a.save", [(*ROWS[0][:4], array)]))
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def pickled_pairs() -> dict[str, bytes]:
     scalar = b"cnumpy.core.multiarray\nscalar\n"
     return found | {
         "a memo of 2**28 entries": b"\x80\x02]r\xf0\xff\xff\x0f.",
-        "a memo entry in text": b"]p268435440\n.",
+        "a memo entry in text": b"\x80\x02]p268435440\n.",
         "a string of 2**62 bytes": b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"abc.",
         "a byte array of 4 GB": b"\x80\x05\x96" + struct.pack("<Q", 2**32 - 8) + b"abc.",
         "a frame of 2**60 bytes": b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"].",
@@ -71,7 +71,7 @@ def pickled_pairs() -> dict[str, bytes]:
         "state for the reader's own class": b"\x80\x02]" + scalar + b"N}X\x0c\0\0\0__defaults__)s\x86ba.",
         "a dictionary of equal hashes": pickle.dumps({i * (2**61 - 1): None for i in range(20_000)}, 4),
         "a name with line ends": b"\x80\x04\x8c\x06os\nos\n\x8c\x03a\nb\x93.",
-        "ten thousand open brackets": b"(" * 10_000 + b".",
+        "ten thousand open brackets": b"\x80\x02" + b"(" * 10_000 + b".",
         "ten thousand tuples": b"\x80\x02)" + b"\x85" * 1_000_000 + b".",
         "a dtype of its own": b"\x80\x02]cnumpy\ndtype\nX\x12\0\0\0(1000000000,)i4,i4\x85Ra.",
     }
@@ -181,6 +181,96 @@ def _tensor(
     storage = b"(" + text("storage") + b"ctorch\n" + kind.encode() + b"\n" + text(key) + text("cpu") + number(numel) + b"tQ"
     hooks = b"ccollections\nOrderedDict\n)R"
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(offset) + numbers(size) + numbers(stride) + b"\x89" + hooks + b"tR"
+
+
+def _pickled_rows(n: int, chosen: bytes, before: bytes = b"", logp: bytes = b"G\xbf\xf0\0\0\0\0\0\0") -> bytes:
+    """n rows with those opcodes for their chosen tokens and their first log-probability."""
+    row = b"(]K\1a" + chosen + b"]K\3a" + logp + b"G\xbf\xf0\0\0\0\0\0\0t"
+    return b"\x80\x02" + before + b"](" + row * n + b"e."
+
+
+def _called(name: bytes, *arguments: bytes) -> bytes:
+    return b"c" + name + b"\n(" + b"".join(arguments) + b"tR"
+
+
+def torch_pairs() -> dict[str, bytes]:
+    import torch
+
+    found = {}
+    row = ([1], [2], [3], -1.0, -1.0)
+    for name, call in _calls().items():
+        for is_zip in (True, False):
+            file = io.BytesIO()
+            torch.save([row, call], file, _use_new_zipfile_serialization=is_zip)
+            found[f"calls {name}, {'archive' if is_zip else 'legacy'}"] = file.getvalue()
+    legacy = io.BytesIO()
+    torch.save([(*row[:4], torch.tensor(-1.0))], legacy, _use_new_zipfile_serialization=False)
+    plain = legacy.getvalue()
+    n_at = plain.rindex((1).to_bytes(8, "little"))
+    key = plain[plain.index(b"FloatStorage") :].split(b"X")[1][4:].split(b"q")[0]
+
+    text_key = b"X" + len(key).to_bytes(4, "little") + key
+
+    def in_keys(pickled: bytes) -> bytes:
+        return plain[: plain.rindex(b"\x80\x02]")] + pickled + plain[n_at:]
+
+    def longs(numel: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0, key: str = "0") -> bytes:
+        return _tensor(numel, size, stride, offset, "LongStorage", key)
+
+    one, many = {"0": bytes(8)}, {"0": (1).to_bytes(8, "little") * 40_000}
+    text = b"X" + (1 << 20).to_bytes(4, "little") + (b"\1" + bytes(7)) * (1 << 17) + b"q\1"
+    latin = b"X\6\0\0\0latin1q\2"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\0\x85h\2tR"
+    dtype = b"cnumpy\ndtype\nX\2\0\0\0i8\x85Rq\3"
+    shape = b"(" + b"K\1" * 100_000 + b"tq\1"
+    storage = b"(X\7\0\0\0storagectorch\nLongStorage\nX\1\0\0\0" + b"0X\3\0\0\0cpuK\1tQq\4"
+    nested = b"C\xff" + b"PK\3\4" + bytes(251)
+    return found | {
+        "one token repeated 2**51 times": _torch_zip(_pickled_rows(1, longs(1, (1 << 51,), (0,))), one),
+        "one token repeated in 20,000 rows": _torch_zip(
+            b"\x80\x02" + longs(1, (40_000,), (0,)) + b"q\1" + _pickled_rows(20_000, b"h\1")[2:], one
+        ),
+        "one tensor in 20,000 rows": _torch_zip(
+            b"\x80\x02" + longs(40_000, (40_000,), (1,)) + b"q\1" + _pickled_rows(20_000, b"h\1")[2:], many
+        ),
+        "a tensor beyond its storage": _torch_zip(_pickled_rows(1, longs(1, (1 << 30,), (1,))), one),
+        "a storage larger than its record": _torch_zip(_pickled_rows(1, longs(1 << 50, (1 << 50,), (1,))), one),
+        "an offset before its storage": _torch_zip(_pickled_rows(1, longs(1, (1,), (1,), offset=-8)), one),
+        "strides that wrap around": _torch_zip(_pickled_rows(1, longs(1, (3,), (2**63 - 1,))), one),
+        "a shape below 0": _torch_zip(_pickled_rows(1, longs(1, (-1,), (1,))), one),
+        "a storage that is not there": _torch_zip(_pickled_rows(1, longs(1, (1,), (1,), key="7")), one),
+        "a storage of another folder": _torch_zip(_pickled_rows(1, longs(1, (1,), (1,), key="../../a/data/0")), one),
+        "100,000 dimensions in 20,000 tensors": _torch_zip(
+            b"\x80\x02" + shape + storage + b"(" + b"ctorch._utils\n_rebuild_tensor_v2\n(h\4K\0h\1h\1tR" * 20_000 + b"l.", one
+        ),
+        "a text of 1 MB encoded 20,000 times": _torch_zip(
+            b"\x80\x02" + text + latin + b"(" + _called(b"_codecs\nencode", b"h\1", b"h\2") * 20_000 + b"l.", {}
+        ),
+        "an array of 1 MB in 20,000 rows": _torch_zip(
+            b"\x80\x02" + text + latin + dtype
+            + _pickled_rows(20_000, array + b"(K\1J\0\0\2\0\x85h\3\x89h\1tb")[2:], {}
+        ),
+        "an array of 2**60 numbers": _torch_zip(
+            b"\x80\x02" + latin + dtype + _pickled_rows(1, array + b"(K\1\x8a\x08\0\0\0\0\0\0\0\x10\x85h\3\x89h\2tb")[2:], {}
+        ),
+        "2**31 bytes by their number": _torch_zip(_pickled_rows(1, b"cbuiltins\nbytes\nJ\xff\xff\xff\x7f\x85R"), {}),
+        "a pickle that unpacks to 64 MB": _torch_zip(
+            b"\x80\x02X" + (1 << 26).to_bytes(4, "little") + bytes(1 << 26) + b".", {}, zipfile.ZIP_DEFLATED
+        ),
+        "two contents": _npz({"a/data.pkl": b"\x80\x02].", "b/data.pkl": b"\x80\x02]."}),
+        "state for what it names": _torch_zip(_pickled_rows(1, b"ctorch._utils\n_rebuild_tensor_v2\nN}\x86b"), {}),
+        "an archive in an archive": b"\x80\x03" + _pickled_rows(
+            1, _called(b"torch._utils\n_rebuild_tensor_v2", _called(b"torch.storage\n_load_from_bytes", nested), b"K\0K\1\x85K\1\x85")
+        )[2:],
+        "legacy: a storage of 2**62 numbers": plain[:n_at] + (1 << 62).to_bytes(8, "little") + plain[n_at + 8 :],
+        "legacy: a storage of fewer than none": plain[:n_at] + (2**64 - 8).to_bytes(8, "little") + plain[n_at + 8 :],
+        "legacy: keys that are called": in_keys(b"\x80\x02]" + pickle.dumps(_calls()["system"], 2)[2:-1] + b"a."),
+        "legacy: keys that are a dictionary": in_keys(pickle.dumps({i * (2**61 - 1): None for i in range(20_000)}, 2)),
+        "legacy: a key that nothing names": in_keys(b"\x80\x02]X\1\0\0\0xa."),
+        "legacy: a key in 100,000 places": in_keys(b"\x80\x02](" + text_key + b"q\1" + b"h\1" * 100_000 + b"e."),
+        "legacy: an end after the content": plain[: plain.rindex(b"\x80\x02]")],
+        "legacy: facts that are called": plain.replace(b"X\r\0\0\0little_endian", b"cos\ngetcwd\n)RX\1\0\0\0a", 1),
+    }  # fmt: skip
 
 
 def _weights(*entries: tuple[str, bytes]) -> bytes:

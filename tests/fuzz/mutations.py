@@ -320,6 +320,22 @@ def weights_member(data: bytes, draw: random.Random) -> bytes:
     return data[:at] + replacement + data[at + {b"K": 2, b"M": 3, b"J": 5}[data[at : at + 1]] :]
 
 
+def torch_file(content: bytes, draw: random.Random) -> bytes:
+    """A file of torch.save: an archive by its members, the form before by one of its five pickles, or by the storages after them."""
+    if content[:2] == b"PK":
+        return zip_members(weights_member)(content, draw)
+    ends = [0]
+    try:
+        for _ in range(5):
+            ends.append(ends[-1] + 1 + max(at for _, _, at in pickletools.genops(content[ends[-1] :]) if at is not None))
+    except ValueError:
+        return some_bytes(content, draw)
+    parts = [content[a:b] for a, b in zip(ends, [*ends[1:], len(content)], strict=True)]
+    at = draw.choice((2, 3, 3, 3, 4, 4, 5))
+    parts[at] = weights_member(parts[at], draw) if at < 5 else some_bytes(parts[at], draw)
+    return b"".join(parts)
+
+
 def safetensors_header(content: bytes, draw: random.Random) -> bytes:
     """The JSON before the tensors: another type, shape, offset or name, with a length that mostly fits."""
     n_header = int.from_bytes(content[:8], "little")

@@ -172,6 +172,29 @@ def _pickled_pairs() -> list[bytes]:
     ]
 
 
+def _torch_pairs() -> list[bytes]:
+    """Lists, whole tensors, parts of tensors and arrays, as torch.save writes them and pickle.dump does."""
+    import pickle
+
+    import torch
+
+    batch, halves = torch.arange(30).reshape(3, 10), torch.tensor([-1.5, -2.5], dtype=torch.bfloat16)
+    rows = [
+        ([1, 99, 2], [70], [5], -1.5, torch.tensor(-2.0)),
+        (batch[0], batch[1, ::2], batch[:, 1].int(), halves[0], halves[1].double()),
+        (np.arange(3), np.array([4], np.uint16), [np.int64(6)], np.float32(-1), np.array(-3.0)),
+    ]
+    return [
+        _written(lambda path: save_original(path, _pairs())),
+        _written(lambda path: torch.save(rows, path)),
+        _written(lambda path: torch.save(rows[:2], path, pickle_protocol=4)),
+        _written(lambda path: torch.save(rows, path, _use_new_zipfile_serialization=False)),
+        _written(lambda path: torch.save(rows[:1], path, _use_new_zipfile_serialization=False)),
+        pickle.dumps(rows, 2),
+        pickle.dumps(rows[:2], 5),
+    ]
+
+
 @lru_cache
 def _small_model():
     import torch
@@ -376,6 +399,7 @@ READERS: dict[str, Reader] = {
         share=4,
     ),
     "pairs_pickled": Reader(".save", _read_pairs, _pickled_pairs, mutations.pickle_opcodes, evil.pickled_pairs, share=4),
+    "pairs_torch": Reader(".save", _read_pairs, _torch_pairs, mutations.torch_file, evil.torch_pairs, share=4),
     "checkpoint": Reader(".pth", _read_weights, _checkpoints, mutations.zip_members(mutations.weights_member), evil.checkpoints, share=4),
     "safetensors": Reader(".safetensors", _read_weights, _safetensors, mutations.safetensors_header, evil.safetensors, share=3),
     "adapter": Reader(

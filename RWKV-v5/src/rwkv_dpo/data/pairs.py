@@ -1,8 +1,8 @@
 """Preference pairs (*.save): what a training run reads.
 
-Two forms of file. The original's: a pickled list of (prompt_tokens, chosen_tokens, rejected_tokens, chosen_ref_logp,
-rejected_ref_logp). Ours, packed: an uncompressed .npz archive of the arrays of PairSet and a JSON header, which loads at the
-speed of the disk. Reading either executes nothing that the file brings along (see data/original_pairs.py for the pickle).
+Two forms of file. The original's: a list of (prompt_tokens, chosen_tokens, rejected_tokens, chosen_ref_logp, rejected_ref_logp) that
+torch.save wrote (original_pairs.py). Ours, packed: an uncompressed .npz archive of the arrays of PairSet and a JSON header, which loads
+at the speed of the disk. Reading either executes nothing that the file brings along.
 """
 
 import hashlib
@@ -20,7 +20,8 @@ import numpy as np
 
 from rwkv_dpo.atomic import atomic_write
 from rwkv_dpo.data.original_pairs import read_original, write_original
-from rwkv_dpo.errors import InputError, reading, refuse
+from rwkv_dpo.errors import InputError, refuse
+from rwkv_dpo.file_kinds import Kind, kind_of, refuse_others
 
 FORMAT = "rwkv_dpo pairs"
 VERSION = 1
@@ -105,10 +106,9 @@ def load_pairs(path: str | Path, vocab_size: int | None = None) -> PairSet:
     """
     path = Path(path)
     if not os.path.isfile(path):
-        refuse(f"{path}: no such pair file")
-    with reading(path), open(path, "rb") as file:
-        is_packed = file.read(4) == b"PK\x03\x04"
-    pairs = _read_packed(path) if is_packed else pack_pairs(*read_original(path))
+        refuse(f"{path}: a folder; a pair file in it is wanted" if os.path.isdir(path) else f"{path}: no such pair file")
+    refuse_others(path, "a pair file", (Kind.PAIRS, Kind.TORCH_LIST, Kind.TORCH, Kind.PICKLE))
+    pairs = _read_packed(path) if kind_of(path) == Kind.PAIRS else pack_pairs(*read_original(path))
     check_pairs(pairs, str(path), vocab_size)
     return pairs
 

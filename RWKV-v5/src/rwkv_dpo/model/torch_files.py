@@ -3,7 +3,6 @@
 import mmap
 import pickletools
 import re
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from rwkv_dpo.errors import InputError, refuse
 from rwkv_dpo.file_kinds import Kind, refuse_others
-from rwkv_dpo.pickles import scan_pickle
+from rwkv_dpo.torch_archives import open_archive
 
 # What torch.save writes for numbers, texts, containers and tensors. torch's own list has more, some of which allocates whatever is
 # asked for.
@@ -48,8 +47,9 @@ def load_torch(path: Path) -> Any:
     """The content of a .pth file, tensors on the CPU, memory-mapped where the file's form allows; objects of foreign classes become
     StandIns. InputError for a file that is torn, names what may not be named, or promises more than it holds."""
     try:
-        is_zip = zipfile.is_zipfile(path)
-        names = (_scan_zip if is_zip else _scan_old)(path)
+        with open(path, "rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        is_zip, names = content[:4] == b"PK\3\4", open_archive(content, _OPCODES).names
         foreign = sorted(name for name in names if not _NAMES.fullmatch(name))
         if refused := [name for name in foreign if _REFUSED.fullmatch(name)] or foreign[_MAX_FOREIGN:]:
             raise ValueError(f"it names {refused[0]}")
@@ -76,26 +76,3 @@ def check_stored(tensors: Iterable[Tensor], path: Path) -> None:
 def _stand_in(full_name: str) -> type:
     module, _, name = full_name.rpartition(".")
     return type(name, (StandIn,), {"__module__": module, "__qualname__": name})
-
-
-def _scan_zip(path: Path) -> set[str]:
-    """The names in an archive's pickle. ValueError when members are compressed, or larger than it, or the pickle is not sound."""
-    n_bytes = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size or member.file_size > n_bytes:
-                raise ValueError(f"{member.filename} is compressed, or larger than the file")
-        (pickled,) = (member for member in archive.infolist() if member.filename.endswith("/data.pkl"))
-        return scan_pickle(archive.read(pickled), 0, _OPCODES)[1]
-
-
-def _scan_old(path: Path) -> set[str]:
-    """The same for torch's format before archives: pickles of a magic number, a version, system facts, the content and the storages'
-    names, one after the other, then the storages."""
-    names: set[str] = set()
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        at = 0
-        for _ in range(5):
-            at, more = scan_pickle(content, at, _OPCODES)
-            names |= more
-    return names
