@@ -48,7 +48,8 @@ class AdaptedLinear(lora.Linear):
         return weight.device, torch.promote_types(weight.dtype, torch.float32)
 
     def _weight(self, part: str) -> Tensor:
-        return self.get_parameter(f"{part}.{NAME}.weight")
+        # Not get_parameter, which insists on a Parameter: --chunk_ctx has plain tensors stand in for them.
+        return getattr(self, part)[NAME].weight
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
