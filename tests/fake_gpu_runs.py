@@ -1,0 +1,148 @@
+"""An optimizer step of train.py in every pair of flag values that may meet, each run in a process of its own.
+
+    ../shared/fake_gpu/run.sh python tests/fake_gpu_runs.py FOLDER [NUMBER ...]
+
+FOLDER takes inputs, run folders and logs; numbers choose some of the runs. A line tells of each: its status, kernel launches and flags.
+Exits with 1 when one failed.
+"""
+
+import ctypes
+import itertools
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cuda"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "RWKV-v5"), str(ROOT / "RWKV-v5/src"), str(ROOT / "tests")]
+
+import runs  # noqa: E402 (the path above holds it)
+from rwkv_dpo.config import RunConfig, check  # noqa: E402 (as above)
+from rwkv_dpo.errors import InputError, run_script  # noqa: E402 (as above)
+
+# Where values interact: all pairs of them that are not refused occur together.
+AXES: dict[str, tuple[dict[str, Any], ...]] = {
+    "precision": tuple({"precision": name} for name in ("fp32", "tf32", "fp16", "bf16")),
+    "strategy": tuple({"strategy": name} for name in (
+        "auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "deepspeed_stage_2_offload",
+        "deepspeed_stage_3_offload",
+    )),
+    "memory": tuple({"grad_cp": name} for name in ("0", "1", "selective")),
+    "chunks": ({}, {"chunk_ctx": 16}, {"chunk_ctx": 16, "tbptt": 1}),
+    "peft": tuple({"peft": name} for name in ("none", "lora", "dora", "pissa", "rslora", "state")),
+    "optim": tuple({"optim": name} for name in ("adamw", "adamw8bit", "adamw_bf16state")),
+}  # fmt: skip
+# The others: each value occurs.
+TURNS: tuple[tuple[dict[str, Any], ...], ...] = (
+    ({}, {"dpo": 0}, {"dpo_general_corpus_ratio": 0}, {"dpo_general_corpus_ratio": 1}),
+    ({}, {"balance": "none"}, {"dpo_ref": "recompute"}),
+    ({"dpo_valid_file": True}, {}, {"dropout": 0.1}, {"epoch_steps": 2, "accumulate_grad_batches": 2}, {"layerwise_lr": 0}),
+    ({}, {"weight_decay": 0.01}, {"enable_progress_bar": True}, {"save_every": 1}, {"accelerator": "auto"}, {"wkv_backend": "cuda"}),
+)
+
+
+def combinations() -> list[dict[str, Any]]:
+    """The flags of each run: greedily the one that brings together most values which have not met."""
+    choices = [c for c in itertools.product(*(range(len(values)) for values in AXES.values())) if is_accepted(merged(c))]
+    pairs = {c: set(itertools.combinations(enumerate(c), 2)) for c in choices}
+    left = set().union(*pairs.values())
+    chosen = []
+    while left:
+        best = max(choices, key=lambda c: len(pairs[c] & left))
+        left -= pairs[best]
+        chosen.append(best)
+    found = [merged(c) for c in chosen]
+    for i, flags in enumerate(found):
+        for turn in TURNS:
+            more = turn[i % len(turn)]
+            if is_accepted(flags | more):
+                flags |= more
+    return found
+
+
+def merged(choice: tuple[int, ...]) -> dict[str, Any]:
+    return {name: value for i, axis in zip(choice, AXES.values(), strict=True) for name, value in axis[i].items()}
+
+
+def is_accepted(flags: dict[str, Any]) -> bool:
+    try:
+        check(RunConfig(**{**flags, "load_model": "a", "data_file": "b", "dpo_valid_file": ""}))
+    except InputError:
+        return False
+    return True
+
+
+def flags_of(changes: dict[str, Any], folder: Path, number: int) -> list[str]:
+    data = folder / ("sharded" if "stage_3" in changes["strategy"] else "tiny")
+    if "dpo_valid_file" in changes:
+        changes = changes | {"dpo_valid_file": data / "train.save"}
+    # Values on the device are nonsense: a step may not be finite, which is no fault here.
+    settings = {"accelerator": "gpu", "epoch_steps": 1, "epoch_count": 1, "wkv_backend": "auto", "ctx_len": 40, "max_bad_steps": 9}
+    return runs.flags(data, folder / f"run{number}", **{**settings, **changes})
+
+
+def live(flags: list[str], log: Path) -> None:
+    """The process of a run; ends with its status, after a line of how many kernels it launched."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    status = 1
+    try:
+        import train
+
+        run_script(lambda: train.main(flags))
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    counts = getattr(ctypes.CDLL(None), "fake_counts", None)
+    if counts is not None:
+        counts.restype = ctypes.POINTER(ctypes.c_long)
+        print(f"launches: {counts()[0]}")
+    sys.stdout.flush()
+    # Taking the interpreter down after CUDA's threads is no part of what is tested.
+    os._exit(status)
+
+
+def main(folder: Path, numbers: list[int]) -> int:
+    # What takes seconds is done once, before there are processes.
+    import bitsandbytes  # noqa: F401
+    import peft  # noqa: F401
+    import rwkv_dpo.training.trainer  # noqa: F401
+    import torch
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    CPUAdamBuilder().load()
+    for name, shape in (("tiny", runs.TINY), ("sharded", runs.SHARDED)):
+        (folder / name).mkdir(parents=True)
+        runs.write_inputs(folder / name, shape, n_pairs=6, longest=24)
+    # A real CUDA can't be used on both sides of a fork; this one has no state.
+    torch.cuda._is_in_bad_fork = lambda: False
+    chosen = [(number, changes) for number, changes in enumerate(combinations()) if not numbers or number in numbers]
+    return 1 if sum(not is_well(number, changes, folder) for number, changes in chosen) else 0
+
+
+def is_well(number: int, changes: dict[str, Any], folder: Path) -> bool:
+    """Runs one and tells of it."""
+    log, begin = folder / f"log{number}", time.time()
+    process = os.fork()
+    if process == 0:
+        live(flags_of(changes, folder, number), log)
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    said = log.read_text(errors="replace")
+    has_kernels = "wkv_backend" in changes or "WKV backend: cuda" in said
+    has_ended = any((folder / f"run{number}").glob("*-final*"))
+    well = status == 0 and has_kernels and has_ended and "Traceback" not in said
+    words, launches = " ".join(f"--{name} {value}" for name, value in changes.items()), said.rpartition("launches: ")[2].strip()
+    print(f"{number}: {'well' if well else f'FAILED with {status}'}, {time.time() - begin:.1f} s, {launches} launches: {words}", flush=True)
+    if not well:
+        print(said[-3000:], flush=True)
+    return well
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), [int(number) for number in sys.argv[2:]]))
