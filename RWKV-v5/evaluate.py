@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     for path, tuned in columns:
         model = load_model(path, device=device, compute_dtype=COMPUTE_DTYPES[args.precision], wkv_backend=args.wkv_backend)
         if tuned:
-            load_tuned(model, tuned)
+            load_tuned(model, tuned, path, args.any_base == 1)
         report: dict = {"checkpoint": tuned or path}
         if args.pairs:
             report |= evaluate_pairs(model, load_pairs(args.pairs, model.shape.vocab_size), args.dpo_beta, args.batch_tokens)
@@ -62,6 +62,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load_model", nargs="+", required=True, help="checkpoints, a column each")
     parser.add_argument("--peft_load", nargs="+", default=[], help="adapter folders or state files on the first checkpoint, a column each")
+    parser.add_argument("--any_base", type=int, choices=(0, 1), default=0, help="1: take an adapter of another base model (0)")
     parser.add_argument("--pairs", help="preference pairs (.save), scored by the first checkpoint or any other reference")
     parser.add_argument("--dpo_beta", type=float, default=0.1, help="for the reward margin (0.1)")
     parser.add_argument("--data_file", help="corpus, as train.py takes it")

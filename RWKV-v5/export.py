@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
         refuse(f"--out {args.out}: exists; --overwrite 1 replaces it")
     from rwkv_dpo.model.export import DTYPES, export  # torch takes seconds; --help and typing errors don't wait
 
-    difference = export(args.load_model, args.peft_load, args.out, DTYPES[args.dtype], args.wkv_backend)
+    difference = export(args.load_model, args.peft_load, args.out, DTYPES[args.dtype], args.wkv_backend, args.any_base == 1)
     print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:,.0f} MB, {args.dtype}); its logits differ by {difference:.1e} of their size")
 
 
@@ -38,6 +38,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peft_load", default="", help="adapter folder to merge, or state file to convert")
     parser.add_argument("--out", type=Path, required=True, help="file to write; its ending says in which form")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(fp32)")
+    parser.add_argument("--any_base", type=int, choices=(0, 1), default=0, help="1: take an adapter of another base model (0)")
     parser.add_argument("--overwrite", type=int, choices=(0, 1), default=0, help="1: replace an existing file (0)")
     parser.add_argument("--wkv_backend", default="auto", help="auto, reference, chunked or cpu (auto)")
     return parser.parse_args(arguments)

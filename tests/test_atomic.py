@@ -3,9 +3,9 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from recording_os import RecordingOS
 from rwkv_dpo.atomic import atomic_folder, atomic_write, fault_of, hashed_write, sweep
 from rwkv_dpo.errors import InputError
 
@@ -110,29 +110,6 @@ def test_files_have_the_mode_that_the_umask_leaves(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
-
-
-class RecordingOS:
-    """The module os, with a record of what moves a name or flushes: what a power cut would leave follows from their order."""
-
-    def __init__(self):
-        self.record = []
-
-    def __getattr__(self, name):
-        return getattr(os, name)
-
-    def fsync(self, descriptor):
-        status = os.fstat(descriptor)
-        self.record.append(("fsync", status.st_ino, status.st_size))
-        os.fsync(descriptor)
-
-    def replace(self, old, new):
-        self.record.append(("rename", Path(new).name))
-        os.replace(old, new)
-
-    def rename(self, old, new):
-        self.record.append(("rename", Path(new).name))
-        os.rename(old, new)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from recording_os import RecordingOS
 from rwkv_dpo.errors import InputError
 from rwkv_dpo.evaluation.journal import open_journal
 
@@ -51,6 +52,18 @@ def test_one_process_at_a_time_holds_a_journal(tmp_path):
     ):
         pass
     write(tmp_path / "a.journal", [b"free again"])
+
+
+def test_a_record_is_on_the_disk_before_the_next_begins(tmp_path, monkeypatch):
+    stand_in = RecordingOS()
+    monkeypatch.setattr("rwkv_dpo.evaluation.journal.os", stand_in)
+    with open_journal(tmp_path / "a.journal", FINGERPRINT) as journal:
+        file = (tmp_path / "a.journal").stat().st_ino
+        for n in (1, 2, 3):
+            journal.append(b"x" * n)
+            # 32 bytes of fingerprint, then 8 and its own for each record.
+            assert stand_in.record[-1] == ("fsync", file, 32 + sum(8 + m for m in range(1, n + 1)))
+    assert len(stand_in.record) == 3
 
 
 def test_a_folder_that_is_missing_is_named(tmp_path):

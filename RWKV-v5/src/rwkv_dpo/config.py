@@ -59,6 +59,7 @@ class RunConfig:
     lora_layers: str = flag("", "layers with an adapter, such as 0-11 or 0,5-7; empty: all")
     train_extra: str = flag("", "weights trained in full beside the adapter: any of time, ln, emb, head")
     peft_load: str = flag("", "adapter folder, or with --peft state a state file, to go on from")
+    any_base: int = flag(0, "1: take a peft_load that was trained on another base model than load_model")
 
     epoch_steps: int = flag(1000, "micro-batches on each device in an epoch; a multiple of accumulate_grad_batches")
     epoch_count: int = flag(500, "epochs to train")
@@ -179,7 +180,7 @@ _AT_LEAST_ONE = (
     "ctx_len", "n_layer", "n_embd", "head_size_a", "head_size_divisor", "epoch_steps", "epoch_count", "micro_bsz",
     "accumulate_grad_batches", "devices", "num_nodes", "ds_bucket_mb", "keep", "max_bad_steps", "lora_r", "lora_alpha",
 )  # fmt: skip
-_SWITCHES = ("overwrite", "dry_run", "dpo", "load_partial", "layerwise_lr", "tbptt", "cpu_malloc")
+_SWITCHES = ("any_base", "overwrite", "dry_run", "dpo", "load_partial", "layerwise_lr", "tbptt", "cpu_malloc")
 _NOT_NEGATIVE = (
     "vocab_size", "dim_att", "dim_ffn", "epoch_begin", "epoch_save", "lr_init", "lr_final", "adam_eps", "weight_decay", "magic_prime",
     "my_pile_edecay", "save_every",

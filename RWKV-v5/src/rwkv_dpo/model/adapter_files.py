@@ -60,9 +60,9 @@ class SavedAdapter:
         return now, start
 
 
-def write_adapter(folder: Path, config: Any, method: str, tensors: Mapping[str, Tensor]) -> None:
-    """config: peft's. tensors: as in SavedAdapter, the extra ones among them."""
-    write_safetensors({PREFIX + name: value.float() for name, value in tensors.items()}, folder / WEIGHTS, {"method": method})
+def write_adapter(folder: Path, config: Any, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """config: peft's. metadata: "method", and what base.py keeps. tensors: as in SavedAdapter, the extra ones among them."""
+    write_safetensors({PREFIX + name: value.float() for name, value in tensors.items()}, folder / WEIGHTS, metadata)
     config.inference_mode = True
     config.save_pretrained(str(folder))
 

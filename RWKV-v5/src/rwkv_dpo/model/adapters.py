@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rwkv_dpo.atomic import atomic_folder
 from rwkv_dpo.errors import refuse
 from rwkv_dpo.model.adapter_files import SavedAdapter, write_adapter
+from rwkv_dpo.model.base import KEY as BASE_KEY
 from rwkv_dpo.model.checkpoint import Weights
 from rwkv_dpo.model.linear import Linear
 from rwkv_dpo.model.rwkv import RWKV, Head
@@ -37,12 +38,14 @@ class AdapterPlan:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The adapter of `model`. start: PiSSA's first A and B by their names in a file, whose product the matrices lack."""
+    """The adapter of `model`. start: PiSSA's first A and B by their names in a file, whose product the matrices lack. base_sha256: of the
+    file with the model's own weights, "" when unknown."""
 
     model: RWKV
     plan: AdapterPlan
     config: Any  # peft.LoraConfig
     start: dict[str, Tensor]
+    base_sha256: str = ""
 
     def save(self, trained: Weights, folder: Path, label: str) -> None:
         """Writes folder/adapter-{label} from the trained parameters, by their names in the model."""
@@ -59,7 +62,8 @@ class Adapter:
                 now = tensors[name].cpu()
                 tensors[name] = torch.cat([now, first]) if ".lora_A." in name else torch.cat([now, -first], dim=1)
         tensors |= {name: trained[name] for name in self.plan.extra}
-        write_adapter(folder, config, self.plan.method, tensors)
+        of_base = {BASE_KEY: self.base_sha256} if self.base_sha256 else {}
+        write_adapter(folder, config, {"method": self.plan.method, **of_base}, tensors)
 
 
 def peft_library() -> Any:

@@ -177,11 +177,11 @@ def load_model(path: str | Path, *, device: torch.device, compute_dtype: torch.d
     return model.to(device).eval()
 
 
-def save_weights(weights: Weights, path: str | Path) -> None:
-    """Writes a file atomically, with its .sha256 beside it: safetensors for a name that ends so, else .pth."""
+def save_weights(weights: Weights, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a file atomically, with its .sha256 beside it: safetensors, with `metadata`, for a name that ends so, else .pth."""
     with hashed_write(path) as file:
         if str(path).endswith(".safetensors"):
-            file.fill(lambda unfinished: write_safetensors(weights, unfinished))
+            file.fill(lambda unfinished: write_safetensors(weights, unfinished, metadata))
         else:
             values = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
             torch.save(values, file)  # type: ignore[arg-type]  # it only writes

@@ -10,6 +10,7 @@ from rwkv_dpo.atomic import remove_hashed, rename_hashed
 from rwkv_dpo.errors import refuse
 from rwkv_dpo.forest import ForestBuilder
 from rwkv_dpo.model.adapters import merged_weights
+from rwkv_dpo.model.base import base_of, save_states
 from rwkv_dpo.model.checkpoint import load_model, read_weights, save_weights
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.states import add_states
@@ -20,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _N_TOKENS = 64
 
 
-def export(base: str, tuned: str, out: Path, dtype: torch.dtype, wkv_backend: str = "auto") -> float:
+def export(base: str, tuned: str, out: Path, dtype: torch.dtype, wkv_backend: str = "auto", any_base: bool = False) -> float:
     """Writes the model `base`, with the adapter folder `tuned` merged in, to `out`; a state file passes through by itself.
 
     Returns the difference of logits before and after, relative to their size; refuses one that rounding to dtype doesn't explain.
@@ -28,12 +29,13 @@ def export(base: str, tuned: str, out: Path, dtype: torch.dtype, wkv_backend: st
     is_state = bool(tuned) and not Path(tuned).is_dir()
     model = _load(base, wkv_backend)
     if tuned:
-        load_tuned(model, tuned)
+        load_tuned(model, tuned, base, any_base)
     before = _logits(model)
     weights = read_weights(tuned) if is_state else merged_weights(model)
     unverified = out.with_name(f".unverified.{out.name}")
     try:
-        save_weights({name: value.to(dtype) for name, value in weights.items()}, unverified)
+        rounded = {name: value.to(dtype) for name, value in weights.items()}
+        save_states(rounded, unverified, base_of(tuned)) if is_state else save_weights(rounded, unverified)
         difference = _relative(_logits(_read_back(unverified, base, is_state, wkv_backend)), before)
         bound = rounding_bound(dtype, model.shape.n_layer)
         if not difference <= bound:

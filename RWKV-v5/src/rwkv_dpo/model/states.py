@@ -12,17 +12,20 @@ from torch import Tensor
 
 from rwkv_dpo.errors import refuse
 from rwkv_dpo.model.adapters import keep_frozen
-from rwkv_dpo.model.checkpoint import Weights, read_weights, save_weights
+from rwkv_dpo.model.base import save_states
+from rwkv_dpo.model.checkpoint import Weights, read_weights
 from rwkv_dpo.model.rwkv import RWKV
 
 
 @dataclass(frozen=True)
 class States:
-    """The tuned states of a model."""
+    """The tuned states of a model. base_sha256: of the file with its weights, "" when unknown."""
+
+    base_sha256: str = ""
 
     def save(self, trained: Weights, folder: Path, label: str) -> None:
         """Writes folder/state-{label}.pth."""
-        save_weights(trained, folder / f"state-{label}.pth")
+        save_states(trained, folder / f"state-{label}.pth", self.base_sha256)
 
 
 def add_states(model: RWKV, saved: Weights | None = None) -> States:

@@ -1,26 +1,36 @@
 """What --peft trains: from flags, or from a file or folder that an earlier run wrote, to a model that is ready for it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.errors import refuse
 from rwkv_dpo.model.adapter_files import SavedAdapter, read_adapter
 from rwkv_dpo.model.adapters import Adapter, AdapterPlan, add_adapter, keep_frozen, plan_adapter
+from rwkv_dpo.model.base import check_base
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.states import States, add_states, read_states
 
 Tuning = Adapter | States
 
 
-def begin_tuning(model: RWKV, config: RunConfig, given: frozenset[str], start: str = "") -> Tuning | None:
+def begin_tuning(model: RWKV, config: RunConfig, given: frozenset[str], start: str = "", base_sha256: str = "") -> Tuning | None:
     """Adds to the model what --peft trains, at its start, and freezes the rest. None with --peft none.
 
     Where training goes on from a file (--peft_load, or `start` before it), the file decides; given flags must agree. A run that is
     taken up again gives what it saved as its start: PiSSA's matrices come from there, not from another decomposition.
+    base_sha256: of --load_model, "" where that isn't known.
     """
     if config.peft == "none":
         return None
     start = start or config.peft_load
+    tuning = _begin(model, config, given, start)
+    if start and base_sha256:
+        check_base(start, config.load_model, config.any_base == 1, base_sha256)
+    return replace(tuning, base_sha256=base_sha256)
+
+
+def _begin(model: RWKV, config: RunConfig, given: frozenset[str], start: str) -> Tuning:
     if config.peft == "state":
         return add_states(model, read_states(start, model) if start else None)
     c = config
@@ -42,14 +52,17 @@ def keep_small(model: RWKV, config: RunConfig) -> None:
         keep_frozen(model, ("emb.weight", "head.weight") if may_train else ())
 
 
-def load_tuned(model: RWKV, path: str | Path) -> RWKV:
-    """Adds an adapter folder or a state file to a model that is to be run."""
+def load_tuned(model: RWKV, path: str | Path, base: str | Path = "", any_base: bool = False) -> RWKV:
+    """Adds an adapter folder or a state file to a model that is to be run. Refuses one of another base model than the file `base`,
+    from which the model comes, unless any_base."""
     if Path(path).is_dir():
         saved = read_adapter(path)
         check_modules(model, saved)
         add_adapter(model, AdapterPlan(saved.method, saved.r, saved.alpha, 0.0, saved.modules, tuple(saved.extra)), saved)
     else:
         add_states(model, read_states(path, model))
+    if base:
+        check_base(path, base, any_base)
     return model.requires_grad_(False).eval()
 
 

@@ -193,7 +193,7 @@ def _train(
         log.info("%s", start.end)
         return
     saved = load(start.resumes) if start.resumes and ranks.rank == 0 else None
-    tuning = begin_tuning(model, config, given, start_of(saved))
+    tuning = begin_tuning(model, config, given, start_of(saved), start.identity.content["load_model"] if ranks.rank == 0 else "")
     ranks.told("folder", lambda: begin_folder(config, start, lock, saved, model, is_new, corpus))
     folder = Path(config.proj_dir)
     if config.my_pile_stage == 1:
