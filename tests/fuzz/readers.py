@@ -75,6 +75,15 @@ def _read_weights(path: Path) -> None:
     load_into(model, weights, path)
 
 
+def _read_last(path: Path) -> None:
+    from rwkv_dpo.training.resume import check_fits, load
+
+    saved = load(path)
+    check_fits(saved, dict(_small_model().named_parameters()))
+    for value in saved.weights.values():
+        value.sum()  # reads all of it
+
+
 def _read_adapter(path: Path) -> None:
     from rwkv_dpo.model.adapter_files import read_adapter
 
@@ -265,6 +274,18 @@ def _states() -> list[bytes]:
     return [_written(lambda path, ending=ending: save_weights(states, path), ending) for ending in (".pth", ".safetensors")]  # type: ignore[misc]
 
 
+def _lasts() -> list[bytes]:
+    """Of a run that has trained, in AdamW's form."""
+    import torch
+
+    weights = _small_model().state_dict()
+    moments = {name: {"step": 3.0, "exp_avg": value, "exp_avg_sq": value * value} for name, value in weights.items()}
+    counts = {name: 3 for name in ("step", "samples", "pairs_seen", "skipped_steps", "bad_in_a_row")}
+    progress = {"identity": {"optim": "adamw"}, "epoch_losses": [1.5], "logs": {"metrics.jsonl": 99}, **counts}
+    parts = {"weights": weights, "optimizer": moments, "generators": [{"cpu": torch.get_rng_state()}], "scaler": {}}
+    return [_written(lambda path: torch.save({"form": 2, "progress": progress, **parts}, path))]
+
+
 def _npy_arrays() -> list[bytes]:
     arrays = [np.arange(9, dtype="<u2"), np.arange(9, dtype=">i8"), np.arange(6, dtype=np.uint8).reshape(2, 3)]
     return [_written(lambda path, one=one: np.save(path, one), ".npy") for one in arrays]  # type: ignore[misc]
@@ -406,6 +427,7 @@ READERS: dict[str, Reader] = {
         ".adapter", _read_adapter, _adapters, mutations.either(mutations.json_values, mutations.safetensors_header), evil.adapters, share=3
     ),
     "states": Reader(".pth", _read_states, _states, mutations.zip_members(mutations.weights_member), evil.checkpoints),
+    "last": Reader(".pth", _read_last, _lasts, mutations.zip_members(mutations.weights_member), evil.checkpoints, share=2),
     "corpus_numpy": Reader(".npy", lambda path: _read_corpus(path, "numpy", 100), _npy_arrays, mutations.npy_header, evil.arrays, share=2),
     "corpus_utf8": Reader(".txt", lambda path: _read_corpus(path, "utf-8", 0), lambda: ["abcé\U0001f600\n".encode()], mutations.some_bytes),
     "corpus_utf16": Reader(
