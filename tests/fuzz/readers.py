@@ -280,7 +280,7 @@ def _lasts() -> list[bytes]:
 
     weights = _small_model().state_dict()
     moments = {name: {"step": 3.0, "exp_avg": value, "exp_avg_sq": value * value} for name, value in weights.items()}
-    counts = {name: 3 for name in ("step", "samples", "pairs_seen", "skipped_steps", "bad_in_a_row")}
+    counts = dict.fromkeys(("step", "samples", "pairs_seen", "skipped_steps", "bad_in_a_row"), 3)
     progress = {"identity": {"optim": "adamw"}, "epoch_losses": [1.5], "logs": {"metrics.jsonl": 99}, **counts}
     parts = {"weights": weights, "optimizer": moments, "generators": [{"cpu": torch.get_rng_state()}], "scaler": {}}
     return [_written(lambda path: torch.save({"form": 2, "progress": progress, **parts}, path))]
