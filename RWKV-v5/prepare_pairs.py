@@ -107,4 +107,4 @@ def tell_dropped(report: Report) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, stopped="the same command goes on where it was")

@@ -53,5 +53,16 @@ def leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
+def is_first_process() -> bool:
+    """By what torchrun, Lightning or Slurm tell a process, before anything is imported that knows it."""
+    return next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0") == "0"
+
+
+def run(arguments: Sequence[str]) -> NoReturn:
+    # In the middle of the steps a signal lets the step end, saves, and is no such end: training/halt.py.
+    stopped = "no step was over yet and nothing was saved; the same command starts again"
+    run_script(lambda: main(arguments), leave, stopped, is_first_process())
+
+
 if __name__ == "__main__":
-    run_script(lambda: main(sys.argv[1:]), leave)
+    run(sys.argv[1:])

@@ -1,10 +1,14 @@
 """Lives of a run: train.py in processes of their own, started quickly, that a test kills."""
 
 import contextlib
+import functools
+import hashlib
+import importlib
 import json
 import multiprocessing
 import os
 import random
+import runpy
 import signal
 import socket
 import sys
@@ -12,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 # What clocks and memory say differs from run to run.
 MEASURED = ("tokens_per_s", "peak_memory_gb")
@@ -19,6 +24,38 @@ MEASURED = ("tokens_per_s", "peak_memory_gb")
 
 def nothing() -> None:
     pass
+
+
+def hang(target: str, call: int = 1, in_c: bool = False) -> None:
+    """Has the call of that number of a function, named as module:path, print HANGING and never return; in_c: where no handler of a
+    signal runs."""
+    module, path = target.split(":")
+    *parents, name = path.split(".")
+    owner = functools.reduce(getattr, parents, importlib.import_module(module))
+    function, calls = getattr(owner, name), []
+
+    def hanging(*arguments: Any, **named: Any) -> Any:
+        calls.append(None)
+        if len(calls) < call:
+            return function(*arguments, **named)
+        os.write(1, b"HANGING\n")
+        if in_c:
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
+        time.sleep(600)
+        raise AssertionError("no signal came")
+
+    setattr(owner, name, hanging)
+
+
+def _script(path: Path, arguments: list[str], log: Path, prepare: Callable[[], None]) -> None:
+    """A script, as the user who runs it has it, in a process group of its own."""
+    os.setsid()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    prepare()
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def _live(flags: list[str], rank: int, world_size: int, port: int, log: Path, prepare: Callable[[], None]) -> None:
@@ -33,11 +70,9 @@ def _live(flags: list[str], rank: int, world_size: int, port: int, log: Path, pr
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "lives"}
     import train
     from pytorch_lightning.utilities import rank_zero_only
-    from rwkv_dpo.errors import run_script
-
     prepare()
     rank_zero_only.rank = rank  # Lightning read it when it was imported, before there were ranks
-    run_script(lambda: train.main(flags))
+    train.run(flags)
 
 
 class Lives:
@@ -65,6 +100,11 @@ class Lives:
         for run in runs:
             run.start()
         return runs
+
+    def start_script(self, path: Path, arguments: list[str], log: Path, prepare: Callable[[], None] = nothing) -> Any:
+        process = self.context.Process(target=_script, args=(path, arguments, log, prepare))
+        process.start()
+        return process
 
     def whole(self, flags: list[str], log: Path, world_size: int = 1) -> list[int]:
         """Exit statuses of a run that nobody kills."""
@@ -130,3 +170,14 @@ def records(folder: Path) -> list[dict]:
     """metrics.jsonl without what differs from run to run."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
+
+
+def wait_until(is_so: Callable[[], bool], processes: list, log: Path) -> None:
+    """For something that the processes do while they live."""
+    while not is_so():
+        time.sleep(0.002)
+        assert all(process.is_alive() for process in processes), log.read_text()
+
+
+def wait_for_hang(processes: list, log: Path) -> None:
+    wait_until(lambda: log.exists() and log.read_text().count("HANGING\n") == len(processes), processes, log)

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "RWKV-v5" / "src" / "rwkv_dpo"
 # As in CONTRIBUTING.md. Folders count as one place.
 FLOORS = [
     {
-        "errors", "locks", "atomic", "file_kinds", "pickles", "torch_archives", "schedule", "sampling", "config", "losses", "foreign_flags",
-        "run_length",
+        "errors", "signals", "locks", "atomic", "file_kinds", "pickles", "torch_archives", "schedule", "sampling", "config", "losses",
+        "foreign_flags", "run_length",
     },
     {"flags", "wkv", "linear_logprobs", "data", "forest", "chunks", "device"},
     {"model", "chunked_step", "objective"},
@@ -21,7 +21,7 @@ FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # Within a floor these look at one another in one direction.
 WITHIN = {
-    ("config", "schedule"), ("config", "errors"), ("sampling", "errors"), ("atomic", "errors"), ("atomic", "locks"),
+    ("config", "schedule"), ("config", "errors"), ("errors", "signals"), ("sampling", "errors"), ("atomic", "errors"), ("atomic", "locks"),
     ("torch_archives", "pickles"), ("file_kinds", "errors"), ("foreign_flags", "errors"),
     ("run_length", "config"), ("run_length", "errors"), ("run_length", "schedule"),
     ("forest", "data"), ("chunks", "forest"), ("chunked_step", "model"), ("objective", "model"), ("objective", "chunked_step"),

@@ -1,10 +1,13 @@
 """The one error type for anything a user can put right: flags, files, rows, checkpoints."""
 
 import contextlib
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
+
+from rwkv_dpo.signals import interrupt, interrupted_by, leave_signals, on_signals
 
 
 class InputError(ValueError):
@@ -45,11 +48,32 @@ def reading(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def run_script(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
-    """Runs a script's main; an InputError becomes one line on standard error and exit status 2. leave: ends the process."""
+def run_script(
+    main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit, stopped: str = "nothing was written", speaks: bool = True
+) -> NoReturn:
+    """Runs a script's main. An InputError becomes one line on standard error and exit status 2; SIGINT (Ctrl-C) and SIGTERM become
+    one, and 128 + the signal's number. leave: ends the process. stopped: what a signal leaves behind, in a few words. speaks: False
+    where another process has that line to tell."""
+    name, status = Path(sys.argv[0]).name, 0
+
+    def tell(number: int) -> None:
+        if speaks:
+            by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            print(f"{name}: stopped by {by}: {stopped}", file=sys.stderr, flush=True)
+
+    on_signals(interrupt, overdue=tell)
     try:
         main()
-    except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        leave(2)
-    leave(0)
+    except BaseException as error:
+        # Some libraries have a handler of their own for Ctrl-C, for as long as they work.
+        number = interrupted_by() or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else 0)
+        if number:
+            tell(number)
+            status = 128 + number
+        elif isinstance(error, InputError):
+            print(f"{name}: {error}", file=sys.stderr)
+            status = 2
+        else:
+            raise
+    leave_signals()
+    leave(status)

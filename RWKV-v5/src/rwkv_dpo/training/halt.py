@@ -1,14 +1,15 @@
 """Ending a run before its end, on all ranks at the same step: signals, faults of rank 0's files, and the exit itself."""
 
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 
 from rwkv_dpo.errors import InputError
+from rwkv_dpo.signals import interrupted_by, interrupts, on_signals
 from rwkv_dpo.training.torn_lines import mend_last_line
 
 
@@ -29,9 +30,7 @@ class Halt:
     last_good: str = ""  # what the run can go on from, for messages
     appended: set[Path] = field(default_factory=set)
 
-    def on_signal(self, number: int, frame: Any) -> None:
-        if self.signalled and number == signal.SIGINT:
-            raise KeyboardInterrupt
+    def on_signal(self, number: int) -> None:
         self.signalled = True
 
     def append(self, path: Path, text: str) -> None:
@@ -59,3 +58,40 @@ class Halt:
         """Raises Halted on every rank when rank 0 has a fault."""
         if has_fault:
             raise Halted("", f"{self.fault}; {self.last_good or 'nothing was saved to go on from'}")
+
+
+# By it a process that Lightning starts knows who did.
+_STARTED_BY = "RWKV_DPO_STARTED_BY"
+
+
+class StopOnSignal(pl.Callback):
+    """Until the first step begins a signal ends the run, as it ends any script (signals.Interrupted), and with it the processes that
+    Lightning has started on this machine; torchrun and Slurm look after theirs. From then on it lets the step end: Halt.signalled.
+    Comes after all callbacks that have work to do before the first step."""
+
+    def __init__(self, halt: Halt) -> None:
+        self.halt = halt
+        self.restore: Callable[[], None] = lambda: None
+        self.started_by = int(os.environ.get(_STARTED_BY, 0))
+        os.environ[_STARTED_BY] = str(os.getpid())
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        is_script = interrupts()
+        restore = on_signals(self.halt.on_signal, at_once=lambda: self._pass_on(trainer, signal.SIGKILL))
+        # A script has trained, whatever comes after; other callers have handlers of their own.
+        if not is_script:
+            self.restore = restore
+
+    def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.restore()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        if number := interrupted_by():
+            self._pass_on(trainer, number)
+        self.restore()
+
+    def _pass_on(self, trainer: pl.Trainer, number: int) -> None:
+        for process in getattr(trainer.strategy.launcher, "procs", ()):
+            process.send_signal(number)
+        if self.started_by == os.getppid():
+            os.kill(self.started_by, number)

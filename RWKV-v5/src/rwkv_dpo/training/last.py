@@ -1,9 +1,7 @@
 """The callback that keeps `last/`: saves all that a run needs to go on, and takes it up again."""
 
-import contextlib
 import logging
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +73,6 @@ class LastCheckpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         """Once the strategy has made the optimizer: its state, the loss scale and the generators."""
-        # Lightning's handler of SIGTERM talks to the other ranks in the middle of whatever they do.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):  # not in the main thread: the caller deals with signals
-                signal.signal(number, self.halt.on_signal)
         if not self.resumes:
             return
         saved = self.saved

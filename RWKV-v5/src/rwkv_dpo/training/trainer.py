@@ -26,7 +26,7 @@ from rwkv_dpo.sampling import check_magic_prime
 from rwkv_dpo.training.batches import build_loader
 from rwkv_dpo.training.callbacks import Checkpoints, MetricsLog, ReferenceCheck, ValidPairs
 from rwkv_dpo.training.dry_run import dry_run
-from rwkv_dpo.training.halt import Halt, Halted
+from rwkv_dpo.training.halt import Halt, Halted, StopOnSignal
 from rwkv_dpo.training.identity import identity_of
 from rwkv_dpo.training.last import LastCheckpoints, WeightsOfRankZero
 from rwkv_dpo.training.module import CLIP_NORM, DPOModule
@@ -124,10 +124,10 @@ def build_trainer(
         callbacks.append(ReferenceCheck(config, pairs))
     if valid is not None:
         callbacks.append(ValidPairs(config, folder, valid, last.halt))
-    callbacks.append(last)
+    callbacks += [last, StopOnSignal(last.halt)]
     if config.enable_progress_bar:
         callbacks.append(TQDMProgressBar(refresh_rate=1))
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu", devices=config.devices, num_nodes=config.num_nodes,
         strategy=build_strategy(config, device), **build_precision(config, device),
         max_epochs=config.last_epoch - config.epoch_begin, max_steps=config.total_steps,
@@ -135,6 +135,9 @@ def build_trainer(
         callbacks=callbacks, enable_progress_bar=config.enable_progress_bar, logger=False, enable_checkpointing=False,
         enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=1,
     )  # fmt: skip
+    # Lightning's handler of SIGTERM talks to the other ranks in the middle of whatever they do.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def train(config: RunConfig, given: frozenset[str]) -> None:
