@@ -14,11 +14,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
 from rwkv_dpo.atomic import atomic_write
-from rwkv_dpo.data.corpus import open_corpus
-from rwkv_dpo.data.corpus_names import name_corpus
-from rwkv_dpo.data.pairs import load_pairs
 from rwkv_dpo.errors import refuse, run_script
 from rwkv_dpo.flags import OneLineParser
+from rwkv_dpo.packages import leave_without
+
+try:
+    from rwkv_dpo.data.corpus import open_corpus
+    from rwkv_dpo.data.corpus_names import name_corpus
+    from rwkv_dpo.data.pairs import load_pairs
+except ModuleNotFoundError as error:
+    leave_without(error)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -15,15 +15,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-import numpy as np
-from rwkv_dpo.data.binidx import read_binidx, write_binidx
-from rwkv_dpo.data.documents import open_documents
-from rwkv_dpo.data.files import stop
-from rwkv_dpo.data.spool import Spool, open_spool
-from rwkv_dpo.data.tokenizer import DOCUMENT_END, WorldTokenizer
 from rwkv_dpo.errors import InputError, refuse, run_script
 from rwkv_dpo.flags import OneLineParser
+from rwkv_dpo.packages import leave_without
 from rwkv_dpo.sampling import item_at, largest_magic_prime
+
+try:
+    import numpy as np
+    from rwkv_dpo.data.binidx import read_binidx, write_binidx
+    from rwkv_dpo.data.documents import open_documents
+    from rwkv_dpo.data.files import stop
+    from rwkv_dpo.data.spool import Spool, open_spool
+    from rwkv_dpo.data.tokenizer import DOCUMENT_END, WorldTokenizer
+except ModuleNotFoundError as error:
+    leave_without(error)
 
 
 def main(arguments: list[str] | None = None) -> None:

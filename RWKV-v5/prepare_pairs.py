@@ -14,14 +14,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from rwkv_dpo.data.pairs import save_original, save_pairs
-from rwkv_dpo.data.prepare import Report, prepare, split_rows, write_splits
-from rwkv_dpo.data.prompts import load_templates
-from rwkv_dpo.data.report import as_table, length_percentiles, reference_summary, write_report
-from rwkv_dpo.data.sources import FORMATS, ON_ERROR, read_preferences
-from rwkv_dpo.data.tokenizer import WorldTokenizer
 from rwkv_dpo.errors import InputError, refuse, run_script
 from rwkv_dpo.flags import OneLineParser
+from rwkv_dpo.packages import leave_without
+
+try:
+    from rwkv_dpo.data.pairs import save_original, save_pairs
+    from rwkv_dpo.data.prepare import Report, prepare, split_rows, write_splits
+    from rwkv_dpo.data.prompts import load_templates
+    from rwkv_dpo.data.report import as_table, length_percentiles, reference_summary, write_report
+    from rwkv_dpo.data.sources import FORMATS, ON_ERROR, read_preferences
+    from rwkv_dpo.data.tokenizer import WorldTokenizer
+except ModuleNotFoundError as error:
+    leave_without(error)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "RWKV-v5" / "src" / "rwkv_dpo"
 FLOORS = [
     {
         "errors", "signals", "locks", "atomic", "file_kinds", "pickles", "torch_archives", "schedule", "sampling", "config", "losses",
-        "foreign_flags", "run_length",
+        "foreign_flags", "run_length", "packages",
     },
     {"flags", "wkv", "linear_logprobs", "data", "forest", "chunks", "device"},
     {"model", "chunked_step", "objective"},
@@ -21,8 +21,8 @@ FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # Within a floor these look at one another in one direction.
 WITHIN = {
-    ("config", "schedule"), ("config", "errors"), ("errors", "signals"), ("sampling", "errors"), ("atomic", "errors"), ("atomic", "locks"),
-    ("torch_archives", "pickles"), ("file_kinds", "errors"), ("foreign_flags", "errors"),
+    ("errors", "packages"), ("errors", "signals"), ("config", "schedule"), ("config", "errors"), ("sampling", "errors"),
+    ("atomic", "errors"), ("atomic", "locks"), ("torch_archives", "pickles"), ("file_kinds", "errors"), ("foreign_flags", "errors"),
     ("run_length", "config"), ("run_length", "errors"), ("run_length", "schedule"),
     ("forest", "data"), ("chunks", "forest"), ("chunked_step", "model"), ("objective", "model"), ("objective", "chunked_step"),
     ("training", "evaluation"),

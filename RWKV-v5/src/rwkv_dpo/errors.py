@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from rwkv_dpo.packages import missing_package
 from rwkv_dpo.signals import interrupt, interrupted_by, leave_signals, on_signals
 
 
@@ -72,6 +73,9 @@ def run_script(
             status = 128 + number
         elif isinstance(error, InputError):
             print(f"{name}: {error}", file=sys.stderr)
+            status = 2
+        elif isinstance(error, ModuleNotFoundError):
+            print(f"{name}: {missing_package(error)}", file=sys.stderr)
             status = 2
         else:
             raise
