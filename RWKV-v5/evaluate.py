@@ -121,7 +121,7 @@ def print_table(reports: list[dict]) -> None:
     for label, (name, form) in ROWS.items():
         if name in reports[0]:
             print(f"{label:26}" + "".join(f"{form.format(report[name]):>{width}}" for report in reports))
-    if "corpus_loss" in reports[0]:
+    if "corpus_loss" in reports[0] and len(reports) > 1:
         changes = (f"{100 * (report['corpus_loss'] / reports[0]['corpus_loss'] - 1):+.1f} %" for report in reports)
         print(f"{'change of corpus loss':26}" + "".join(f"{change:>{width}}" for change in changes))
     for name, report in zip(names, reports, strict=True):

@@ -1,16 +1,20 @@
-"""An optimizer step of train.py in every pair of flag values that may meet, each run in a process of its own.
+"""An optimizer step of train.py in every pair of flag values that may meet, and the scripts that score, each in a process of its own.
 
     ../shared/fake_gpu/run.sh python tests/fake_gpu_runs.py FOLDER [NUMBER ...]
 
-FOLDER takes inputs, run folders and logs; numbers choose some of the runs. A line tells of each: its status, kernel launches and flags.
+FOLDER takes inputs, run folders and logs; numbers choose some of the runs. A line tells of each: its end, kernel launches and flags.
 Exits with 1 when one failed.
 """
 
 import ctypes
+import importlib
 import itertools
+import logging
 import os
 import sys
 import time
+import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,26 +87,38 @@ def flags_of(changes: dict[str, Any], folder: Path, number: int) -> list[str]:
     return runs.flags(data, folder / f"run{number}", **{**settings, **changes})
 
 
-def live(flags: list[str], log: Path) -> None:
+def scoring(folder: Path) -> list[tuple[str, list[Any]]]:
+    """Scripts other than train.py, and their flags."""
+    world, demo, tiny = folder / "world", ROOT / "RWKV-v5/demo", folder / "tiny"
+    on_gpu = ["--device", "cuda", "--precision"]
+    prepare = ["--source", demo / "preferences.jsonl", "--limit", 6, "--load_model", world / "model.pth", *on_gpu]
+    tuned = [folder / f"run{number}" / "adapter-final" for number, changes in enumerate(combinations()) if changes["peft"] == "lora"][:1]
+    compare = ["--load_model", tiny / "model.pth", *on_gpu, "bf16"]
+    return [
+        ("prepare_pairs", [*prepare, "bf16", "--out_dir", folder / "pairs"]),
+        ("prepare_pairs", [*prepare, "fp32", "--batch_tokens", 16, "--out_dir", folder / "pairs of fp32"]),
+        ("evaluate", [*compare, "--pairs", tiny / "train.save", "--peft_load", *tuned]),
+        ("evaluate", [*compare, "--data_file", tiny / "corpus.bin", "--data_type", "uint16", "--ctx_len", 100]),
+        ("evaluate", ["--load_model", world / "model.pth", "--prompt", "Who are you?", "--max_tokens", 5, *on_gpu, "fp16"]),
+    ]
+
+
+def live(script: str, flags: list[str], log: Path) -> None:
     """The process of a run; ends with its status, after a line of how many kernels it launched."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     status = 1
     try:
-        import train
-
-        run_script(lambda: train.main(flags))
+        run_script(lambda: importlib.import_module(script).main(flags))
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:
-        import traceback
-
         traceback.print_exc()
-    counts = getattr(ctypes.CDLL(None), "fake_counts", None)
-    if counts is not None:
-        counts.restype = ctypes.POINTER(ctypes.c_long)
-        print(f"launches: {counts()[0]}")
+    counts = ctypes.CDLL(None).fake_counts
+    counts.restype = ctypes.POINTER(ctypes.c_long)
+    print(f"launches: {counts()[0]}")
     sys.stdout.flush()
     # Taking the interpreter down after CUDA's threads is no part of what is tested.
     os._exit(status)
@@ -117,28 +133,30 @@ def main(folder: Path, numbers: list[int]) -> int:
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
     CPUAdamBuilder().load()
-    for name, shape in (("tiny", runs.TINY), ("sharded", runs.SHARDED)):
+    for name, shape in (("tiny", runs.TINY), ("sharded", runs.SHARDED), ("world", replace(runs.TINY, vocab_size=65536))):
         (folder / name).mkdir(parents=True)
         runs.write_inputs(folder / name, shape, n_pairs=6, longest=24)
     # A real CUDA can't be used on both sides of a fork; this one has no state.
     torch.cuda._is_in_bad_fork = lambda: False
-    chosen = [(number, changes) for number, changes in enumerate(combinations()) if not numbers or number in numbers]
-    return 1 if sum(not is_well(number, changes, folder) for number, changes in chosen) else 0
+    jobs: list[tuple[str, list[Any]]] = [("train", flags_of(changes, folder, n)) for n, changes in enumerate(combinations())]
+    jobs += scoring(folder)
+    chosen = [(number, *job) for number, job in enumerate(jobs) if not numbers or number in numbers]
+    return 1 if sum(not is_well(number, script, list(map(str, flags)), folder) for number, script, flags in chosen) else 0
 
 
-def is_well(number: int, changes: dict[str, Any], folder: Path) -> bool:
+def is_well(number: int, script: str, flags: list[str], folder: Path) -> bool:
     """Runs one and tells of it."""
     log, begin = folder / f"log{number}", time.time()
     process = os.fork()
     if process == 0:
-        live(flags_of(changes, folder, number), log)
+        live(script, flags, log)
     status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     said = log.read_text(errors="replace")
-    has_kernels = "wkv_backend" in changes or "WKV backend: cuda" in said
-    has_ended = any((folder / f"run{number}").glob("*-final*"))
+    has_kernels = "WKV backend: cuda" in said or "--wkv_backend cuda" in " ".join(flags)
+    has_ended = script != "train" or any((folder / f"run{number}").glob("*-final*"))
     well = status == 0 and has_kernels and has_ended and "Traceback" not in said
-    words, launches = " ".join(f"--{name} {value}" for name, value in changes.items()), said.rpartition("launches: ")[2].strip()
-    print(f"{number}: {'well' if well else f'FAILED with {status}'}, {time.time() - begin:.1f} s, {launches} launches: {words}", flush=True)
+    end, launches = "well" if well else f"FAILED with {status}", said.rpartition("launches: ")[2].strip()
+    print(f"{number}: {end}, {time.time() - begin:.1f} s, {launches} launches: {script}.py {' '.join(flags)}", flush=True)
     if not well:
         print(said[-3000:], flush=True)
     return well

@@ -80,6 +80,7 @@ def load_library(recipe: Recipe, entry_points: Mapping[str, EntryPoint]) -> ctyp
     if not _is_sound(path):
         with _alone(path.with_suffix(".lock")):
             if not _is_sound(path):
+                log.info("compiling %s, once for this machine", recipe.source.name)
                 _keep(compiled(recipe, path.with_suffix(".log")).library, path)
     try:
         library = ctypes.CDLL(str(path))

@@ -51,7 +51,8 @@ def cuda_recipe(source: Path, capabilities: Iterable[tuple[int, int]], flags: tu
     """For devices of these compute capabilities, as (9, 0). BuildError when there is no nvcc."""
     nvcc = find_nvcc()
     if nvcc is None:
-        raise BuildError("no nvcc: install the CUDA toolkit, or set CUDA_HOME to the folder it is in")
+        # torch's wheels for CUDA 13 pin the version of that package.
+        raise BuildError('no nvcc: set CUDA_HOME to a CUDA toolkit, or with a torch for CUDA 13 pip install "cuda-toolkit[nvcc,cccl]"')
     names = [f"{major}{minor}" for major, minor in sorted(set(capabilities))]
     targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     command = (nvcc.path, "-std=c++17", "-O3", *targets, *_host_compiler(), "-Xcompiler", "-fPIC", *_runtime(nvcc), *flags)
