@@ -72,6 +72,31 @@ def test_after_max_bad_steps_in_a_row_the_run_ends_with_the_weights_before_them(
     assert all(torch.equal(before[name], weight) for name, weight in weights(tmp_path / "rwkv-last-good.pth").items())
 
 
+@pytest.mark.parametrize(("peft", "name"), [("lora", "adapter-last-good"), ("state", "state-last-good.pth")])
+def test_the_last_good_weights_of_an_adapter_are_taken_up_like_any_others(data, tmp_path, peft, name):
+    bad = {"peft": peft, "dpo_train_file": data / "all.save", "epoch_steps": 6, "max_bad_steps": 3}
+    with pytest.raises(InputError, match=rf"weights before them: \S*{name}$"):
+        train.main(flags(data, tmp_path / "out", **bad))
+    on = {"peft": peft, "peft_load": tmp_path / "out" / name, "dpo_train_file": data / "train.save", "epoch_steps": 1}
+    train.main(flags(data, tmp_path / "on", **on))
+    (first,) = records(tmp_path / "on")
+    assert first["ref_logps/chosen"] == pytest.approx(first["logps/chosen"], rel=1e-5)  # an adapter at its start changes nothing
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"max_bad_steps": 2}, "rwkv-last-good.pth"), ({"epoch_steps": 2}, "rwkv-0.pth"), ({"epoch_steps": 2, "epoch_save": 1}, "rwkv-0.pth"),
+], ids=str)  # fmt: skip
+def test_weights_that_are_not_finite_are_never_saved(data, tmp_path, caplog, changes, told):
+    broken = weights(data / "model.pth")
+    broken["blocks.1.att.key.weight"][3, 2] = float("nan")
+    save_weights(broken, tmp_path / "broken.pth")
+    message = rf"{told}: not written: blocks.1.att.key.weight is not finite \(bad steps, .* step 2.*\); nothing was saved to go on from$"
+    with pytest.raises(InputError, match=message):
+        train.main(flags(data, tmp_path / "out", load_model=tmp_path / "broken.pth", save_every=1, **{"epoch_steps": 4, **changes}))
+    assert not list((tmp_path / "out").rglob("*.pth"))
+    assert "step 1: blocks.1.att.key.weight is not finite; nothing is saved" in caplog.text
+
+
 def test_bad_steps_that_are_not_in_a_row_do_not_end_the_run(data, tmp_path):
     train.main(flags(data, tmp_path, epoch_steps=3 * N_PAIRS, max_bad_steps=2))
     assert records(tmp_path)[-1]["skipped_steps"] == 3

@@ -20,11 +20,11 @@ from rwkv_dpo.data.pairs import PairSet
 from rwkv_dpo.evaluation.pairs import evaluate_pairs, margins_from_reference
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.tuning import Tuning
-from rwkv_dpo.training.guard import is_bad, name_samples
+from rwkv_dpo.training.guard import is_bad, name_samples, not_finite
 from rwkv_dpo.training.halt import Halt, Halted
 from rwkv_dpo.training.identity import Identity
 from rwkv_dpo.training.module import DPOModule
-from rwkv_dpo.training.run_folder import save_end
+from rwkv_dpo.training.run_folder import save_end, saved_name
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class MetricsLog(pl.Callback):
         self.sums: dict[str, torch.Tensor] = {}  # by metric: the weighted sum and the sum of the weights
         self.losses: list[tuple[int, torch.Tensor]] = []  # of this rank's micro-batches, by their numbers
         self.n_tokens = self.steps_done = self.skipped_steps = self.bad_in_a_row = 0
+        self.bad_step = ""  # the last one, in a few words
         self.stops = False  # some rank was signalled: all know it from the same step on
         self.epoch_losses: list[float] = []
         self.run: Any = None
@@ -111,18 +112,14 @@ class MetricsLog(pl.Callback):
             if self.run is not None:
                 self.run.log(record, step=record["step"])
         if bad:
-            self._report_bad_step(trainer, module, f"step {record['step']}: loss {loss:g}, gradient norm {grad_norm:g}")
+            self.bad_step = f"step {record['step']}: loss {loss:g}, gradient norm {grad_norm:g}"
+            self._name_bad_step(trainer)
         self.sums, self.losses, self.n_tokens = {}, [], 0
 
-    def _report_bad_step(self, trainer: pl.Trainer, module: DPOModule, what: str) -> None:
+    def _name_bad_step(self, trainer: pl.Trainer) -> None:
         samples = name_samples(trainer, trainer.train_dataloader.dataset, self.losses)  # type: ignore[union-attr]
         if trainer.is_global_zero:
-            log.warning("%s, skipped; it had %s", what, samples)
-        if self.bad_in_a_row < self.config.max_bad_steps:
-            return
-        weights, path = full_weights(trainer, module), self.folder / "rwkv-last-good.pth"
-        self.halt.write(trainer, lambda: save_weights(weights, path))
-        raise Halted("", f"stopped at {what}, after {self.bad_in_a_row} such steps in a row (--max_bad_steps); weights before them: {path}")
+            log.warning("%s, skipped; it had %s", self.bad_step, samples)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         if trainer.is_global_zero and self.epoch_losses:
@@ -137,12 +134,20 @@ class MetricsLog(pl.Callback):
 
 
 class Checkpoints(pl.Callback):
-    """rwkv-{epoch}.pth every epoch_save epochs and after the last, rwkv-final.pth at the end: fp32, official names. With --peft,
-    what it trains alone: adapter-{epoch} or state-{epoch}.pth. Beside the final one, whose end it is."""
+    """rwkv-{epoch}.pth every epoch_save epochs and after the last, rwkv-final.pth at the end, rwkv-last-good.pth where too many bad steps
+    end the run: fp32, official names. With --peft, what it trains alone: adapter-{epoch} or state-{epoch}.pth. Beside the final one,
+    whose end it is. Weights that are not finite are never saved, and end the run."""
 
-    def __init__(self, config: RunConfig, folder: Path, halt: Halt, tuning: Tuning | None, identity: Identity) -> None:
-        self.config, self.folder, self.halt, self.tuning, self.identity = config, folder, halt, tuning, identity
+    def __init__(self, config: RunConfig, folder: Path, metrics: MetricsLog, tuning: Tuning | None, identity: Identity) -> None:
+        self.config, self.folder, self.metrics, self.tuning, self.identity = config, folder, metrics, tuning, identity
+        self.halt = metrics.halt
         self.newest, self.saved_at = Path(), -1  # what was saved last, and the step it is of
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        n, bad_step = self.metrics.bad_in_a_row, self.metrics.bad_step
+        if n >= self.config.max_bad_steps:
+            path = self._save(trainer, module, "last-good")
+            raise Halted("", f"stopped at {bad_step}, after {n} such steps in a row (--max_bad_steps); weights before them: {path}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         c, epoch = self.config, trainer.current_epoch
@@ -154,11 +159,14 @@ class Checkpoints(pl.Callback):
         self._save(trainer, module, "final")
         self.halt.write(trainer, lambda: save_end(self.config, self.identity, trainer.global_step))
 
-    def _save(self, trainer: pl.Trainer, module: DPOModule, label: str) -> None:
-        weights = full_weights(trainer, module)
+    def _save(self, trainer: pl.Trainer, module: DPOModule, label: str) -> Path:
+        weights, path = full_weights(trainer, module), self.folder / saved_name(self.config, label)
+        if name := not_finite(weights):
+            bad_step = f" (bad steps, the last of them {self.metrics.bad_step})" if self.metrics.bad_step else ""
+            self.halt.fault = f"{path}: not written: {name} is not finite{bad_step}"
+            self.halt.check(True)
 
         def write() -> None:
-            path = self.folder / f"rwkv-{label}.pth"
             if self.tuning is not None:
                 self.tuning.save(weights, self.folder, label)
             elif trainer.global_step != self.saved_at or not link_hashed(self.newest, path):
@@ -166,6 +174,7 @@ class Checkpoints(pl.Callback):
             self.newest, self.saved_at = path, trainer.global_step
 
         self.halt.write(trainer, write)
+        return path
 
 
 class ValidPairs(pl.Callback):

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -47,6 +48,11 @@ def _loss_scale(trainer: pl.Trainer) -> float:
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         return float(trainer.strategy.deepspeed_engine.optimizer.loss_scale)
     return 1.0
+
+
+def not_finite(weights: Mapping[str, Tensor]) -> str:
+    """The name of the first weight that holds NaN or infinity, "" when none does."""
+    return next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), "")
 
 
 def name_samples(trainer: pl.Trainer, dataset: MicroBatches, losses: list[tuple[int, Tensor]]) -> str:

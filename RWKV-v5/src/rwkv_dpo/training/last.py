@@ -13,6 +13,7 @@ from torch import Tensor
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.training.batches import EpochNumbers, MicroBatches
 from rwkv_dpo.training.callbacks import MetricsLog, full_weights
+from rwkv_dpo.training.guard import not_finite
 from rwkv_dpo.training.halt import Halt, Halted
 from rwkv_dpo.training.identity import Identity
 from rwkv_dpo.training.module import DPOModule
@@ -128,6 +129,10 @@ class LastCheckpoints(pl.Callback):
 
     def _save(self, trainer: pl.Trainer, module: DPOModule) -> None:
         weights, names = full_weights(trainer, module), [name for name, _ in trainable(module.model)]
+        if name := not_finite(weights):
+            if trainer.is_global_zero:
+                log.warning("step %d: %s is not finite; %s", trainer.global_step, name, self.halt.last_good or "nothing is saved")
+            return
         parts = {
             "weights": {name: weights[name].detach().cpu() for name in names},
             "optimizer": read_state(trainer, module.model),

@@ -89,14 +89,14 @@ def _set_aside(config: RunConfig, identity: Identity, is_again: bool) -> None:
     log.info("what an earlier run wrote is now in %s", earlier)
 
 
-def final_name(config: RunConfig) -> str:
-    """What a run writes last."""
-    return {"none": "rwkv-final.pth", "state": "state-final.pth"}.get(config.peft, "adapter-final")
+def saved_name(config: RunConfig, label: str) -> str:
+    """What a run calls the weights that it saves: an epoch's by its number, what it writes last by "final"."""
+    return {"none": f"rwkv-{label}.pth", "state": f"state-{label}.pth"}.get(config.peft, f"adapter-{label}")
 
 
 def save_end(config: RunConfig, identity: Identity, step: int) -> None:
     """Writes, beside what a run wrote last, whose end it is."""
-    path = Path(config.proj_dir) / final_name(config)
+    path = Path(config.proj_dir) / saved_name(config, "final")
     end = {**identity.as_json(), "step": step, "sha256": hash_of(path)}
     with atomic_write(path.with_suffix(".json")) as file:
         file.write(json.dumps(end, indent=1).encode())
@@ -104,7 +104,7 @@ def save_end(config: RunConfig, identity: Identity, step: int) -> None:
 
 def is_finished(config: RunConfig, identity: Identity) -> bool:
     """Whether the folder holds the end of this run."""
-    path = Path(config.proj_dir) / final_name(config)
+    path = Path(config.proj_dir) / saved_name(config, "final")
     end = _read_json(path.with_suffix(".json"))
     if end is None or not path.exists() or end.pop("sha256", "") != hash_of(path):
         return False

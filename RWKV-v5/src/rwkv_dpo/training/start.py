@@ -13,7 +13,7 @@ from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.training.identity import Identity
 from rwkv_dpo.training.optimizer_state import trainable
 from rwkv_dpo.training.resume import Saved, check_fits, choose, goes_on_here, interrupted_stage, last_folder
-from rwkv_dpo.training.run_folder import cut_logs, final_name, is_finished, newest_epoch, prepare_folder, save_vocabulary
+from rwkv_dpo.training.run_folder import cut_logs, is_finished, newest_epoch, prepare_folder, save_vocabulary, saved_name
 from rwkv_dpo.training.run_lock import RunLock
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def find_start(config: RunConfig, identity: Identity, lock: RunLock) -> Start:
         lock.take()
     if config.resume == "auto" and not config.overwrite and is_finished(config, identity):
         shutil.rmtree(last_folder(config), ignore_errors=True)
-        return Start(identity, f"{folder} holds the end of this run ({final_name(config)}); --resume none trains it again")
+        return Start(identity, f"{folder} holds the end of this run ({saved_name(config, 'final')}); --resume none trains it again")
     return Start(identity, resumes=choose(config, identity))
 
 

@@ -116,7 +116,7 @@ def build_trainer(
 ) -> pl.Trainer:
     folder = Path(config.proj_dir)
     callbacks: list[pl.Callback] = [WeightsOfRankZero()] if config.my_pile_stage >= 2 else []
-    callbacks += [last.metrics, Checkpoints(config, folder, last.halt, tuning, last.identity)]
+    callbacks += [last.metrics, Checkpoints(config, folder, last.metrics, tuning, last.identity)]
     sets = [one for one in (pairs, valid) if one is not None]
     if sets and config.dpo_ref == "recompute":
         callbacks.append(StartIsReference(config, folder, sets))
