@@ -1,5 +1,6 @@
 """prepare_pairs.py, run as users run it, with a tiny model as the reference."""
 
+import functools
 import json
 import os
 import signal
@@ -8,10 +9,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import prepare_pairs as script
 import pytest
 import torch
 from rwkv_dpo.data.pairs import file_sha256, load_pairs
 from rwkv_dpo.data.tokenizer import VOCAB_SIZE, WorldTokenizer
+from rwkv_dpo.errors import InputError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "RWKV-v5" / "prepare_pairs.py"
 
@@ -90,80 +93,85 @@ def test_splits_and_report_tell_what_was_done(source):
     assert [row[3:] for row in rows] == [tuple(logps) for logps in sets[0].ref_logps.tolist()]
 
 
-# Kills itself, as the kernel would, at the n-th of its calls to os.fsync or os.replace: before it, or (a negative n) after it.
-KILLED = """
-import os, signal, sys
-n, *sys.argv = (int(sys.argv[1]), *sys.argv[2:])
-calls = 0
-def deadly(call):
-    def run(*arguments):
-        global calls
-        calls += 1
-        if calls == n:
-            os.kill(os.getpid(), signal.SIGKILL)
-        call(*arguments)
-        if calls == -n:
-            os.kill(os.getpid(), signal.SIGKILL)
-    return run
-os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
-import prepare_pairs
-prepare_pairs.main(sys.argv)
-"""
+def die_at(n: int) -> None:
+    """Has the process kill itself, as the kernel would, at the n-th of its calls to os.fsync or os.replace: before it, or (a negative n)
+    after it; at none for 0."""
+    calls = 0
+
+    def deadly(call):
+        def run(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            call(*arguments, **options)
+            if calls == -n:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return run
+
+    os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+
+
+def scored_by_a_tiny_model(source) -> list[str]:
+    model = save_tiny_model(source.parent / "tiny.pth")
+    options = {"source": source, "load_model": model, "device": "cpu", "wkv_backend": "reference", "batch_tokens": 120}
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_anywhere_and_started_again_ends_with_the_same_bytes(source):
-    folder = source.parent
-    model = save_tiny_model(folder / "tiny.pth")
-    common = ("--source", source, "--load_model", model, "--device", "cpu", "--wkv_backend", "reference", "--batch_tokens", 120)
-    assert prepare_pairs(folder, *common, "--out_dir", "whole").returncode == 0
-    whole = {path.name: path.read_bytes() for path in (folder / "whole").iterdir()}
-    assert sorted(whole) == ["report.json", "testset.save", "trainset.save", "validset.save"]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+def test_a_run_that_is_killed_anywhere_and_started_again_ends_with_the_same_bytes(source, lives):
+    out, common, log = source.parent / "out", scored_by_a_tiny_model(source), source.parent / "log.txt"
 
-    def killed(n):
-        command = [sys.executable, "-c", KILLED, str(n), *map(str, common), "--out_dir", "out"]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    def life(folder, n):
+        process = lives.start_script(SCRIPT, [*common, "--out_dir", str(folder)], log, prepare=functools.partial(die_at, n))
+        return lives.end([process], log)[0]
+
+    assert life(source.parent / "whole", 0) == 0, log.read_text()
+    whole = contents(source.parent / "whole")
+    assert sorted(whole) == ["report.json", "testset.save", "trainset.save", "validset.save"]
 
     # In the journal (before the first, after the second, before the fourth batch is on the disk): every run goes further.
     sizes = []
     for n in (1, -2, 4):
-        run = killed(n)
-        assert run.returncode == -signal.SIGKILL, run.stderr
-        sizes.append((folder / "out" / "reference.journal").stat().st_size)
-        assert not (folder / "out" / "trainset.save").exists()
+        assert life(out, n) == -signal.SIGKILL, log.read_text()
+        sizes.append((out / "reference.journal").stat().st_size)
+        assert not (out / "trainset.save").exists()
     assert sizes == sorted(set(sizes))
     n_kills = 0
-    while (run := killed(-1 - n_kills)).returncode == -signal.SIGKILL:
+    while (status := life(out, -1 - n_kills)) == -signal.SIGKILL:
         # Each run lives for one call more than the one before: through the rest of the journal, then through the files.
         n_kills += 1
-        for path in (folder / "out").iterdir():
+        for path in out.iterdir():
             assert path.name in ("reference.journal", *whole) or path.name.endswith(".part")
             assert path.read_bytes() == whole.get(path.name, path.read_bytes())
-    assert run.returncode == 0, run.stderr
+    assert status == 0, log.read_text()
     assert n_kills >= 8
-    assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == whole
+    assert contents(out) == whole
 
 
-def test_a_full_disk_is_one_line_and_the_next_run_goes_on(source):
-    """A limit on the size of a file stands in for the disk: it stops the journal, or the file of the training pairs."""
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(source, capsys):
+    """A limit on the size of a file stands in for the disk: it stops the journal, or the file of the training pairs. `capsys` keeps what
+    is printed in memory, which has no such limit."""
     resource = pytest.importorskip("resource")
-    folder = source.parent
-    model = save_tiny_model(folder / "tiny.pth")
-    common = ("--source", source, "--load_model", model, "--device", "cpu", "--wkv_backend", "reference", "--batch_tokens", 120)
-    no_bytecode = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    out, common = source.parent / "out", scored_by_a_tiny_model(source)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit, name in ((200, "reference.journal"), (2000, "trainset.save")):
-        limited = prepare_pairs(
-            folder, *common, "--out_dir", "out", env=no_bytecode,
-            preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        )  # fmt: skip
-        assert limited.returncode == 2
-        assert limited.stderr.splitlines()[-1] == f"prepare_pairs.py: out/{name}: cannot be written: File too large"
-        assert os.listdir(folder / "out") == ["reference.journal"]
-    assert prepare_pairs(folder, *common, "--out_dir", "out").returncode == 0
-    assert prepare_pairs(folder, *common, "--out_dir", "whole").returncode == 0
-    whole = {path.name: path.read_bytes() for path in (folder / "whole").iterdir()}
-    assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == whole
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            with pytest.raises(InputError, match=rf"{out}/{name}: cannot be written: File too large$") as error:
+                script.main([*common, "--out_dir", str(out)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "\n" not in str(error.value)
+        assert os.listdir(out) == ["reference.journal"]
+    for folder in ("out", "whole"):
+        script.main([*common, "--out_dir", str(source.parent / folder)])
+    assert contents(out) == contents(source.parent / "whole")
 
 
 def test_malformed_rows_are_skipped_when_asked_and_a_users_template_is_used(tmp_path):
