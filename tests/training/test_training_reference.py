@@ -1,14 +1,18 @@
 """--dpo_ref: the reference is what scored the pair files, or the model as training starts."""
 
+import functools
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 import train
 from conftest import random_model
+from lives import hang, wait_for_hang
 from rwkv_dpo.data.pairs import file_sha256, join_pairs, load_pairs, pack_pairs, save_original, save_pairs
 from rwkv_dpo.errors import InputError
+from rwkv_dpo.evaluation.journal import open_journal
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.objective import score_pairs
@@ -33,13 +37,17 @@ def data(tmp_path_factory):
     return folder
 
 
-def run(data, proj_dir, **changes):
+def flags(data, proj_dir, **changes):
     values = {
         "load_model": data / "model0.pth", "proj_dir": proj_dir, "ctx_len": 12, "dpo_train_file": data / "train.save", "dpo_beta": 0.1,
         "accelerator": "cpu", "precision": "fp32", "epoch_steps": 4, "epoch_count": 1, "micro_bsz": 2, "lr_init": 1e-3, "lr_final": 1e-4,
         "epoch_save": 1, "cpu_malloc": 0, "enable_progress_bar": False, "wkv_backend": "chunked", **changes,
     }  # fmt: skip
-    train.main([part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))])
+    return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def run(data, proj_dir, **changes):
+    train.main(flags(data, proj_dir, **changes))
     return [json.loads(line) for line in (proj_dir / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -152,3 +160,69 @@ def test_a_model_that_gives_no_number_is_told(data, tmp_path):
     with pytest.raises(InputError, match=r"--dpo_ref recompute: the model .* not finite"):
         run(data, tmp_path / "out", load_model=tmp_path / "nan.pth", dpo_ref="recompute")
     assert not (tmp_path / "out" / "reference.save").exists()
+
+
+def score_only(n_batches):
+    """The process dies when it is about to score another batch."""
+    hang("rwkv_dpo.training.reference:score_batch", n_batches + 1)
+
+
+def count_batches():
+    from rwkv_dpo.training import reference
+
+    score = reference.score_batch
+
+    def counted(*arguments):
+        os.write(1, b"SCORED\n")
+        return score(*arguments)
+
+    reference.score_batch = counted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 2])
+def test_scoring_that_is_killed_goes_on_from_its_journal_to_the_same_bytes(data, tmp_path, lives, n):
+    def start(name, prepare):
+        layout = {"devices": n, "strategy": "ddp" if n > 1 else "auto"}
+        wanted = flags(data, tmp_path / name, **files(data, UNSCORED), dpo_ref="recompute", ctx_len=8, epoch_steps=1, **layout)
+        log = tmp_path / f"{len(list(tmp_path.glob('*.txt')))}.txt"
+        return lives.start(wanted, log, n, prepare), log
+
+    whole, log = start("whole", count_batches)
+    assert set(lives.end(whole, log)) == {0}, log.read_text()
+    n_batches = log.read_text().count("SCORED\n")
+    assert n_batches > 6
+
+    killed, log = start("out", functools.partial(score_only, 2))
+    wait_for_hang(killed, log)
+    for process in killed:
+        process.kill()
+    lives.end(killed, log)
+    assert (tmp_path / "out" / "reference.journal").exists()
+    assert not (tmp_path / "out" / "reference.save").exists()
+
+    resumed, log = start("out", count_batches)
+    assert set(lives.end(resumed, log)) == {0}, log.read_text()
+    assert log.read_text().count("SCORED\n") == n_batches - 2 * n
+    assert log.read_text().count("of 15 pairs from") == 1
+    assert (tmp_path / "out" / "reference.save").read_bytes() == (tmp_path / "whole" / "reference.save").read_bytes()
+    assert not (tmp_path / "out" / "reference.journal").exists()
+
+
+def test_scores_of_another_reference_are_not_taken_from_a_journal(data, tmp_path, caplog, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("rwkv_dpo.training.reference.score_batch", lambda *_: {}["the run dies here"])
+        with pytest.raises(KeyError):
+            run(data, tmp_path, dpo_ref="recompute")
+    with open_journal(tmp_path / "reference.journal", bytes(32)) as journal:
+        journal.append(np.full((1, 2), -7.0).tobytes())
+    with caplog.at_level("INFO"):
+        run(data, tmp_path, dpo_ref="recompute")
+    assert "scored 10 pairs with the model as training starts" in caplog.text
+    assert "of 10 pairs from" not in caplog.text
+
+
+def test_a_journal_that_cannot_be_written_ends_the_run_in_a_line(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("rwkv_dpo.training.reference.JOURNAL", "missing/reference.journal")
+    with pytest.raises(InputError, match=r"reference.journal: cannot be written: No such file"):
+        run(data, tmp_path, dpo_ref="recompute")

@@ -1,8 +1,11 @@
 """--dpo_ref: whose log-probabilities are the reference of a run's pairs, those of the pair files or of the model as training starts."""
 
+import contextlib
+import functools
 import hashlib
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +17,11 @@ from tqdm import tqdm
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.pairs import PairSet, file_sha256, join_pairs, load_pairs, pairs_sha256, save_pairs
 from rwkv_dpo.errors import refuse
+from rwkv_dpo.evaluation.journal import Journal, open_journal
+from rwkv_dpo.evaluation.reference import JOURNAL, discard_journal
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.objective import score_batch, scoring_batches
+from rwkv_dpo.training.halt import Halt
 from rwkv_dpo.training.module import DPOModule
 
 log = logging.getLogger(__name__)
@@ -28,28 +34,33 @@ class StartIsReference(pl.Callback):
     module's model. Every rank ends with the same numbers; they share the work.
 
     The run folder keeps them in reference.save. A run that starts again from the same weights, or continues one (epoch_begin above 0),
-    takes them from there: a model that has learned since is not the reference.
+    takes them from there: a model that has learned since is not the reference. Until all are there, rank 0 keeps what is done in
+    reference.journal, and the same run goes on from it.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, sets: Sequence[PairSet]) -> None:
-        self.config, self.path, self.sets = config, folder / REFERENCE_FILE, sets
+    def __init__(self, config: RunConfig, folder: Path, sets: Sequence[PairSet], halt: Halt) -> None:
+        self.config, self.folder, self.sets, self.halt = config, folder, sets, halt
+        self.path = folder / REFERENCE_FILE
 
     def setup(self, trainer: pl.Trainer, module: DPOModule, stage: str) -> None:  # type: ignore[override]
         # Here processes can talk to each other, and no strategy has taken the model apart yet.
         pairs = join_pairs(self.sets)
         key: dict[str, str] = {}
-        kept = None
-        if trainer.is_global_zero:
-            key = {"pairs_sha256": pairs_sha256(pairs), "reference_precision": self.config.precision}
+        kept: list[np.ndarray | None] = []
+
+        def look() -> None:
+            key.update(pairs_sha256=pairs_sha256(pairs), reference_precision=self.config.precision)
             key["weights_sha256"] = weights_sha256(module.model)
-            kept = self._kept(key)
-        ref_logps = trainer.strategy.broadcast(kept)
+            kept.append(self._kept(key))
+
+        self.halt.write(trainer, look)
+        ref_logps = trainer.strategy.broadcast(kept[0] if kept else None)
         if ref_logps is None:
-            ref_logps = self._scored(trainer, module.model, pairs)
+            ref_logps = self._scored(trainer, module.model, pairs, key)
             if not np.isfinite(ref_logps).all():
-                refuse("--dpo_ref recompute: the model that training starts from gives log-probabilities that are not finite")
-            if trainer.is_global_zero:
-                save_pairs(self.path, replace(pairs, ref_logps=ref_logps, header=key))
+                self.halt.fault = "--dpo_ref recompute: the model that training starts from gives log-probabilities that are not finite"
+                self.halt.check(True)
+            self.halt.write(trainer, lambda: self._keep(replace(pairs, ref_logps=ref_logps, header=key)))
         ends = np.cumsum([len(pairs) for pairs in self.sets])
         for pairs, rows in zip(self.sets, np.split(ref_logps, ends[:-1]), strict=True):
             pairs.ref_logps[:] = rows
@@ -66,23 +77,64 @@ class StartIsReference(pl.Callback):
         log.info("reference log-probabilities of %d pairs from %s", len(kept), self.path)
         return kept.ref_logps
 
-    def _scored(self, trainer: pl.Trainer, model: RWKV, pairs: PairSet) -> np.ndarray:
-        device = trainer.strategy.root_device
-        home = model.head.weight.device
+    def _keep(self, scored: PairSet) -> None:
+        save_pairs(self.path, scored)
+        discard_journal(self.folder)
+        log.info("scored %d pairs with the model as training starts; %s keeps the result", len(scored), self.path)
+
+    def _scored(self, trainer: pl.Trainer, model: RWKV, pairs: PairSet, key: dict[str, str]) -> np.ndarray:
+        device, home = trainer.strategy.root_device, model.head.weight.device
         model.to(device).eval()
-        ref_logps = np.zeros((len(pairs), 2))
-        # Every world_size-th batch, from the shortest to the longest pairs, is about the same work for every rank.
         batch_tokens = self.config.chunk_ctx or 2 * self.config.ctx_len
-        batches = scoring_batches(pairs, batch_tokens)[trainer.global_rank :: trainer.world_size]
+        batches = scoring_batches(pairs, batch_tokens)
+        settings = [sorted(key.items()), device.type, batch_tokens, self.config.wkv_backend]
         is_quiet = not (self.config.enable_progress_bar and trainer.is_global_zero)
-        with tqdm(total=sum(map(len, batches)), unit="pair", desc="reference", disable=is_quiet) as bar:
-            for rows in batches:
-                ref_logps[rows] = score_batch(model, pairs, rows, batch_tokens)
-                bar.update(len(rows))
+        with (
+            self._journal(trainer, hashlib.sha256(json.dumps(settings).encode()).digest()) as journal,
+            tqdm(total=len(pairs), unit="pair", desc="reference", disable=is_quiet) as bar,
+        ):
+            records: list[bytes] = trainer.strategy.broadcast(list(journal.records) if journal else [])
+            n_done = sum(map(len, batches[: len(records)]))
+            bar.update(n_done)
+            if n_done and trainer.is_global_zero:
+                log.info("reference log-probabilities of %d of %d pairs from %s", n_done, len(pairs), self.folder / JOURNAL)
+            while len(records) < len(batches):
+                # In order of length, so that it is about the same work for every rank.
+                together = batches[len(records) : len(records) + trainer.world_size]
+                scores = self._scores_of(trainer, model, pairs, together, batch_tokens)
+                self.halt.write(trainer, functools.partial(_append, journal, scores))
+                records += scores
+                bar.update(sum(map(len, together)))
         model.train().to(home)
-        total = trainer.strategy.reduce(torch.from_numpy(ref_logps).to(device), reduce_op="sum")
-        log.info("scored %d pairs with the model as training starts; %s keeps the result", len(pairs), self.path)
-        return total.cpu().numpy()
+        ref_logps = np.zeros((len(pairs), 2))
+        for rows, record in zip(batches, records, strict=True):
+            ref_logps[rows] = np.frombuffer(record, "<f8").reshape(-1, 2)
+        return ref_logps
+
+    def _scores_of(
+        self, trainer: pl.Trainer, model: RWKV, pairs: PairSet, batches: list[np.ndarray], batch_tokens: int
+    ) -> list[bytes]:
+        """Records of up to world_size batches, of which each rank scores one."""
+        scores, rank = [np.zeros((len(rows), 2)) for rows in batches], trainer.global_rank
+        if rank < len(batches):
+            scores[rank] = score_batch(model, pairs, batches[rank], batch_tokens)
+        mine = torch.from_numpy(np.concatenate(scores)).to(trainer.strategy.root_device)
+        everyones = trainer.strategy.reduce(mine, reduce_op="sum").cpu().numpy().astype("<f8")
+        return [part.tobytes() for part in np.split(everyones, np.cumsum([len(rows) for rows in batches])[:-1])]
+
+    @contextlib.contextmanager
+    def _journal(self, trainer: pl.Trainer, fingerprint: bytes) -> Iterator[Journal | None]:
+        """None on other ranks than 0."""
+        with contextlib.ExitStack() as stack:
+            opened: list[Journal] = []
+            self.halt.write(trainer, lambda: opened.append(stack.enter_context(open_journal(self.folder / JOURNAL, fingerprint))))
+            yield opened[0] if opened else None
+
+
+def _append(journal: Journal | None, records: list[bytes]) -> None:
+    assert journal is not None, "rank 0 writes"
+    for record in records:
+        journal.append(record)
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

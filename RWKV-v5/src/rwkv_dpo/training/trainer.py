@@ -119,7 +119,7 @@ def build_trainer(
     callbacks += [last.metrics, Checkpoints(config, folder, last.metrics, tuning, last.identity)]
     sets = [one for one in (pairs, valid) if one is not None]
     if sets and config.dpo_ref == "recompute":
-        callbacks.append(StartIsReference(config, folder, sets))
+        callbacks.append(StartIsReference(config, folder, sets, last.halt))
     if pairs is not None:
         callbacks.append(ReferenceCheck(config, pairs))
     if valid is not None:
