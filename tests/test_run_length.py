@@ -43,6 +43,8 @@ def test_a_stage_without_steps_is_refused():
     # Half of the way up from a fifth: 6e-4 * (0.2 + 0.8 * 399 / 800).
     ({"warmup_steps": 800}, r"the last of 400 optimizer steps has a learning rate of 0.000359 instead of --lr_final 1e-05 "
                             r"\(--warmup_steps 800: the run has 400\)"),
+    # Three eighths of the way.
+    ({"epoch_steps": 20, "warmup_steps": 8}, r"last of 4 optimizer steps has a learning rate of 0.0003 "),
     ({"warmup_steps": 30, "my_exit_tokens": 4096 * 20 * 30}, r"last of 30 .*\(--warmup_steps 30: the run has 30\)"),
     ({"my_pile_edecay": 4}, r"learning rate of 0.0006 .*\(--my_pile_edecay 4 and the warm-up keep it at --lr_init until step 400"),
     # Half of a cosine.

@@ -241,7 +241,9 @@ def test_the_file_tells_what_it_is(tmp_path, monkeypatch):
     assert name_corpus("corpus.bin", "binidx") == ("corpus", "binidx")
     assert name_corpus("corpus.bin", "uint16") == ("corpus.bin", "uint16")
     assert open_corpus("windows.txt", "utf-16le", 0, 4).characters == "".join(sorted(set(STORY)))
+    write_binidx("wiki_text_document", [TOKENS])
     for named, data_type, message in [
+        ("wiki", "", r"--data_file wiki: no such file; wiki_text_document names the corpus that json2binidx wrote"),
         ("bare.bin", "", r"bare.bin: no binidx corpus without both bare.bin and .idx; --data_type uint16"),
         ("corpus", "utf-8", r"--data_type utf-8: corpus.bin and .idx are a binidx corpus"),
         ("corpus.bin", "numpy", r"--data_type numpy: corpus.bin and .idx are a binidx corpus"),

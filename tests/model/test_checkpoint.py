@@ -102,6 +102,13 @@ def test_a_missing_file_is_refused(tmp_path):
         load(tmp_path / "none.pth")
 
 
+def test_a_name_that_is_nearly_a_file_is_answered(saved, tmp_path):
+    with pytest.raises(InputError, match=r"m: no such checkpoint; .*m\.pth is one"):
+        load(tmp_path / "m")
+    with pytest.raises(InputError, match=r"RWKV/v5-Eagle-7B-HF: no such checkpoint; from the Hub it has to be downloaded first"):
+        load("RWKV/v5-Eagle-7B-HF")
+
+
 def test_flags_that_contradict_the_file_are_refused_by_name(tiny_shape):
     check_flags(tiny_shape, {"n_layer": 2}, "m.pth")
     with pytest.raises(InputError, match=r"--n_embd 64 \(the file has 32\), --head_size_a 64 \(the file has 8\)"):

@@ -24,6 +24,8 @@ def name_corpus(data_file: str, data_type: str = "") -> tuple[str, str]:
         return data_file, data_type
     if is_binidx:
         return prefix, "binidx"
+    if not os.path.exists(data_file) and os.path.isfile(f"{prefix}_text_document.idx"):
+        refuse(f"--data_file {data_file}: no such file; {prefix}_text_document names the corpus that json2binidx wrote")
     if is_file and prefix != data_file:
         refuse(f"{data_file}: no binidx corpus without both {prefix}.bin and .idx; --data_type uint16 takes a file of bare 16-bit tokens")
     return data_file, _text_or_array(data_file) if is_file else "utf-8"

@@ -45,7 +45,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if path.is_dir():
         refuse(f"{path}: a folder; {_in_folder(path)}")
     if not os.path.isfile(path):
-        refuse(f"{path}: no such checkpoint")
+        refuse(f"{path}: no such checkpoint{_nearby(path)}")
     if is_safetensors(path):
         return official_weights(read_safetensors(path)[0], path)
     content = load_torch(path)
@@ -62,6 +62,14 @@ def _is_same(value: Tensor, other: Tensor | None) -> bool:
     if other is None or value.layout != torch.strided or other.layout != torch.strided:
         return False
     return value.data_ptr() == other.data_ptr() and value.shape == other.shape and value.stride() == other.stride()
+
+
+def _nearby(path: Path) -> str:
+    """What may have been meant: the rwkv package takes names without .pth, transformers those of the Hub."""
+    if os.path.isfile(f"{path}.pth"):
+        return f"; {path}.pth is one"
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and path.suffix not in (".pth", ".safetensors", ".ckpt", ".pt", ".bin")
+    return f"; from the Hub it has to be downloaded first (hf download {path})" if is_hub_id else ""
 
 
 def _in_folder(path: Path) -> str:
