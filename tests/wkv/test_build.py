@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rwkv_dpo.locks import try_lock
 from rwkv_dpo.wkv.build import BuildError, EntryPoint, Recipe, last_error, load_library
-from rwkv_dpo.wkv.compilers import cpp_recipe
+from rwkv_dpo.wkv.compilers import cpp_recipe, cuda_recipe, find_nvcc
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
@@ -86,6 +86,13 @@ class TestWhatIsKept:
         assert load(source).seven() == 8
         assert log.read_text().count("call") == 4
 
+    def test_other_flags_and_another_machine_have_builds_of_their_own(self, source, cache):
+        source.write_text('extern "C" int seven() { return NUMBER; }\n')
+        recipes = [cpp_recipe(source, (f"-DNUMBER={n}",)) for n in (7, 8)]
+        assert [load_library(recipe, SEVEN).seven() for recipe in recipes] == [7, 8]
+        load_library(recipes[0]._replace(machine="another"), SEVEN)
+        assert len(list(cache.glob("*.so"))) == 3
+
     @pytest.mark.parametrize("damage", [b"", b"\x7fELF", "half", "a byte"])
     def test_a_damaged_library_is_built_again(self, source, cache, damage):
         assert load(source).seven() == 7
@@ -124,8 +131,9 @@ class TestWhatIsKept:
         load(source)
         assert kept(cache).stat().st_uid == 0
 
-    def test_nobody_else_can_write_the_folder_whatever_the_umask(self, source, cache):
-        before = os.umask(0)
+    @pytest.mark.parametrize("umask", [0, 0o022])
+    def test_nobody_else_can_write_the_folder_whatever_the_umask(self, source, cache, umask):
+        before = os.umask(umask)
         try:
             load(source)
             assert stat.S_IMODE(cache.stat().st_mode) == 0o700
@@ -197,6 +205,16 @@ class TestCompilers:
         folder.mkdir()
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "cache"))
         assert load(write_source(folder)).seven() == 7
+
+    @pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
+    def test_a_path_may_hold_anything_for_nvcc_too(self, tmp_path, monkeypatch):
+        """It hands what it is given to a shell. What it links has a CUDA runtime of its own, and loads without a GPU."""
+        folder = tmp_path / "check$out 'with' space"
+        folder.mkdir()
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "cache"))
+        source = folder / "seven.cu"
+        source.write_text('__global__ void kernel() {}\nextern "C" int seven() { kernel<<<1, 1>>>(); return 7; }\n')
+        assert load_library(cuda_recipe(source, [(9, 0)]), SEVEN).seven() == 7
 
     @pytest.mark.parametrize("value", ["", "  ", "env c++", "c++ -DNDEBUG"])
     def test_cxx_may_be_empty_or_several_words(self, source, monkeypatch, value):
