@@ -20,6 +20,7 @@ NAMES = [
     "safetensors",
     "adapter",
     "states",
+    "last",
     "corpus_numpy",
     "corpus_utf8",
     "corpus_utf16",
