@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     from rwkv_dpo.model.checkpoint import load_model
     from rwkv_dpo.model.tuning import load_tuned
     from rwkv_dpo.objective import corpus_loss
+    from tqdm import tqdm
 
     device = pick_device(args.device, "--device")
     set_up(device, args.precision)
@@ -47,12 +48,16 @@ def main(arguments: list[str] | None = None) -> None:
             load_tuned(model, tuned, path, args.any_base == 1)
         report: dict = {"checkpoint": tuned or path}
         if args.pairs:
-            report |= evaluate_pairs(model, load_pairs(args.pairs, model.shape.vocab_size), args.dpo_beta, args.batch_tokens)
+            pairs = load_pairs(args.pairs, model.shape.vocab_size)
+            with tqdm(total=len(pairs), unit="pair", desc=tuned or path, leave=False, disable=None) as bar:
+                report |= evaluate_pairs(model, pairs, args.dpo_beta, args.batch_tokens, bar.update)
         if args.data_file:
             data_file, data_type = name_corpus(args.data_file, args.data_type)
             corpus = open_corpus(data_file, data_type, model.shape.vocab_size, args.ctx_len, path)
             starts = range(0, corpus.n_tokens - args.ctx_len, args.ctx_len)
-            report["corpus_loss"] = corpus_loss(model, [corpus.window(start, args.ctx_len + 1) for start in starts], args.batch_tokens)
+            with tqdm(starts, unit="window", desc=tuned or path, leave=False, disable=None) as bar:
+                windows = (corpus.window(start, args.ctx_len + 1) for start in bar)
+                report["corpus_loss"] = corpus_loss(model, windows, args.batch_tokens)
         if args.prompt:
             prompt = f"User: {args.prompt}\n\nAssistant:"
             report["answer"] = generate(model, WorldTokenizer(), prompt, args.max_tokens, args.temperature, args.top_p, args.seed)

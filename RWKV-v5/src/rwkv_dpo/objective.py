@@ -1,6 +1,6 @@
 """From windows and pairs to a loss and its metrics: one path for training, evaluation and reference scoring."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -102,7 +102,7 @@ def pair_metrics(logps: Tensor, ref_logps: Tensor, terms: DPOTerms) -> dict[str,
     return {name: value.mean() for name, value in values.items()}
 
 
-def score_pairs(model: RWKV, pairs: PairSet, batch_tokens: int, progress: Callable[[int], None] = lambda n: None) -> np.ndarray:
+def score_pairs(model: RWKV, pairs: PairSet, batch_tokens: int, progress: Callable[[int], object] = lambda n: None) -> np.ndarray:
     """Log-probabilities of both answers of every pair under `model`: float64 [pairs, 2], nats, each an fp32 sum.
 
     Pairs go through in the batches of scoring_batches; `progress` is told how many each batch held.
@@ -163,7 +163,7 @@ def token_batches(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> 
 
 
 @torch.no_grad()
-def corpus_loss(model: RWKV, windows: Sequence[np.ndarray], batch_tokens: int) -> float:
+def corpus_loss(model: RWKV, windows: Iterable[np.ndarray], batch_tokens: int) -> float:
     """Mean negative log-likelihood (nats a token) of windows of [T + 1] token ids, up to batch_tokens tokens at once."""
     total, count = 0.0, 0
     for window in windows:

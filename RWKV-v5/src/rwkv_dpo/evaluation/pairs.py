@@ -1,5 +1,7 @@
 """Preference accuracy, loss and margins of a model on a set of pairs, through the training objective's own code."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -9,10 +11,12 @@ from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.objective import pair_metrics, score_pairs
 
 
-def evaluate_pairs(model: RWKV, pairs: PairSet, beta: float, batch_tokens: int) -> dict[str, float]:
+def evaluate_pairs(
+    model: RWKV, pairs: PairSet, beta: float, batch_tokens: int, progress: Callable[[int], object] = lambda n: None
+) -> dict[str, float]:
     """Means over all pairs, under the names of metrics.jsonl, and logps/accuracies: the share of pairs whose chosen answer
-    is the more probable one, reference aside."""
-    logps = torch.from_numpy(score_pairs(model, pairs, batch_tokens))
+    is the more probable one, reference aside. `progress` is told how many pairs each batch held."""
+    logps = torch.from_numpy(score_pairs(model, pairs, batch_tokens, progress))
     refs = torch.from_numpy(pairs.ref_logps)
     metrics = pair_metrics(logps, refs, dpo_loss(logps, refs, beta))
     metrics["logps/accuracies"] = (logps[:, 0] > logps[:, 1]).double().mean()

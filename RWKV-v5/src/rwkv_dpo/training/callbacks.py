@@ -13,6 +13,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy
+from tqdm import tqdm
 
 from rwkv_dpo.atomic import link_hashed
 from rwkv_dpo.config import RunConfig
@@ -30,8 +31,8 @@ log = logging.getLogger(__name__)
 
 
 class MetricsLog(pl.Callback):
-    """One JSON line (and one wandb record) an optimizer step, averaged over the pairs, or the windows' tokens, of its
-    micro-batches on all ranks; the progress bar; and the original's train_log.txt, a line an epoch."""
+    """One JSON line an optimizer step, averaged over the pairs, or the windows' tokens, of its micro-batches on all ranks; and the
+    original's train_log.txt, a line an epoch."""
 
     def __init__(self, config: RunConfig, folder: Path, halt: Halt) -> None:
         self.config, self.folder, self.halt = config, folder, halt
@@ -42,14 +43,11 @@ class MetricsLog(pl.Callback):
         self.bad_step = ""  # the last one, in a few words
         self.stops = False  # some rank was signalled: all know it from the same step on
         self.epoch_losses: list[float] = []
-        self.run: Any = None
+        self.record: dict[str, Any] = {}  # of the step that has just ended; empty in its middle
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        self.halt.append(self.folder / "train_log.txt", f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{self.config}\n")
-        if self.config.wandb:
-            self.run = _start_wandb(self.config)
+        if trainer.is_global_zero:
+            self.halt.append(self.folder / "train_log.txt", f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{self.config}\n")
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.steps_done, self.clock = trainer.global_step, time.perf_counter()
@@ -65,6 +63,7 @@ class MetricsLog(pl.Callback):
         first = (self.config.epoch_begin + trainer.current_epoch) * self.config.epoch_steps
         self.losses.append((first + batch_idx, module.metrics["loss"]))
         self.n_tokens += module.n_tokens
+        self.record = {}
         if trainer.global_step == self.steps_done:
             return
         self.steps_done = trainer.global_step
@@ -104,13 +103,9 @@ class MetricsLog(pl.Callback):
         }
         if math.isfinite(loss):
             self.epoch_losses.append(loss)
-        # Lightning's bookkeeping takes as long as a small model's forward pass.
-        if c.enable_progress_bar:
-            module.log_dict(_for_the_bar(record), prog_bar=True, logger=False)
+        self.record = record
         if trainer.is_global_zero:
             self.halt.append(self.folder / "metrics.jsonl", json.dumps(record) + "\n")
-            if self.run is not None:
-                self.run.log(record, step=record["step"])
         if bad:
             self.bad_step = f"step {record['step']}: loss {loss:g}, gradient norm {grad_norm:g}"
             self._name_bad_step(trainer)
@@ -128,10 +123,6 @@ class MetricsLog(pl.Callback):
             line = f"{self.config.epoch_begin + epoch} {numbers} {datetime.datetime.now()} {epoch}\n"
             self.halt.append(self.folder / "train_log.txt", line)
 
-    def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self.run is not None:
-            self.run.finish()
-
 
 class Checkpoints(pl.Callback):
     """rwkv-{epoch}.pth every epoch_save epochs and after the last, rwkv-final.pth at the end, rwkv-last-good.pth where too many bad steps
@@ -142,6 +133,7 @@ class Checkpoints(pl.Callback):
         self.config, self.folder, self.metrics, self.tuning, self.identity = config, folder, metrics, tuning, identity
         self.halt = metrics.halt
         self.newest, self.saved_at = Path(), -1  # what was saved last, and the step it is of
+        self.written: list[Path] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         n, bad_step = self.metrics.bad_in_a_row, self.metrics.bad_step
@@ -172,6 +164,7 @@ class Checkpoints(pl.Callback):
             elif trainer.global_step != self.saved_at or not link_hashed(self.newest, path):
                 save_weights(weights, path)
             self.newest, self.saved_at = path, trainer.global_step
+            self.written.append(path)
 
         self.halt.write(trainer, write)
         return path
@@ -182,16 +175,20 @@ class ValidPairs(pl.Callback):
 
     def __init__(self, config: RunConfig, folder: Path, pairs: PairSet, halt: Halt) -> None:
         self.config, self.folder, self.pairs, self.halt = config, folder, pairs, halt
+        self.record: dict[str, Any] = {}  # of the last epoch
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        c, shows = self.config, self.config.enable_progress_bar and trainer.is_global_zero
         module.model.eval()
-        metrics = evaluate_pairs(module.model, self.pairs, self.config.dpo_beta, self.config.chunk_ctx or 2 * self.config.ctx_len)
+        with tqdm(total=len(self.pairs), unit="pair", desc="held-out", leave=False, disable=None if shows else True) as bar:
+            metrics = evaluate_pairs(module.model, self.pairs, c.dpo_beta, c.chunk_ctx or 2 * c.ctx_len, bar.update)
         module.model.train()
+        epoch, step = c.epoch_begin + trainer.current_epoch, c.epoch_begin * c.steps_per_epoch + trainer.global_step
+        figures = {name: _finite(value) for name, value in metrics.items()}
+        self.record = {"epoch": epoch, "step": step, "pairs": len(self.pairs), **figures}
         if not trainer.is_global_zero:
             return
-        epoch = self.config.epoch_begin + trainer.current_epoch
-        record = {"epoch": epoch, "step": trainer.global_step, "pairs": len(self.pairs), **metrics}
-        self.halt.append(self.folder / "valid.jsonl", json.dumps(record) + "\n")
+        self.halt.append(self.folder / "valid.jsonl", json.dumps(self.record) + "\n")
         log.info(
             "epoch %d, %d held-out pairs: DPO loss %.4f, accuracy %.3f, margin %.4f",
             epoch, len(self.pairs), metrics["loss_dpo"], metrics["rewards/accuracies"], metrics["rewards/margins"],
@@ -253,18 +250,3 @@ def peak_memory_gb(device: torch.device) -> float:
 def _finite(value: float) -> float | None:
     """JSON knows no NaN."""
     return value if math.isfinite(value) else None
-
-
-def _for_the_bar(record: dict[str, Any]) -> dict[str, float]:
-    names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "tokens_per_s": "tok/s"}
-    return {short: float(record[name]) for name, short in names.items() if record.get(name) is not None}
-
-
-def _start_wandb(config: RunConfig) -> Any:
-    import wandb
-
-    offline: dict[str, Any] = {"mode": "offline"} if wandb.api.api_key is None else {}
-    if offline:
-        log.warning("wandb: no account on this machine, logging offline; `wandb sync` uploads later")
-    name = f"L{config.n_layer} D{config.n_embd} ctx{config.ctx_len} {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}"
-    return wandb.init(project=config.wandb, name=name, config=vars(config), dir=config.proj_dir, save_code=False, **offline)

@@ -27,7 +27,7 @@ LAYOUT = ("devices", "num_nodes", "strategy", "ds_bucket_mb", "grad_cp", "chunk_
 LOGS = ("metrics.jsonl", "valid.jsonl", "train_log.txt")
 # What a run writes under these names, a run that begins anew would write again.
 _OF_A_RUN = re.compile(
-    r"config\.json|metrics\.jsonl|valid\.jsonl|train_log\.txt|vocab\.json|reference\.(save|journal.*)|last"
+    r"config\.json|wandb-run-id|metrics\.jsonl|valid\.jsonl|train_log\.txt|vocab\.json|reference\.(save|journal.*)|last"
     r"|(rwkv|state)-(init|final|last-good|\d+)\.pth(\.sha256)?|adapter-(init|final|last-good|\d+)|(rwkv|state|adapter)-final\.json"
 )
 # Of those, what stays for a run that starts from rwkv-init.pth; and what says by itself of which pairs and weights it is.

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.utilities import rank_zero_only
 
 from rwkv_dpo.config import RunConfig
@@ -31,12 +30,14 @@ from rwkv_dpo.training.identity import identity_of
 from rwkv_dpo.training.last import LastCheckpoints, WeightsOfRankZero
 from rwkv_dpo.training.module import CLIP_NORM, DPOModule
 from rwkv_dpo.training.optim import check_optim
+from rwkv_dpo.training.progress import RunBar, Summary
 from rwkv_dpo.training.ranks import Ranks
 from rwkv_dpo.training.reference import StartIsReference, check_scored, tell_differences
 from rwkv_dpo.training.resume import load, start_of
 from rwkv_dpo.training.run_lock import RunLock
 from rwkv_dpo.training.start import begin_folder, find_start, plan_stage
 from rwkv_dpo.training.strategy import build_precision, build_strategy
+from rwkv_dpo.training.wandb_log import WandbLog
 from rwkv_dpo.wkv import choose_backend
 
 log = logging.getLogger(__name__)
@@ -116,23 +117,27 @@ def build_trainer(
 ) -> pl.Trainer:
     folder = Path(config.proj_dir)
     callbacks: list[pl.Callback] = [WeightsOfRankZero()] if config.my_pile_stage >= 2 else []
-    callbacks += [last.metrics, Checkpoints(config, folder, last.metrics, tuning, last.identity)]
+    checkpoints = Checkpoints(config, folder, last.metrics, tuning, last.identity)
+    callbacks += [last.metrics, checkpoints]
     sets = [one for one in (pairs, valid) if one is not None]
     if sets and config.dpo_ref == "recompute":
         callbacks.append(StartIsReference(config, folder, sets, last.halt))
     if pairs is not None:
         callbacks.append(ReferenceCheck(config, pairs))
-    if valid is not None:
-        callbacks.append(ValidPairs(config, folder, valid, last.halt))
-    callbacks += [last, StopOnSignal(last.halt)]
+    held_out = ValidPairs(config, folder, valid, last.halt) if valid is not None else None
+    if held_out is not None:
+        callbacks.append(held_out)
+    if config.wandb:
+        callbacks.append(WandbLog(config, folder, last.metrics, held_out))
     if config.enable_progress_bar:
-        callbacks.append(TQDMProgressBar(refresh_rate=1))
+        callbacks.append(RunBar(config, last.metrics))
+    callbacks += [last, StopOnSignal(last.halt), Summary(config, folder, checkpoints)]
     trainer = pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu", devices=config.devices, num_nodes=config.num_nodes,
         strategy=build_strategy(config, device), **build_precision(config, device),
         max_epochs=config.last_epoch - config.epoch_begin, max_steps=config.total_steps,
         accumulate_grad_batches=config.accumulate_grad_batches, gradient_clip_val=CLIP_NORM,
-        callbacks=callbacks, enable_progress_bar=config.enable_progress_bar, logger=False, enable_checkpointing=False,
+        callbacks=callbacks, enable_progress_bar=False, logger=False, enable_checkpointing=False,
         enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=1,
     )  # fmt: skip
     # Lightning's handler of SIGTERM talks to the other ranks in the middle of whatever they do.

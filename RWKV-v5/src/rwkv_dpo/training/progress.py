@@ -1,0 +1,131 @@
+"""What a run shows: a progress bar while it lasts, and at its end what it has made and what to do with it."""
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from rwkv_dpo.config import RunConfig
+from rwkv_dpo.training.callbacks import Checkpoints, MetricsLog
+from rwkv_dpo.training.module import DPOModule
+from rwkv_dpo.training.run_folder import saved_name
+
+log = logging.getLogger(__name__)
+
+# What the bar shows of a step's record.
+_SHOWN = {
+    "loss": ("loss", ".4f"), "rewards/accuracies": ("accuracy", ".2f"), "rewards/margins": ("margin", ".3f"),
+    "tokens_per_s": ("tok/s", ",.0f"),
+}  # fmt: skip
+# Between two updates of the bar, in a terminal and elsewhere, where each stays.
+_PAUSE_S, _PAUSE_IN_FILE_S = 0.1, 60.0
+
+
+class RunBar(pl.Callback):
+    """A bar over the optimizer steps of the whole run, those before a resumption included: rate and remaining time are of this life and
+    of all that is left. On rank 0. Comes after the callback whose records it shows."""
+
+    def __init__(self, config: RunConfig, metrics: MetricsLog) -> None:
+        self.config, self.metrics = config, metrics
+        self.shown = contextlib.ExitStack()
+        self.bar: tqdm | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        if not trainer.is_global_zero:
+            return
+        pause = _PAUSE_S if sys.stderr.isatty() else _PAUSE_IN_FILE_S
+        bar = tqdm(
+            total=self.config.total_steps, initial=trainer.global_step, desc="training", unit="step", mininterval=pause,
+            dynamic_ncols=True,
+        )  # fmt: skip
+        self.bar = self.shown.enter_context(bar)
+        self.shown.enter_context(logging_redirect_tqdm())
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        record = self.metrics.record
+        if self.bar is not None and record:
+            shown = {short: format(record[name], form) for name, (short, form) in _SHOWN.items() if record.get(name) is not None}
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update()
+
+    def on_train_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        self.shown.close()
+
+    def on_exception(self, trainer: pl.Trainer, module: DPOModule, exception: BaseException) -> None:  # type: ignore[override]
+        self.shown.close()
+
+
+class Summary(pl.Callback):
+    """The last lines of a run that ends well: time, files, best and last held-out figures, and the next command. Comes last."""
+
+    def __init__(self, config: RunConfig, folder: Path, checkpoints: Checkpoints) -> None:
+        self.config, self.folder, self.checkpoints = config, folder, checkpoints
+
+    def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        self.first, self.clock = trainer.global_step + 1, time.perf_counter()
+
+    def on_train_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        if not trainer.is_global_zero:
+            return
+        took = datetime.timedelta(seconds=round(time.perf_counter() - self.clock))
+        log.info("steps %d to %d in %s", self.first, trainer.global_step, took)
+        logs = [path for name in ("metrics.jsonl", "valid.jsonl") if (path := self.folder / name).exists()]
+        log.info("wrote %s", ", ".join(map(str, [*_some(self.checkpoints.written), *logs])))
+        if held_out := best_and_last(self.folder / "valid.jsonl"):
+            log.info("%s", held_out)
+        for command in next_commands(self.config, self.folder):
+            log.info("next: %s", command)
+
+
+def _some(paths: list[Path]) -> list[Path]:
+    return paths if len(paths) <= 4 else [*paths[:2], Path("..."), *paths[-2:]]
+
+
+def best_and_last(valid: Path) -> str:
+    """The held-out figures of the best epoch, by the loss, and of the last; "" without any."""
+    records = [json.loads(line) for line in valid.read_text().splitlines()] if valid.exists() else []
+    records = [record for record in records if record.get("loss_dpo") is not None]
+    if not records:
+        return ""
+    best, last = min(records, key=lambda record: record["loss_dpo"]), records[-1]
+    if best is last:
+        return f"held-out pairs: best after epoch {last['epoch']}, the last: {_figures(last)}"
+    return f"held-out pairs: best after epoch {best['epoch']}: {_figures(best)}; after epoch {last['epoch']}, the last: {_figures(last)}"
+
+
+def _figures(record: dict[str, Any]) -> str:
+    return f"DPO loss {record['loss_dpo']:.4f}, accuracy {record['rewards/accuracies']:.3f}, margin {record['rewards/margins']:.4f}"
+
+
+def next_commands(config: RunConfig, folder: Path) -> list[str]:
+    """How to compare what was trained with what it began from, and how to make a checkpoint of an adapter."""
+    c, final = config, str(folder / saved_name(config, "final"))
+    base = c.load_model if c.load_model not in ("", "0") else ""
+    trained = [base, "--peft_load", final] if c.peft != "none" else [base, final] if base else [final]
+    data = []
+    if c.uses_pairs:
+        held_out = Path(c.dpo_train_file).with_name("testset.save")
+        data += ["--pairs", str(held_out) if held_out.exists() else c.dpo_valid_file or c.dpo_train_file]
+    if c.uses_corpus and c.data_type != "dummy":
+        data += ["--data_file", c.data_file, "--data_type", c.data_type, "--ctx_len", str(c.ctx_len)]
+    commands = [_command("evaluate.py", "--load_model", *trained, *data)]
+    if c.peft not in ("none", "state"):
+        commands.append(_command("export.py", "--load_model", base, "--peft_load", final, "--out", str(folder / "merged.pth")))
+    return commands
+
+
+def _command(script: str, *arguments: str) -> str:
+    path = Path(__file__).resolve().parents[3] / script
+    here = os.path.relpath(path)
+    # The shorter name of the two, and one that a shell takes for a program.
+    return shlex.join([str(path) if here.startswith("../..") else os.path.join(".", here), *arguments])

@@ -1,0 +1,110 @@
+"""--wandb: metrics for Weights & Biases, which may be out of reach, out of order or not there, and never ends a run."""
+
+import datetime
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from rwkv_dpo.atomic import atomic_write
+from rwkv_dpo.config import RunConfig
+from rwkv_dpo.training.callbacks import MetricsLog, ValidPairs
+from rwkv_dpo.training.module import DPOModule
+
+log = logging.getLogger(__name__)
+
+# Of the run at Weights & Biases: a resumed run goes on in it.
+ID_FILE = "wandb-run-id"
+# For the upload of what is left when a run ends; wandb by itself would wait for ever.
+_FINISH_S = "120"
+
+
+class WandbLog(pl.Callback):
+    """A record of metrics.jsonl at every step, and what is new in valid.jsonl under valid/..., from rank 0. Comes after the callbacks
+    whose records it passes on. wandb's own settings (WANDB_MODE and the like) are left to the user."""
+
+    def __init__(self, config: RunConfig, folder: Path, metrics: MetricsLog, valid: ValidPairs | None) -> None:
+        self.config, self.folder, self.metrics, self.valid = config, folder, metrics, valid
+        self.run: Any = None
+
+    def on_fit_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        if trainer.is_global_zero:
+            try:
+                self.run = self._start(module)
+            except Exception as error:
+                _tell(error, "the run goes on without it")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self._log(self.metrics.record)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        if self.valid is not None:
+            self._log({name if name in ("step", "epoch") else f"valid/{name}": value for name, value in self.valid.record.items()})
+
+    def on_fit_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        self._do(lambda run: run.finish())
+        self.run = None
+
+    def on_exception(self, trainer: pl.Trainer, module: DPOModule, exception: BaseException) -> None:  # type: ignore[override]
+        self.on_fit_end(trainer, module)
+
+    def _log(self, record: dict[str, Any]) -> None:
+        # A resumed run does some steps again, with the same values; wandb takes steps in their order only.
+        if record and self.run is not None and record["step"] >= self.run.step:
+            self._do(lambda run: run.log(record, step=record["step"]))
+
+    def _do(self, act: Callable[[Any], object]) -> None:
+        if self.run is None:
+            return
+        try:
+            act(self.run)
+        except Exception as error:
+            _tell(error, "the run goes on without it")
+            self.run = None
+
+    def _start(self, module: DPOModule) -> Any:
+        import wandb
+
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", _FINISH_S)
+        mode = wandb.setup().settings.mode  # of the environment and of `wandb offline`
+        if mode == "disabled":
+            return None
+        shape = module.model.shape
+        name = f"L{shape.n_layer} D{shape.n_embd} ctx{self.config.ctx_len} {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}"
+        settings: dict[str, Any] = {"project": self.config.wandb, "config": asdict(self.config), "dir": self.folder, "save_code": False}
+        settings |= {} if "WANDB_NAME" in os.environ else {"name": name}
+        settings |= {} if "WANDB_RUN_ID" in os.environ else {"id": self._run_id()}
+        if mode not in ("offline", "dryrun"):
+            try:
+                if _has_account(wandb):
+                    return wandb.init(resume="allow", **settings)
+                log.warning("wandb: no account on this machine, logging offline; `wandb sync` uploads later")
+            except Exception as error:
+                _tell(error, "logging offline; `wandb sync` uploads later")
+                wandb.teardown()  # it still holds the run that it could not begin
+        return wandb.init(mode="offline", **settings)
+
+    def _run_id(self) -> str:
+        path = self.folder / ID_FILE
+        if not path.exists():
+            with atomic_write(path) as file:
+                file.write(f"{secrets.token_hex(4)}\n".encode())
+        return path.read_text().strip()
+
+
+def _has_account(wandb: Any) -> bool:
+    """Without asking for one, which wandb.init would do where it finds a terminal."""
+    try:
+        return wandb.login(prompt=False, verify=False)
+    except TypeError:  # wandb before 0.31
+        return wandb.api.api_key is not None
+
+
+def _tell(error: Exception, what_now: str) -> None:
+    lines = str(error).strip().splitlines()
+    log.warning("wandb: %s; %s", lines[0] if lines else type(error).__name__, what_now)
