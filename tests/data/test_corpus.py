@@ -183,6 +183,12 @@ def test_much_text_is_left_to_make_data(tmp_path, monkeypatch):
     for name in ("story.txt", "story.md", "story.txt.gz"):
         with pytest.raises(InputError, match=rf"{name}: more text than .*make_data.py .*{name} 1 --out corpus"):
             open_corpus(str(tmp_path / name), "utf-8", vocab_size=65536, ctx_len=4)
+    (tmp_path / "story.txt").write_text("a" * 100)
+    assert open_corpus(str(tmp_path / "story.txt"), "utf-8", vocab_size=65536, ctx_len=4).n_tokens > 4
+    # Before it is read, which would find a fault in its first byte.
+    (tmp_path / "story.txt").write_bytes(b"\xff" * 101)
+    with pytest.raises(InputError, match=r"story.txt: more text than"):
+        open_corpus(str(tmp_path / "story.txt"), "utf-8", vocab_size=65536, ctx_len=4)
 
 
 def save_vocabulary(folder, characters):
@@ -202,7 +208,17 @@ def test_characters_have_the_numbers_that_their_model_was_trained_with(tmp_path)
         open_corpus(str(tmp_path / "more.txt"), "utf-8", vocab_size=7, ctx_len=2, checkpoint=str(tmp_path / "rwkv-final.pth"))
 
 
-@pytest.mark.parametrize("content", [None, b"{", json.dumps({"the": 0, "a": 1}).encode(), "[]".encode("utf-16le"), b"\xff\xfe\0"])
+def test_a_vocabulary_that_an_editor_has_saved_is_read(tmp_path):
+    (tmp_path / "text.txt").write_text("cabé")
+    (tmp_path / "vocab.json").write_text('\ufeff{"0": "a",\n "1": "b", "2": "c", "3": "é"}\n', encoding="utf-8")
+    corpus = open_corpus(str(tmp_path / "text.txt"), "utf-8", vocab_size=4, ctx_len=2, checkpoint=str(tmp_path / "rwkv-final.pth"))
+    assert corpus.tokens.tolist() == [2, 0, 1, 3]
+
+
+@pytest.mark.parametrize("content", [
+    None, b"{", json.dumps({"the": 0, "a": 1}).encode(), "[]".encode("utf-16le"), b"\xff\xfe\0", b'{"0": "ab", "1": "c"}',
+    b'{"0": "a", "1": "a"}', b'{"0": "a", "1": 5}', b'{"1": "a", "0": "b"}',
+])  # fmt: skip
 def test_a_model_of_neither_world_nor_characters_takes_no_text(tmp_path, content):
     (tmp_path / "story.txt").write_text(STORY)
     if content is not None:
@@ -222,6 +238,15 @@ def test_rows_are_no_characters(tmp_path):
     write_text(tmp_path / "story.jsonl", [STORY])
     with pytest.raises(InputError, match=r"story.jsonl: characters are read from one file of plain text; .*--vocab_size 65536"):
         open_corpus(str(tmp_path / "story.jsonl"), "utf-8", vocab_size=0, ctx_len=2)
+
+
+def test_a_name_with_brackets_is_a_file_when_there_is_one_and_else_a_pattern(tmp_path, world):
+    for i in (1, 2):
+        (tmp_path / f"story[{i}].txt").write_text(STORY)
+    assert open_corpus(str(tmp_path / "story[1].txt"), "utf-8", vocab_size=0, ctx_len=2).characters == "".join(sorted(set(STORY)))
+    assert open_corpus(str(tmp_path / "*.txt"), "utf-8", vocab_size=65536, ctx_len=2).tokens.tolist() == 2 * [*world(STORY), 0]
+    with pytest.raises(InputError, match="characters are read from one file"):
+        open_corpus(str(tmp_path / "*.txt"), "utf-8", vocab_size=0, ctx_len=2)
 
 
 def test_the_file_tells_what_it_is(tmp_path, monkeypatch):
