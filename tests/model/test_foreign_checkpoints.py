@@ -151,7 +151,7 @@ def test_a_model_that_the_rwkv_package_converted_is_refused(tmp_path):
     (lambda w: {"state_dict": {"generator.weight": torch.ones(3)}}, "entry 'state_dict' holds dict"),
     (lambda w: {"state_dict": {**w, "module.emb.weight": w["emb.weight"]}}, "holds emb.weight twice, once as module.emb.weight"),
     (lambda w: {"state_dict": {**w, "head.weight": w["head.weight"].to(torch.int8)}}, "entry 'head.weight' holds torch.int8"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_other_files_are_refused_by_what_they_are(tmp_path, edit, message):
     torch.save(edit(dict(random_model(SHAPE, torch.float32).state_dict())), tmp_path / "m.pth")
     with pytest.raises(InputError, match=message) as error:
