@@ -6,7 +6,6 @@ evaluate.py --load_model base.pth --peft_load out/adapter-final --pairs testset.
 """
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 from rwkv_dpo.atomic import atomic_write
 from rwkv_dpo.errors import refuse, run_script
 from rwkv_dpo.flags import OneLineParser
+from rwkv_dpo.json_text import as_json
 from rwkv_dpo.packages import leave_without
 
 try:
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     print_table(reports)
     if args.out:
         with atomic_write(args.out) as file:
-            file.write(json.dumps(reports, indent=1, ensure_ascii=False).encode() + b"\n")
+            file.write(as_json(reports, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "RWKV-v5" / "src" / "rwkv_dpo"
 FLOORS = [
     {
         "errors", "signals", "locks", "atomic", "file_kinds", "pickles", "torch_archives", "schedule", "sampling", "config", "losses",
-        "foreign_flags", "run_length", "packages",
+        "foreign_flags", "run_length", "packages", "json_text",
     },
     {"flags", "wkv", "linear_logprobs", "data", "forest", "chunks", "device"},
     {"model", "chunked_step", "objective"},

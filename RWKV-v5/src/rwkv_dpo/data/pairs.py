@@ -22,6 +22,7 @@ from rwkv_dpo.atomic import atomic_write
 from rwkv_dpo.data.original_pairs import read_original, write_original
 from rwkv_dpo.errors import InputError, refuse
 from rwkv_dpo.file_kinds import Kind, kind_of, refuse_others
+from rwkv_dpo.json_text import as_json
 
 FORMAT = "rwkv_dpo pairs"
 VERSION = 1
@@ -116,7 +117,7 @@ def load_pairs(path: str | Path, vocab_size: int | None = None) -> PairSet:
 def save_pairs(path: str | Path, pairs: PairSet) -> None:
     """Write the packed form, atomically; equal sets make equal bytes."""
     header = {**pairs.header, "format": FORMAT, "version": VERSION, "n_pairs": len(pairs)}
-    encoded = np.frombuffer(json.dumps(header, sort_keys=True).encode(), dtype=np.uint8)
+    encoded = np.frombuffer(as_json(header, sort_keys=True).encode(), dtype=np.uint8)
     with atomic_write(path) as file:
         np.savez(file, header=encoded, tokens=pairs.tokens, offsets=pairs.offsets, ref_logps=pairs.ref_logps)
 

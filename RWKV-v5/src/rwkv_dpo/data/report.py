@@ -1,6 +1,5 @@
 """What preparation tells: report.json and the table that is printed, both from the same figures."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 
 from rwkv_dpo.atomic import atomic_write
 from rwkv_dpo.data.pairs import PairSet
+from rwkv_dpo.json_text import as_json
 
 _PERCENTILES = (50, 90, 99)
 
@@ -72,7 +72,7 @@ def as_table(
 def write_report(path: str | Path, report: Mapping[str, Any]) -> None:
     """Write report.json, atomically."""
     with atomic_write(path) as file:
-        file.write(json.dumps(report, indent=2, ensure_ascii=False).encode() + b"\n")
+        file.write(as_json(report, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def _columns(name: str, cells: Iterable[str]) -> str:

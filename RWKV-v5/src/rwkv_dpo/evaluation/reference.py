@@ -1,7 +1,6 @@
 """Reference log-probabilities of pairs under a checkpoint, batch by batch, so that a killed run goes on where it was."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 from rwkv_dpo.data.pairs import PairSet, check_pairs, file_sha256, pairs_sha256
 from rwkv_dpo.device import COMPUTE_DTYPES, pick_device, set_up
 from rwkv_dpo.evaluation.journal import open_journal
+from rwkv_dpo.json_text import as_json
 from rwkv_dpo.model.checkpoint import load_model
 from rwkv_dpo.objective import score_batch, scoring_batches
 from rwkv_dpo.wkv import choose_backend
@@ -41,7 +41,7 @@ def score_with_checkpoint(
     check_pairs(pairs, str(checkpoint), model.shape.vocab_size)
     checkpoint_sha256 = file_sha256(checkpoint)
     settings = [pairs_sha256(pairs), checkpoint_sha256, on.type, precision, batch_tokens, backend]
-    fingerprint = hashlib.sha256(json.dumps(settings).encode()).digest()
+    fingerprint = hashlib.sha256(as_json(settings).encode()).digest()
     ref_logps = np.full((len(pairs), 2), np.nan)
     with open_journal(folder / JOURNAL, fingerprint) as journal:
         for i, rows in enumerate(scoring_batches(pairs, batch_tokens)):

@@ -1,7 +1,6 @@
 """What happens around the steps: metrics, logs, checkpoints, evaluation, and the check at the start."""
 
 import datetime
-import json
 import logging
 import math
 import sys
@@ -19,6 +18,7 @@ from rwkv_dpo.atomic import link_hashed
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.pairs import PairSet
 from rwkv_dpo.evaluation.pairs import evaluate_pairs, margins_from_reference
+from rwkv_dpo.json_text import as_json
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.tuning import Tuning
 from rwkv_dpo.training.guard import is_bad, name_samples, not_finite
@@ -105,7 +105,7 @@ class MetricsLog(pl.Callback):
             self.epoch_losses.append(loss)
         self.record = record
         if trainer.is_global_zero:
-            self.halt.append(self.folder / "metrics.jsonl", json.dumps(record) + "\n")
+            self.halt.append(self.folder / "metrics.jsonl", as_json(record) + "\n")
         if bad:
             self.bad_step = f"step {record['step']}: loss {loss:g}, gradient norm {grad_norm:g}"
             self._name_bad_step(trainer)
@@ -188,7 +188,7 @@ class ValidPairs(pl.Callback):
         self.record = {"epoch": epoch, "step": step, "pairs": len(self.pairs), **figures}
         if not trainer.is_global_zero:
             return
-        self.halt.append(self.folder / "valid.jsonl", json.dumps(self.record) + "\n")
+        self.halt.append(self.folder / "valid.jsonl", as_json(self.record) + "\n")
         log.info(
             "epoch %d, %d held-out pairs: DPO loss %.4f, accuracy %.3f, margin %.4f",
             epoch, len(self.pairs), metrics["loss_dpo"], metrics["rewards/accuracies"], metrics["rewards/margins"],

@@ -9,6 +9,7 @@ from pathlib import Path
 from rwkv_dpo.atomic import atomic_write, hash_of, sweep
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.errors import InputError, refuse
+from rwkv_dpo.json_text import as_json
 from rwkv_dpo.training.identity import FILES, Identity
 from rwkv_dpo.training.run_lock import RunLock
 
@@ -62,7 +63,7 @@ def prepare_folder(config: RunConfig, identity: Identity, lock: RunLock, resumes
     if not resumes:
         _set_aside(config, identity, is_again=before is not None and not changed and config.resume == "auto")
     with atomic_write(folder / "config.json") as file:
-        file.write(json.dumps(identity.as_json(), indent=1).encode())
+        file.write(as_json(identity.as_json(), indent=1).encode())
 
 
 def _set_aside(config: RunConfig, identity: Identity, is_again: bool) -> None:
@@ -99,7 +100,7 @@ def save_end(config: RunConfig, identity: Identity, step: int) -> None:
     path = Path(config.proj_dir) / saved_name(config, "final")
     end = {**identity.as_json(), "step": step, "sha256": hash_of(path)}
     with atomic_write(path.with_suffix(".json")) as file:
-        file.write(json.dumps(end, indent=1).encode())
+        file.write(as_json(end, indent=1).encode())
 
 
 def is_finished(config: RunConfig, identity: Identity) -> bool:
@@ -135,7 +136,7 @@ def cut_logs(folder: Path, sizes: dict[str, int]) -> None:
 def save_vocabulary(characters: str, path: Path) -> None:
     """Token id -> character of a corpus of characters, as RWKV-LM's scripts read it: JSON in UTF-16LE."""
     with atomic_write(path) as file:
-        file.write(json.dumps(dict(enumerate(characters)), ensure_ascii=False).encode("utf-16le"))
+        file.write(as_json(dict(enumerate(characters)), ensure_ascii=False).encode("utf-16le"))
 
 
 def newest_epoch(folder: Path) -> int | None:
