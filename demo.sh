@@ -18,7 +18,7 @@ python "$root/RWKV-v5/train.py" --dpo 0 "${corpus[@]}" "${run[@]}" --proj_dir "$
 
 step "2/4 Build preference pairs, scored by that model"
 python "$root/RWKV-v5/prepare_pairs.py" --source "$root/RWKV-v5/demo/preferences.jsonl" --load_model "$out/base/rwkv-final.pth" \
-    --out_dir "$out/pairs" --templates chat --ctx_len 256 --valid_ratio 0.1 --test_ratio 0.2 --device cpu
+    --out_dir "$out/pairs" --overwrite 1 --templates chat --ctx_len 256 --valid_ratio 0.1 --test_ratio 0.2 --device cpu
 
 step "3/4 Direct Preference Optimization, with the corpus mixed in"
 python "$root/RWKV-v5/train.py" --load_model "$out/base/rwkv-final.pth" "${corpus[@]}" "${run[@]}" --proj_dir "$out/dpo" \

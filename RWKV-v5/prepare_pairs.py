@@ -5,6 +5,7 @@
     prepare_pairs.py --source HuggingFaceH4/ultrafeedback_binarized --split train_prefs --limit 1000 --load_model base.pth
 
 Scoring is the long part. Started again with the same flags, a run that was killed goes on from reference.journal in --out_dir.
+Pair files that other flags made are replaced only with --overwrite 1.
 """
 
 import argparse
@@ -19,11 +20,12 @@ from rwkv_dpo.flags import OneLineParser
 from rwkv_dpo.packages import leave_without
 
 try:
-    from rwkv_dpo.data.pairs import save_original, save_pairs
-    from rwkv_dpo.data.prepare import Report, prepare, split_rows, write_splits
+    from rwkv_dpo.data.pairs import write_as_original, write_packed
+    from rwkv_dpo.data.prepare import Report, prepare
     from rwkv_dpo.data.prompts import load_templates
-    from rwkv_dpo.data.report import as_table, length_percentiles, reference_summary, write_report
+    from rwkv_dpo.data.report import as_table, length_percentiles, lost_shares, reference_summary
     from rwkv_dpo.data.sources import FORMATS, ON_ERROR, read_preferences
+    from rwkv_dpo.data.splits import file_of, identified, is_prepared, split_rows, write_splits
     from rwkv_dpo.data.tokenizer import WorldTokenizer
 except ModuleNotFoundError as error:
     leave_without(error)
@@ -36,23 +38,32 @@ def main(arguments: list[str] | None = None) -> None:
     lengths = length_percentiles(prepared.pairs)
     tell_dropped(prepared.report)
     print(as_table(counts=prepared.report.counts(), lengths=lengths), flush=True)
-    if not len(prepared.pairs):
-        refuse(f"{args.source}: no usable pair among its {prepared.report.n_read} rows")
     # Here, not above: --help and a mistyped flag need no PyTorch.
     from rwkv_dpo.evaluation.reference import discard_journal, score_with_checkpoint
     from tqdm import tqdm
 
+    for line in lost_shares(prepared.report.counts(), args.ctx_len):
+        warn(line)
+    if not len(prepared.pairs):
+        refuse(f"{args.source}: no usable pair among its {prepared.report.n_read} rows")
+    rows = split_rows(prepared.prompt_keys, args.valid_ratio, args.test_ratio, args.seed)
+    for name, ratio in (("train", 1), ("valid", args.valid_ratio), ("test", args.test_ratio)):
+        if ratio and not rows[name]:
+            warn(f"{file_of(args.out_dir, name)} will hold no pair: none of the {len(set(prepared.prompt_keys))} prompts falls into it")
+    unscored = identified(prepared.pairs, rows, args.load_model, args.precision)
+    if not args.overwrite and is_prepared(args.out_dir, unscored, rows, not args.original_format):
+        discard_journal(args.out_dir)
+        print(f"{args.out_dir} holds the pair files that these flags make; --overwrite 1 makes them anew")
+        return
     with tqdm(total=len(prepared.pairs), unit="pair", desc="reference") as bar:
         pairs = score_with_checkpoint(
-            prepared.pairs, args.load_model, args.out_dir, device=args.device, precision=args.precision, batch_tokens=args.batch_tokens,
+            unscored, args.load_model, args.out_dir, device=args.device, precision=args.precision, batch_tokens=args.batch_tokens,
             wkv_backend=args.wkv_backend, progress=bar.update,
         )  # fmt: skip
-    rows = split_rows(prepared.prompt_keys, args.valid_ratio, args.test_ratio, args.seed)
-    files = write_splits(args.out_dir, pairs, rows, save_original if args.original_format else save_pairs)
     reference = reference_summary(pairs)
+    report = {"dropped_rows": prepared.report.dropped_rows(), "lengths": lengths, "reference": reference}
+    files = write_splits(args.out_dir, pairs, rows, report, write_as_original if args.original_format else write_packed)
     print(as_table(reference=reference, files=files))
-    report = {"pairs": dict(pairs.header), "dropped_rows": prepared.report.dropped_rows(), "lengths": lengths}
-    write_report(args.out_dir / "report.json", {**report, "reference": reference, "files": files})
     discard_journal(args.out_dir)
 
 
@@ -64,6 +75,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--on_error", choices=ON_ERROR, default="stop", help="malformed rows: stop, or skip and count them (stop)")
     parser.add_argument("--load_model", required=True, help="the reference: the .pth that training will start from")
     parser.add_argument("--out_dir", type=Path, default=Path(), help="where the files go (the current folder)")
+    parser.add_argument("--overwrite", type=int, choices=(0, 1), default=0, help="1: replace pair files that other flags made (0)")
     parser.add_argument("--limit", type=int, default=0, help="read only this many rows (0: all)")
     parser.add_argument("--ctx_len", type=int, default=4096, help="tokens of prompt + answer that are kept (4096)")
     parser.add_argument(
@@ -100,6 +112,10 @@ def check_flags(args: argparse.Namespace) -> None:
     # Found out now, not after hours of scoring.
     if not os.access(args.out_dir, os.W_OK):
         refuse(f"--out_dir {args.out_dir}: cannot be written to")
+
+
+def warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def tell_dropped(report: Report) -> None:

@@ -174,6 +174,32 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(source, capsys):
     assert contents(out) == contents(source.parent / "whole")
 
 
+def test_what_other_flags_made_is_kept_until_overwrite_and_what_is_lost_is_told(source, capsys):
+    import prepare_pairs as script
+
+    folder = source.parent
+    model = save_tiny_model(folder / "tiny.pth")
+    common = ["--source", source, "--load_model", model, "--device", "cpu", "--out_dir", folder / "out", "--ctx_len", 64]
+
+    def run(*flags):
+        script.main(list(map(str, [*common, *flags])))
+        return capsys.readouterr()
+
+    assert "warning:" not in run().err
+    first = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+    assert "out holds the pair files that these flags make; --overwrite 1 makes them anew" in run().out
+    for flags in (["--seed", 1], ["--original_format", 1], ["--ctx_len", 8]):
+        with pytest.raises(InputError, match=r"out holds pair files that these settings don't make \(.*\): --overwrite 1 replaces them"):
+            run(*flags)
+        assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == first
+    capsys.readouterr()
+    told = run("--ctx_len", 8, "--overwrite", 1, "--valid_ratio", 1e-9).err
+    assert "warning: 28 of 40 rows were dropped: prompt does not fit\n" in told
+    assert "warning: 11 of 11 pairs lost the beginning of their prompt to a ctx_len of 8\n" in told
+    assert f"warning: {folder}/out/validset.save will hold no pair: none of the " in told
+    assert sum(map(len, load_splits(folder / "out"))) == 11
+
+
 def test_malformed_rows_are_skipped_when_asked_and_a_users_template_is_used(tmp_path):
     lines = ['{"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}', "{", '{"prompt": "p", "chosen": "c"}']
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))

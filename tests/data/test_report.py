@@ -1,11 +1,9 @@
 """What preparation tells, against figures counted by hand."""
 
-import json
-
 import numpy as np
 import pytest
 from rwkv_dpo.data.pairs import pack_pairs
-from rwkv_dpo.data.report import as_table, length_percentiles, reference_summary, write_report
+from rwkv_dpo.data.report import as_table, length_percentiles, lost_shares, reference_summary
 
 
 def test_percentiles_are_lengths_that_occur():
@@ -51,9 +49,13 @@ def test_the_table_has_every_figure_of_the_report():
         assert expected.split() in cells
 
 
-def test_the_report_is_json(tmp_path):
-    write_report(tmp_path / "report.json", {"name": "Größe", "n": 1})
-    assert json.loads((tmp_path / "report.json").read_text("utf-8")) == {"name": "Größe", "n": 1}
+def test_a_reason_that_takes_more_than_a_fifth_is_told():
+    counts = {"read": 60, "kept": 50, "dropped": {"tie": 12, "duplicate": 13}, "cut_prompts": 10, "cut_answers": 43, "cut_tokens": 900}
+    assert lost_shares(counts, 64) == [
+        "13 of 60 rows were dropped: duplicate",
+        "43 of 50 pairs lost the end of an answer to a ctx_len of 64",
+    ]
+    assert lost_shares({**counts, "read": 0, "kept": 0, "dropped": {}, "cut_prompts": 0, "cut_answers": 0}, 64) == []
 
 
 @pytest.mark.parametrize("parts", [{}, {"lengths": {}}, {"counts": None}])

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -58,6 +58,18 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
         os.replace(unfinished, path)
         _sync_folder(path.parent)
+
+
+def write_together(writers: Mapping[Path, Callable[[BinaryIO], None]]) -> None:
+    """Each file as atomic_write has it; all are on the disk before the first takes its name, and they take their names in their order."""
+    with contextlib.ExitStack() as stack:
+        # It is unwound from its end.
+        files = {path: stack.enter_context(atomic_write(path)) for path in reversed(list(writers))}
+        for path, write in writers.items():
+            with _one_line(path):
+                write(files[path])
+                files[path].flush()
+                os.fsync(files[path].fileno())
 
 
 @contextlib.contextmanager

@@ -8,11 +8,10 @@ how they are read).
 import io
 import numbers
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from rwkv_dpo.atomic import atomic_write
 from rwkv_dpo.data.pickled_numbers import Numbers, load_numbers
 from rwkv_dpo.errors import InputError, refuse
 
@@ -41,15 +40,14 @@ def read_original(path: Path) -> tuple[list[tuple[np.ndarray, ...]], np.ndarray]
     return triples, ref_logps
 
 
-def write_original(path: str | Path, rows: list[tuple[Any, ...]]) -> None:
-    """As torch.save writes it, atomically."""
+def write_original(file: BinaryIO, rows: list[tuple[Any, ...]]) -> None:
+    """As torch.save writes it."""
     import torch  # here, because reading does without
 
     # In memory first: torch reports a full disk as an error of its own.
     content = io.BytesIO()
     torch.save(rows, content)
-    with atomic_write(path) as file:
-        file.write(content.getbuffer())
+    file.write(content.getbuffer())
 
 
 def _length(tokens: object) -> int:

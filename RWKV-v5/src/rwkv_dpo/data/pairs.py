@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -115,18 +115,29 @@ def load_pairs(path: str | Path, vocab_size: int | None = None) -> PairSet:
 
 
 def save_pairs(path: str | Path, pairs: PairSet) -> None:
-    """Write the packed form, atomically; equal sets make equal bytes."""
+    """Write the packed form, atomically."""
+    with atomic_write(path) as file:
+        write_packed(file, pairs)
+
+
+def write_packed(file: BinaryIO, pairs: PairSet) -> None:
+    """Equal sets make equal bytes."""
     header = {**pairs.header, "format": FORMAT, "version": VERSION, "n_pairs": len(pairs)}
     encoded = np.frombuffer(as_json(header, sort_keys=True).encode(), dtype=np.uint8)
-    with atomic_write(path) as file:
-        np.savez(file, header=encoded, tokens=pairs.tokens, offsets=pairs.offsets, ref_logps=pairs.ref_logps)
+    np.savez(file, header=encoded, tokens=pairs.tokens, offsets=pairs.offsets, ref_logps=pairs.ref_logps)
 
 
 def save_original(path: str | Path, pairs: PairSet) -> None:
     """Write the original's form, atomically. It has no place for the header, nor for pairs without reference scores."""
     if not pairs.is_scored:
         refuse(f"{path}: the original's form needs reference log-probabilities, and these pairs have none")
-    write_original(path, [(*(row.tolist() for row in pairs.pair(i)), *pairs.ref_logps[i].tolist()) for i in range(len(pairs))])
+    with atomic_write(path) as file:
+        write_as_original(file, pairs)
+
+
+def write_as_original(file: BinaryIO, pairs: PairSet) -> None:
+    """The scored pairs as torch.save writes a list of them."""
+    write_original(file, [(*(row.tolist() for row in pairs.pair(i)), *pairs.ref_logps[i].tolist()) for i in range(len(pairs))])
 
 
 def check_pairs(pairs: PairSet, source: str, vocab_size: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""From preferences to pairs: write out, tokenize, cut, drop what cannot be learned from, split. Everything is counted.
+"""From preferences to pairs: write out, tokenize, cut, drop what cannot be learned from. Everything is counted.
 
 No draw depends on the order of the rows or on other rows: the same prompt gets the same template and lands in the same split,
 whatever file it stands in. Prompts that the cut makes the same are the exception: they share a split.
@@ -6,19 +6,16 @@ whatever file it stands in. Prompts that the cut makes the same are the exceptio
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rwkv_dpo.data import tokenizer as world
 from rwkv_dpo.data.forms import Dropped, Preference
-from rwkv_dpo.data.pairs import Pair, PairSet, cut_pair, file_sha256, pack_pairs, save_pairs
-from rwkv_dpo.data.prompts import MODES, Templates, load_templates, render, seeded_fraction
-
-SPLITS = ("train", "valid", "test")
+from rwkv_dpo.data.pairs import Pair, PairSet, cut_pair, pack_pairs
+from rwkv_dpo.data.prompts import MODES, Templates, load_templates, render
 
 
 @dataclass
@@ -74,11 +71,13 @@ def prepare(
     prompt_keys: list[str] = []
     seen: set[bytes] = set()
     merged = _MergedKeys()
+    source = 0
     for preference in preferences:
         report.n_read += 1
         if isinstance(preference, Dropped):
             report.refused.append((preference.where, preference.reason))
             continue
+        source += _digest(preference)
         pair, n_prompt_cut, n_answers_cut, n_cue = _tokenize(preference, tokenizer, ctx_len, written, seed)
         content = hashlib.blake2b(b"/".join(row.tobytes() for row in pair), digest_size=16).digest()
         is_prompt_lost = n_prompt_cut > 0 and len(pair[0]) <= n_cue
@@ -97,6 +96,7 @@ def prepare(
         report.n_cut_tokens += n_prompt_cut + n_answers_cut
     report.n_kept = len(kept)
     header = {
+        "source_id": f"{source % 2**128:032x}",
         "tokenizer": world.NAME,
         "templates": templates if templates in MODES else asdict(written),
         "ctx_len": ctx_len,
@@ -104,6 +104,12 @@ def prepare(
         "counts": report.counts(),
     }
     return Prepared(pack_pairs(kept, header=header), [merged.least(key) for key in prompt_keys], report)
+
+
+def _digest(preference: Preference) -> int:
+    """Of what a row says. The sum over rows is the same in any order."""
+    texts = (preference.system, *preference.turns, preference.chosen, preference.rejected)
+    return int.from_bytes(hashlib.blake2b(repr(texts).encode(), digest_size=16).digest(), "little")
 
 
 class _MergedKeys:
@@ -129,28 +135,6 @@ class _MergedKeys:
 def prompt_key(preference: Preference) -> str:
     """The dialogue without its system message, letter case and spacing: prompts that differ in those alone are one prompt."""
     return "\n".join(" ".join(turn.casefold().split()) for turn in preference.turns)
-
-
-def split_rows(prompt_keys: Sequence[str], valid_ratio: float, test_ratio: float, seed: int) -> dict[str, list[int]]:
-    """Rows of each of SPLITS. A prompt is in one split only; the ratios hold on average over prompts."""
-    rows: dict[str, list[int]] = {name: [] for name in SPLITS}
-    for row, key in enumerate(prompt_keys):
-        fraction = seeded_fraction("split", seed, key)
-        name = "test" if fraction < test_ratio else "valid" if fraction < test_ratio + valid_ratio else "train"
-        rows[name].append(row)
-    return rows
-
-
-def write_splits(
-    folder: Path, pairs: PairSet, rows: dict[str, list[int]], save: Callable[[Path, PairSet], None] = save_pairs
-) -> dict[str, dict[str, Any]]:
-    """Write one file per split; returns each file's number of pairs and fingerprint."""
-    files = {}
-    for name, chosen_rows in rows.items():
-        path = folder / f"{name}set.save"
-        save(path, pairs.select(chosen_rows))
-        files[path.name] = {"pairs": len(chosen_rows), "sha256": file_sha256(path)}
-    return files
 
 
 def _tokenize(

@@ -1,14 +1,11 @@
-"""What preparation tells: report.json and the table that is printed, both from the same figures."""
+"""What preparation tells: the figures of report.json, the table that is printed of them, and what of it is to be warned of."""
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rwkv_dpo.atomic import atomic_write
 from rwkv_dpo.data.pairs import PairSet
-from rwkv_dpo.json_text import as_json
 
 _PERCENTILES = (50, 90, 99)
 
@@ -42,6 +39,14 @@ def reference_summary(pairs: PairSet) -> dict[str, Any]:
     return {**summary, "ranked_right": float((pairs.ref_logps[:, 0] > pairs.ref_logps[:, 1]).mean())}
 
 
+def lost_shares(counts: Mapping[str, Any], ctx_len: int) -> list[str]:
+    """A line for each reason for which more than a fifth of the rows were dropped, or of the pairs cut; counts: of prepare.Report."""
+    lost = [(n, counts["read"], f"rows were dropped: {reason}") for reason, n in counts["dropped"].items()]
+    lost.append((counts["cut_prompts"], counts["kept"], f"pairs lost the beginning of their prompt to a ctx_len of {ctx_len}"))
+    lost.append((counts["cut_answers"], counts["kept"], f"pairs lost the end of an answer to a ctx_len of {ctx_len}"))
+    return [f"{n:,} of {total:,} {what}" for n, total, what in lost if n > total / 5]
+
+
 def as_table(
     counts: Mapping[str, Any] | None = None,
     lengths: Mapping[str, Mapping[str, int]] | None = None,
@@ -67,12 +72,6 @@ def as_table(
     if files:
         lines += [f"{name:<34}{file['pairs']:>9,} pairs  sha256 {file['sha256']}" for name, file in files.items()]
     return "\n".join(lines)
-
-
-def write_report(path: str | Path, report: Mapping[str, Any]) -> None:
-    """Write report.json, atomically."""
-    with atomic_write(path) as file:
-        file.write(as_json(report, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def _columns(name: str, cells: Iterable[str]) -> str:

@@ -1,0 +1,50 @@
+"""Whether pairs that are called held-out are."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+from rwkv_dpo.data.pairs import PairSet
+from rwkv_dpo.errors import refuse
+
+
+def overlap(held_out: PairSet, trained: PairSet) -> tuple[int, int]:
+    """How many pairs of held_out are among those trained on, and how many have a prompt that is: to the token."""
+    known = {digest for both in _digests(trained) for digest in both}
+    same = [(pair in known, prompt in known) for pair, prompt in _digests(held_out)]
+    return sum(pair for pair, _ in same), sum(prompt for _, prompt in same)
+
+
+def _digests(pairs: PairSet) -> Iterator[tuple[bytes, bytes]]:
+    """Of each pair and of its prompt alone; the numbers of tokens keep rows apart."""
+    for i in range(len(pairs)):
+        rows = pairs.pair(i)
+        prompt = hashlib.blake2b(rows[0].tobytes(), digest_size=16)
+        whole = prompt.copy()
+        whole.update(b"".join(len(row).to_bytes(8, "little") + row.tobytes() for row in rows[1:]))
+        yield whole.digest(), prompt.digest()
+
+
+def refuse_mixture(held_out: Any, trained: Any, name: str, trained_name: str) -> None:
+    """InputError when the headers of two files say that one source was split into them in two ways; name: what to call each."""
+    ids = [header.get("preparation_id") for header in (held_out, trained)]
+    is_one_source = held_out.get("source_id") == trained.get("source_id")
+    if all(ids) and is_one_source and ids[0] != ids[1]:
+        refuse(
+            f"{name} and {trained_name} are of two preparations of the same preferences ({ids[0]:.8}... and {ids[1]:.8}...): prompts that "
+            "the one holds out may be in the other; take the files of one run of prepare_pairs.py"
+        )
+
+
+def check_held_out(held_out: PairSet, trained: PairSet, name: str, trained_name: str) -> str:
+    """What there is to warn of, "" when nothing. InputError for a mixture, or when nothing is held out."""
+    refuse_mixture(held_out.header, trained.header, name, trained_name)
+    n_pairs, n_prompts = overlap(held_out, trained)
+    if n_pairs == len(held_out) > 0:
+        refuse(f"{name}: all of its {n_pairs:,} pairs are in {trained_name} too, so that nothing is held out")
+    if not n_prompts:
+        return ""
+    return (
+        f"{name} is not all held out: of its {len(held_out):,} pairs {n_prompts:,} have a prompt that is in {trained_name} too, and "
+        f"{n_pairs:,} the answers as well"
+    )
