@@ -8,11 +8,14 @@ evaluate.py --load_model base.pth --peft_load out/adapter-final --pairs testset.
 import argparse
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
 from rwkv_dpo.atomic import atomic_write
+from rwkv_dpo.config import RunConfig
 from rwkv_dpo.errors import refuse, run_script
 from rwkv_dpo.flags import OneLineParser
 from rwkv_dpo.json_text import as_json
@@ -21,7 +24,8 @@ from rwkv_dpo.packages import leave_without
 try:
     from rwkv_dpo.data.corpus import open_corpus
     from rwkv_dpo.data.corpus_names import name_corpus
-    from rwkv_dpo.data.pairs import load_pairs
+    from rwkv_dpo.data.pairs import PairSet, check_pairs, open_pairs
+    from rwkv_dpo.data.tokenizer import LAST_TOKEN, VOCAB_SIZE, WorldTokenizer
 except ModuleNotFoundError as error:
     leave_without(error)
 
@@ -29,9 +33,9 @@ except ModuleNotFoundError as error:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_flags(arguments)
     # Here, not above: --help and a mistyped flag need no PyTorch.
-    from rwkv_dpo.data.tokenizer import WorldTokenizer
     from rwkv_dpo.device import COMPUTE_DTYPES, pick_device, set_up
     from rwkv_dpo.evaluation.generate import generate
+    from rwkv_dpo.evaluation.origin import betas, run_of
     from rwkv_dpo.evaluation.pairs import evaluate_pairs
     from rwkv_dpo.model.checkpoint import load_model
     from rwkv_dpo.model.tuning import load_tuned
@@ -40,17 +44,25 @@ def main(arguments: list[str] | None = None) -> None:
 
     device = pick_device(args.device, "--device")
     set_up(device, args.precision)
-    reports = []
+    if args.prompt:
+        for path in args.load_model:
+            check_reads_prompts(path)
     columns = [(path, "") for path in args.load_model] + [(args.load_model[0], tuned) for tuned in args.peft_load]
-    for path, tuned in columns:
+    origins = [run_of(tuned or path) for path, tuned in columns]
+    pairs = open_pairs("pairs", args.pairs) if args.pairs else None
+    if pairs is not None:
+        tell_doubts(pairs, args.pairs, [(tuned or path, run) for (path, tuned), run in zip(columns, origins, strict=True)])
+    reports = []
+    for (path, tuned), beta in zip(columns, betas(origins, RunConfig().dpo_beta), strict=True):
         model = load_model(path, device=device, compute_dtype=COMPUTE_DTYPES[args.precision], wkv_backend=args.wkv_backend)
         if tuned:
             load_tuned(model, tuned, path, args.any_base == 1)
         report: dict = {"checkpoint": tuned or path}
-        if args.pairs:
-            pairs = load_pairs(args.pairs, model.shape.vocab_size)
+        if pairs is not None:
+            check_pairs(pairs, args.pairs, model.shape.vocab_size)
             with tqdm(total=len(pairs), unit="pair", desc=tuned or path, leave=False, disable=None) as bar:
-                report |= evaluate_pairs(model, pairs, args.dpo_beta, args.batch_tokens, bar.update)
+                report |= evaluate_pairs(model, pairs, args.dpo_beta or beta, args.batch_tokens, bar.update)
+            report |= {"dpo_beta": args.dpo_beta or beta} if pairs.is_scored else {}
         if args.data_file:
             data_file, data_type = name_corpus(args.data_file, args.data_type)
             corpus = open_corpus(data_file, data_type, model.shape.vocab_size, args.ctx_len, path)
@@ -74,7 +86,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peft_load", nargs="+", default=[], help="adapter folders or state files on the first checkpoint, a column each")
     parser.add_argument("--any_base", type=int, choices=(0, 1), default=0, help="1: take an adapter of another base model (0)")
     parser.add_argument("--pairs", help="preference pairs (.save), scored by the first checkpoint or any other reference")
-    parser.add_argument("--dpo_beta", type=float, default=0.1, help="for the reward margin (0.1)")
+    parser.add_argument("--dpo_beta", type=float, help=f"of the rewards (that of the checkpoint's own run; else {RunConfig().dpo_beta})")
     parser.add_argument("--data_file", help="corpus, as train.py takes it")
     parser.add_argument("--data_type", default="", help="as train.py takes it (what data_file is)")
     parser.add_argument("--ctx_len", type=int, default=1024, help="window of the corpus perplexity (1024)")
@@ -93,7 +105,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) < least:
             refuse(f"--{name} {getattr(args, name)}: at least {least} is accepted")
     for name, is_good, accepted in (
-        ("dpo_beta", 0 < args.dpo_beta < math.inf, "more than 0"),
+        ("dpo_beta", args.dpo_beta is None or 0 < args.dpo_beta < math.inf, "more than 0"),
         ("temperature", 0 <= args.temperature < math.inf, "0 or more"),
         ("top_p", 0 <= args.top_p <= 1, "0 to 1"),
         ("seed", -(2**63) <= args.seed < 2**63, "a number of 64 bits"),
@@ -108,9 +120,29 @@ ROWS = {
     "mean margin (nats)": ("logps/margins", "{:+.2f}"),
     "reward accuracy": ("rewards/accuracies", "{:.3f}"),
     "reward margin": ("rewards/margins", "{:+.3f}"),
+    "beta of the rewards": ("dpo_beta", "{:g}"),
     "corpus loss (nats/token)": ("corpus_loss", "{:.4f}"),
     "corpus perplexity": ("corpus_perplexity", "{:.2f}"),
 }
+
+
+def check_reads_prompts(checkpoint: str) -> None:
+    from rwkv_dpo.model.checkpoint import read_checkpoint, shape_of
+
+    vocab_size = shape_of(read_checkpoint(checkpoint), checkpoint).vocab_size
+    if vocab_size <= LAST_TOKEN:
+        refuse(f"--prompt: becomes tokens of the World tokenizer, {VOCAB_SIZE} of them, and {checkpoint} has a vocabulary of {vocab_size}")
+
+
+def tell_doubts(pairs: PairSet, name: str, columns: list[tuple[str, Mapping[str, Any]]]) -> None:
+    """Warns of pairs that are not held out from a column's run, or not scored. InputError for those of another preparation."""
+    from rwkv_dpo.evaluation.origin import check_not_trained_on
+
+    doubts = [check_not_trained_on(pairs, f"--pairs {name}", run, checkpoint) for checkpoint, run in columns]
+    if not pairs.is_scored:
+        doubts.append(f"--pairs {name}: not scored by a reference, so that rewards are left out; prepare_pairs.py scores pairs")
+    for doubt in filter(None, doubts):
+        print(f"warning: {doubt}", file=sys.stderr)
 
 
 def print_table(reports: list[dict]) -> None:

@@ -81,7 +81,7 @@ def is_accepted(flags: dict[str, Any]) -> bool:
 def flags_of(changes: dict[str, Any], folder: Path, number: int) -> list[str]:
     data = folder / ("sharded" if "stage_3" in changes["strategy"] else "tiny")
     if "dpo_valid_file" in changes:
-        changes = changes | {"dpo_valid_file": data / "train.save"}
+        changes = changes | {"dpo_valid_file": data / "valid.save"}
     # Values on the device are nonsense: a step may not be finite, which is no fault here.
     settings = {"accelerator": "gpu", "epoch_steps": 1, "epoch_count": 1, "wkv_backend": "auto", "ctx_len": 40, "max_bad_steps": 9}
     return runs.flags(data, folder / f"run{number}", **{**settings, **changes})

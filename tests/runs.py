@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import random_model
-from rwkv_dpo.data.pairs import PairSet, file_sha256, pack_pairs, save_pairs
+from rwkv_dpo.data.pairs import PairSet, file_sha256, load_pairs, pack_pairs, save_pairs
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.objective import score_pairs
@@ -17,15 +17,18 @@ SHARDED = ModelShape(n_layer=2, n_embd=320, dim_att=320, dim_ffn=320, vocab_size
 
 
 def write_inputs(folder: Path, shape: ModelShape, n_pairs: int, longest: int = 8) -> PairSet:
-    """model.pth, corpus.bin of 4,000 tokens, and train.save: pairs of prompts and answers of 2 to `longest` tokens, scored by the model."""
+    """model.pth, corpus.bin of 4,000 tokens, train.save: pairs of prompts and answers of 2 to `longest` tokens, scored by the model, and
+    valid.save: the same answers to prompts that are one token longer. Returns the pairs of train.save."""
     rng = np.random.default_rng(0)
     model = random_model(shape, torch.float32)
     save_weights(model.state_dict(), folder / "model.pth")
     rng.integers(1, shape.vocab_size, 4000).astype("<u2").tofile(folder / "corpus.bin")
-    pairs = pack_pairs([tuple(rng.integers(1, shape.vocab_size, n) for n in rng.integers(2, longest + 1, 3)) for _ in range(n_pairs)])
-    pairs = pairs.with_ref_logps(score_pairs(model, pairs, 100), file_sha256(folder / "model.pth"), "fp32")
-    save_pairs(folder / "train.save", pairs)
-    return pairs
+    rows = [tuple(rng.integers(1, shape.vocab_size, n) for n in rng.integers(2, longest + 1, 3)) for _ in range(n_pairs)]
+    sets = {"train": rows, "valid": [(np.append(0, prompt), *answers) for prompt, *answers in rows]}
+    for name, pairs in ((name, pack_pairs(rows)) for name, rows in sets.items()):
+        scored = pairs.with_ref_logps(score_pairs(model, pairs, 100), file_sha256(folder / "model.pth"), "fp32")
+        save_pairs(folder / f"{name}.save", scored)
+    return load_pairs(folder / "train.save")
 
 
 def flags(data: Path, proj_dir: Path, **changes: Any) -> list[str]:

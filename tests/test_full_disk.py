@@ -52,7 +52,7 @@ WRITERS = {
     "pairs in the original's form": ("train.save", lambda inputs, out: save_original(out / "train.save", many_pairs())),
     "splits": ("trainset.save", lambda inputs, out: prepare_pairs.main([
         "--source", f"{inputs}/pairs.json", "--load_model", f"{inputs}/model.pth", "--out_dir", str(out), "--device", "cpu",
-        "--wkv_backend", "reference", "--templates", "chat",
+        "--wkv_backend", "reference", "--templates", "chat", "--overwrite", "1",
     ])),
     "a checkpoint": ("model.pth", lambda inputs, out: export.main([
         "--load_model", f"{inputs}/model.pth", "--out", f"{out}/model.pth", "--overwrite", "1", "--wkv_backend", "reference",

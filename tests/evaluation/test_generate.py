@@ -43,3 +43,14 @@ def test_nucleus_sampling_keeps_only_the_likeliest():
     assert {_pick(logits, 1.0, 0.7, generator) for _ in range(200)} == {1, 3}
     assert {_pick(logits, 1.0, 0.4, generator) for _ in range(50)} == {1}
     assert {_pick(logits, 1.0, 1.0, generator) for _ in range(300)} == {0, 1, 2, 3}
+
+
+def test_only_tokens_that_the_tokenizer_knows_are_drawn(model):
+    with torch.no_grad():
+        before = model.head.weight.clone()
+        # Whatever the last hidden state is, one of the two is likelier than all known tokens.
+        model.head.weight[65530], model.head.weight[65535] = 100 * before[1], -100 * before[1]
+        try:
+            assert isinstance(generate(model, WorldTokenizer(), "a", 3, temperature=0, top_p=1, seed=0), str)
+        finally:
+            model.head.weight.copy_(before)

@@ -139,7 +139,7 @@ def test_weights_that_were_put_in_the_place_of_the_final_ones_are_not_the_end_of
 
 def test_everything_that_an_earlier_run_wrote_is_set_aside_together(data, tmp_path):
     out = tmp_path / "out"
-    tuned = {"peft": "lora", "lora_r": 2, "dpo_ref": "recompute", "dpo_valid_file": data / "train.save"}
+    tuned = {"peft": "lora", "lora_r": 2, "dpo_ref": "recompute", "dpo_valid_file": data / "valid.save"}
     train.main(flags(data, out, **tuned))
     before = {path.name for path in out.iterdir()}
     assert {"adapter-init", "adapter-0", "adapter-final", "adapter-final.json", "reference.save", "valid.jsonl", "config.json"} < before

@@ -33,7 +33,7 @@ def interrupted(data, tmp_path_factory):
 def resume(data, path: Path, proj_dir: Path):
     wanted = runs.flags(
         data, proj_dir, epoch_steps=24, accumulate_grad_batches=2, warmup_steps=5, weight_decay=0.1, dropout=0, resume=path,
-        dpo_valid_file=data / "train.save",
+        dpo_valid_file=data / "valid.save",
     )  # fmt: skip
     train.main(wanted)
 

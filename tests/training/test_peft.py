@@ -65,7 +65,7 @@ def test_matrices_that_do_not_train_are_loaded_without_an_fp32_copy(data, tmp_pa
 def test_a_run_begins_at_the_reference_learns_and_saves_what_it_trained_alone(data, tmp_path, small, caplog, method, grad_cp):  # noqa: F811
     rate = 0.1 if method == "state" else 1e-3
     with caplog.at_level("INFO"):
-        records = run(data, tmp_path, dpo_valid_file=data / "train.save", **small(method, grad_cp=grad_cp, lr_init=rate, lr_final=rate))
+        records = run(data, tmp_path, dpo_valid_file=data / "valid.save", **small(method, grad_cp=grad_cp, lr_init=rate, lr_final=rate))
     margin = next(line for line in caplog.text.splitlines() if "mean |margin|" in line)
     assert float(margin.split("pairs ")[1].split()[0]) < 1e-4
     assert "not the one that scored" not in caplog.text

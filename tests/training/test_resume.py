@@ -29,7 +29,7 @@ def data(tmp_path_factory):
 def flags(data, proj_dir, **changes) -> list[str]:
     """Two epochs of 12 optimizer steps, of 2 micro-batches each, with dropout."""
     own = {"epoch_steps": 24, "accumulate_grad_batches": 2, "dropout": 0.1, "warmup_steps": 5, "weight_decay": 0.1}
-    return runs.flags(data, proj_dir, **{"dpo_valid_file": data / "train.save", **own, **changes})
+    return runs.flags(data, proj_dir, **{"dpo_valid_file": data / "valid.save", **own, **changes})
 
 
 def steps_written(folder) -> int:

@@ -41,7 +41,7 @@ def final_weights(proj_dir):
 
 
 def test_a_run_writes_the_folder_of_the_design(data, tmp_path):
-    records = run(data, tmp_path, dpo_valid_file=data / "train.save")
+    records = run(data, tmp_path, dpo_valid_file=data / "valid.save")
     assert [r["step"] for r in records] == list(range(1, 9))
     assert set(records[0]) == {
         "step", "epoch", "loss", "loss_general", "loss_dpo", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",

@@ -1,7 +1,7 @@
 """Whether pairs that are called held-out are."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rwkv_dpo.data.pairs import PairSet
@@ -25,11 +25,10 @@ def _digests(pairs: PairSet) -> Iterator[tuple[bytes, bytes]]:
         yield whole.digest(), prompt.digest()
 
 
-def refuse_mixture(held_out: Any, trained: Any, name: str, trained_name: str) -> None:
-    """InputError when the headers of two files say that one source was split into them in two ways; name: what to call each."""
-    ids = [header.get("preparation_id") for header in (held_out, trained)]
-    is_one_source = held_out.get("source_id") == trained.get("source_id")
-    if all(ids) and is_one_source and ids[0] != ids[1]:
+def refuse_mixture(held_out: Mapping[str, Any], trained: Mapping[str, Any], name: str, trained_name: str) -> None:
+    """InputError when the headers of two files say that one source was split into them in two ways."""
+    ids, sources = ([str(header.get(key) or "") for header in (held_out, trained)] for key in ("preparation_id", "source_id"))
+    if all(ids) and ids[0] != ids[1] and sources[0] == sources[1]:
         refuse(
             f"{name} and {trained_name} are of two preparations of the same preferences ({ids[0]:.8}... and {ids[1]:.8}...): prompts that "
             "the one holds out may be in the other; take the files of one run of prepare_pairs.py"

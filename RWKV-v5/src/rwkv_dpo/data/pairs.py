@@ -114,6 +114,12 @@ def load_pairs(path: str | Path, vocab_size: int | None = None) -> PairSet:
     return pairs
 
 
+def open_pairs(flag: str, path: str, vocab_size: int | None = None) -> PairSet:
+    """The pairs that a flag names, at least one. InputError as of load_pairs."""
+    pairs = load_pairs(path, vocab_size)
+    return pairs if len(pairs) else refuse(f"--{flag} {path}: holds no pairs")
+
+
 def save_pairs(path: str | Path, pairs: PairSet) -> None:
     """Write the packed form, atomically."""
     with atomic_write(path) as file:
@@ -243,6 +249,14 @@ def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def content_sha256(pairs: PairSet, with_scores: bool) -> str:
+    """Fingerprint of what a run takes from the pairs: the tokens, and the reference scores unless it computes its own."""
+    digest = hashlib.sha256(pairs_sha256(pairs).encode())
+    if with_scores:
+        digest.update(np.ascontiguousarray(pairs.ref_logps, "<f8").tobytes())
     return digest.hexdigest()
 
 

@@ -16,6 +16,7 @@ from rwkv_dpo.errors import InputError
 NAME = "rwkv_vocab_v20230424"
 # The model's vocabulary: ids above the tokenizer's last (65,529) are never made from text.
 VOCAB_SIZE = 65536
+LAST_TOKEN = 65529
 DOCUMENT_END = 0
 
 

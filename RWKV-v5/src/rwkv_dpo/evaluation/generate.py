@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from rwkv_dpo.data.tokenizer import DOCUMENT_END, WorldTokenizer
+from rwkv_dpo.data.tokenizer import DOCUMENT_END, LAST_TOKEN, WorldTokenizer
 from rwkv_dpo.forest import Forest, ForestBuilder
 from rwkv_dpo.model.rwkv import RWKV
 
@@ -18,6 +18,7 @@ def generate(model: RWKV, tokenizer: WorldTokenizer, prompt: str, max_tokens: in
     while len(answer) < max_tokens:
         hidden, state = model(_sequence(tokens).to(device), state)
         logits = model.head(hidden[-1:])[0].float().cpu()
+        logits[LAST_TOKEN + 1 :] = -torch.inf  # nothing that the tokenizer could decode
         token = _pick(logits, temperature, top_p, generator)
         if token == DOCUMENT_END:
             break

@@ -14,13 +14,15 @@ from rwkv_dpo.objective import pair_metrics, score_pairs
 def evaluate_pairs(
     model: RWKV, pairs: PairSet, beta: float, batch_tokens: int, progress: Callable[[int], object] = lambda n: None
 ) -> dict[str, float]:
-    """Means over all pairs, under the names of metrics.jsonl, and logps/accuracies: the share of pairs whose chosen answer
-    is the more probable one, reference aside. `progress` is told how many pairs each batch held."""
+    """Means over all pairs, under the names of metrics.jsonl; logps/accuracies: the share of pairs whose chosen answer is the more
+    probable one, reference aside. Of pairs that are not scored only what needs no reference. `progress` is told how many pairs each
+    batch held."""
     logps = torch.from_numpy(score_pairs(model, pairs, batch_tokens, progress))
     refs = torch.from_numpy(pairs.ref_logps)
-    metrics = pair_metrics(logps, refs, dpo_loss(logps, refs, beta))
-    metrics["logps/accuracies"] = (logps[:, 0] > logps[:, 1]).double().mean()
-    return {name: float(value) for name, value in metrics.items()}
+    metrics = {name: float(value) for name, value in pair_metrics(logps, refs, dpo_loss(logps, refs, beta)).items()}
+    if not pairs.is_scored:
+        metrics = {name: value for name, value in metrics.items() if name.startswith("logps/")}
+    return {**metrics, "logps/accuracies": float((logps[:, 0] > logps[:, 1]).double().mean())}
 
 
 def margins_from_reference(model: RWKV, pairs: PairSet, batch_tokens: int) -> np.ndarray:

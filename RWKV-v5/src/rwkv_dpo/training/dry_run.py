@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from rwkv_dpo.config import RunConfig
-from rwkv_dpo.data.pairs import PairSet, load_pairs
+from rwkv_dpo.data.pairs import PairSet, open_pairs
 from rwkv_dpo.device import COMPUTE_DTYPES
 from rwkv_dpo.errors import refuse
 from rwkv_dpo.model.adapter_files import read_adapter
@@ -98,7 +98,7 @@ def _largest_pairs(config: RunConfig) -> tuple[np.ndarray, str]:
         log.warning("--dpo_train_file %s is not there: pairs are taken to be --ctx_len long, half of it answers", config.dpo_train_file)
         half = max(config.ctx_len // 2, 1)
         return np.tile([half + 2 * half, 2 * half], (n, 1)), f"{n} made-up pairs of {half} + {half} or {half} tokens"
-    sizes = _pair_sizes(load_pairs(config.dpo_train_file))
+    sizes = _pair_sizes(open_pairs("dpo_train_file", config.dpo_train_file))
     longest = sizes[np.argsort(sizes[:, 0], kind="stable")[::-1]]
     # Fewer pairs than a micro-batch holds come several times.
     return np.resize(longest, (n, 2)), f"the {n} longest of {len(sizes):,} pairs"

@@ -9,11 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.corpus import Corpus, corpus_sha256
-from rwkv_dpo.data.pairs import PairSet, file_sha256, pairs_sha256
+from rwkv_dpo.data.pairs import PairSet, content_sha256, file_sha256
 from rwkv_dpo.errors import reading
 
 # Flags that name what a run reads. Their content counts, not their path.
@@ -63,20 +61,12 @@ def identity_of(config: RunConfig, corpus: Corpus | None, pairs: PairSet | None,
         "load_model": _path_sha256(c.load_model) if c.load_model and c.my_pile_stage != 1 else "",
         "peft_load": _path_sha256(c.peft_load) if c.peft_load else "",
         "data_file": corpus_sha256(corpus) if corpus else "",
-        "dpo_train_file": _pairs_sha256(c, pairs),
-        "dpo_valid_file": _pairs_sha256(c, valid),
+        "dpo_train_file": content_sha256(pairs, c.dpo_ref == "file") if pairs is not None else "",
+        "dpo_valid_file": content_sha256(valid, c.dpo_ref == "file") if valid is not None else "",
+        # Beside what is in the files: by these evaluate.py knows which pairs were held out from the run.
+        **{name: str(pairs.header.get(name, "")) if pairs is not None else "" for name in ("source_id", "preparation_id")},
     }
     return Identity(asdict(c), content)
-
-
-def _pairs_sha256(config: RunConfig, pairs: PairSet | None) -> str:
-    """Of tokens and, where the run trains against them, reference scores."""
-    if pairs is None:
-        return ""
-    digest = hashlib.sha256(pairs_sha256(pairs).encode())
-    if config.dpo_ref == "file":
-        digest.update(np.ascontiguousarray(pairs.ref_logps, "<f8").tobytes())
-    return digest.hexdigest()
 
 
 def _path_sha256(path: str) -> str:

@@ -11,7 +11,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.corpus import Corpus, open_corpus
 from rwkv_dpo.data.corpus_names import name_corpus
-from rwkv_dpo.data.pairs import PairSet, load_pairs
+from rwkv_dpo.data.pairs import PairSet
 from rwkv_dpo.data.tokenizer import NAME as WORLD_TOKENIZER
 from rwkv_dpo.device import COMPUTE_DTYPES, pick_device, set_up
 from rwkv_dpo.errors import refuse
@@ -30,9 +30,10 @@ from rwkv_dpo.training.identity import identity_of
 from rwkv_dpo.training.last import LastCheckpoints, WeightsOfRankZero
 from rwkv_dpo.training.module import CLIP_NORM, DPOModule
 from rwkv_dpo.training.optim import check_optim
+from rwkv_dpo.training.pair_files import doubts, open_pair_files
 from rwkv_dpo.training.progress import RunBar, Summary
 from rwkv_dpo.training.ranks import Ranks
-from rwkv_dpo.training.reference import StartIsReference, check_scored, tell_differences
+from rwkv_dpo.training.reference import StartIsReference, tell_differences
 from rwkv_dpo.training.resume import load, start_of
 from rwkv_dpo.training.run_lock import RunLock
 from rwkv_dpo.training.start import begin_folder, find_start, plan_stage
@@ -58,8 +59,7 @@ def open_data(config: RunConfig, vocab_size: int) -> tuple[Corpus | None, PairSe
     if corpus is not None and config.magic_prime:
         check_magic_prime(config.magic_prime, corpus.n_tokens, config.ctx_len, config.my_pile_shift)
     vocab_size = vocab_size or (corpus.vocab_size if corpus else 0)
-    pairs = _open_pairs(config, "dpo_train_file", vocab_size) if config.uses_pairs else None
-    valid = _open_pairs(config, "dpo_valid_file", vocab_size) if config.dpo_valid_file else None
+    pairs, valid = open_pair_files(config, vocab_size)
     for flag, one in (("dpo_train_file", pairs), ("dpo_valid_file", valid)):
         if one is not None and corpus is not None and corpus.characters and one.header.get("tokenizer") == WORLD_TOKENIZER:
             refuse(
@@ -67,12 +67,6 @@ def open_data(config: RunConfig, vocab_size: int) -> tuple[Corpus | None, PairSe
                 "--vocab_size 65536 reads both alike"
             )
     return corpus, pairs, valid
-
-
-def _open_pairs(config: RunConfig, flag: str, vocab_size: int) -> PairSet:
-    pairs = load_pairs(getattr(config, flag), vocab_size or None)
-    check_scored(config, flag, pairs)
-    return pairs
 
 
 def resolve_shape(config: RunConfig, given: frozenset[str]) -> tuple[ModelShape, dict[str, torch.Tensor] | None]:
@@ -190,6 +184,8 @@ def _train(
     """shape_there: of the checkpoint that rank 0 has read, and this rank won't."""
     shape, weights = (shape_there, None) if shape_there else resolve_shape(config, given)
     corpus, pairs, valid = open_data(config, shape.vocab_size)
+    for doubt in doubts(config, pairs, valid):
+        rank_zero_only(log.warning)("%s", doubt)
     if not shape.vocab_size and corpus is not None:
         shape = replace(shape, vocab_size=corpus.vocab_size)
     torch.manual_seed(config.seed)  # for dropout

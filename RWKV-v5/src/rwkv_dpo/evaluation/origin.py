@@ -1,0 +1,53 @@
+"""What the run folder that a checkpoint lies in tells of it."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rwkv_dpo.data.held_out import check_held_out, refuse_mixture
+from rwkv_dpo.data.pairs import PairSet, content_sha256, load_pairs
+from rwkv_dpo.errors import InputError
+
+
+def run_of(checkpoint: str | Path) -> Mapping[str, Any]:
+    """The settings of the preference training whose folder holds a checkpoint, an adapter or a state: its config.json. Empty where
+    there is none."""
+    try:
+        settings = json.loads((Path(checkpoint).parent / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    # Other programs have files of that name.
+    is_ours = isinstance(settings, dict) and settings.get("dpo") == 1 and isinstance(settings.get("dpo_train_file"), str)
+    return settings if is_ours and _is_beta(settings.get("dpo_beta")) else {}
+
+
+def betas(runs: Sequence[Mapping[str, Any]], default: float) -> list[float]:
+    """Each run's own beta; for a checkpoint without a run, which stands beside others to be compared, the first that is known."""
+    first = next((run["dpo_beta"] for run in runs if run), default)
+    return [float(run.get("dpo_beta", first)) for run in runs]
+
+
+def check_not_trained_on(pairs: PairSet, name: str, run: Mapping[str, Any], checkpoint: str) -> str:
+    """What to warn of when pairs are among those that a checkpoint was trained with, "" when they aren't or nothing is known.
+    InputError when they come of another preparation of the same preferences."""
+    content = run.get("content")
+    if not isinstance(content, dict):
+        return ""
+    trained_name = f"{run['dpo_train_file']}, which {checkpoint} was trained with,"
+    refuse_mixture(pairs.header, content, name, trained_name)
+    try:
+        trained = load_pairs(run["dpo_train_file"])
+    except InputError:
+        return ""
+    if content.get("dpo_train_file") != content_sha256(trained, run.get("dpo_ref") == "file"):
+        return ""  # another file by now
+    try:
+        return check_held_out(pairs, trained, name, trained_name)
+    except InputError as all_of_them:
+        return str(all_of_them)
+
+
+def _is_beta(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
