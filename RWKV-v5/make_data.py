@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{args.out}.bin, {args.out}.idx: {n_documents} documents, {n_tokens} tokens in {args.passes} passes of {passes.n}")
     if skip.n:
         print(f"{skip.n} rows skipped")
-    print(f"--my_exit_tokens {n_tokens} --magic_prime {magic_prime(n_tokens, args.ctx_len)} --ctx_len {args.ctx_len}")
+    print("\n".join(flags_of(n_tokens, args.ctx_len)))
 
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
@@ -126,12 +126,18 @@ def verify(prefix: str, texts: dict[int, str]) -> None:
             refuse(f"{prefix}.bin: document {i + 1} reads back as another text; the disk, or the tokenizer, is at fault")
 
 
-def magic_prime(n_tokens: int, ctx_len: int) -> int:
-    """0, the flag's neutral value, when the corpus is too short to have one."""
+def flags_of(n_tokens: int, ctx_len: int) -> list[str]:
+    """Lines: what to give train.py for this corpus, and why some of it is left out."""
     try:
-        return largest_magic_prime(n_tokens, ctx_len)
+        return [f"--my_exit_tokens {n_tokens} --magic_prime {largest_magic_prime(n_tokens, ctx_len)} --ctx_len {ctx_len}"]
     except InputError:
-        return 0
+        n_windows = n_tokens // ctx_len
+    if n_tokens <= ctx_len:
+        return [f"{n_tokens} tokens are less than one window of {ctx_len}: train.py takes a --ctx_len of up to {n_tokens - 1}"]
+    return [
+        f"--my_exit_tokens {n_tokens} --ctx_len {ctx_len}",
+        f"no --magic_prime: it takes 3 windows or more, and these tokens are {n_windows} of {ctx_len}",
+    ]
 
 
 if __name__ == "__main__":

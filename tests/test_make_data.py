@@ -191,3 +191,13 @@ def test_faults_are_one_line_and_exit_2_and_nothing_half_written(source, argumen
     assert run.stderr.startswith(f"make_data.py: {message}")
     assert run.stderr.count("\n") == 1
     assert sorted(folder.iterdir()) == before
+
+
+def test_a_corpus_too_short_for_a_magic_prime_says_so_and_prints_none():
+    # 2 is the smallest prime 3n + 2, and it has to be at most the windows less one.
+    assert script.flags_of(12, 4) == ["--my_exit_tokens 12 --magic_prime 2 --ctx_len 4"]
+    assert script.flags_of(11, 4) == [
+        "--my_exit_tokens 11 --ctx_len 4",
+        "no --magic_prime: it takes 3 windows or more, and these tokens are 2 of 4",
+    ]
+    assert script.flags_of(4, 4) == ["4 tokens are less than one window of 4: train.py takes a --ctx_len of up to 3"]
