@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from rwkv_dpo.data.pairs import PairSet, file_sha256, join_pairs, load_pairs, pa
 from rwkv_dpo.errors import refuse
 from rwkv_dpo.evaluation.journal import Journal, open_journal
 from rwkv_dpo.evaluation.reference import JOURNAL, discard_journal
+from rwkv_dpo.json_text import as_json
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.objective import score_batch, scoring_batches
 from rwkv_dpo.training.halt import Halt
@@ -90,7 +90,7 @@ class StartIsReference(pl.Callback):
         settings = [sorted(key.items()), device.type, batch_tokens, self.config.wkv_backend]
         is_quiet = not (self.config.enable_progress_bar and trainer.is_global_zero)
         with (
-            self._journal(trainer, hashlib.sha256(json.dumps(settings).encode()).digest()) as journal,
+            self._journal(trainer, hashlib.sha256(as_json(settings).encode()).digest()) as journal,
             tqdm(total=len(pairs), unit="pair", desc="reference", disable=is_quiet) as bar,
         ):
             records: list[bytes] = trainer.strategy.broadcast(list(journal.records) if journal else [])
