@@ -35,7 +35,7 @@ def test_metrics_by_hand_with_ties(monkeypatch):
     """A model of known log-probabilities: chosen is the more probable answer in two of four pairs, and has the larger reward in one."""
     logps = np.array([[-10.0, -20.0], [-1.0, -3.0], [-7.0, -7.0], [-8.0, -6.0]])
     refs = np.array([[-12.0, -15.0], [-1.0, -3.0], [-7.0, -9.0], [-4.0, -2.0]])
-    monkeypatch.setattr("rwkv_dpo.evaluation.pairs.score_pairs", lambda model, pairs, batch_tokens, progress: logps)
+    monkeypatch.setattr("rwkv_dpo.evaluation.pairs.score_pairs", lambda *given: logps)
     pairs = pack_pairs([([1], [2], [3])] * 4, refs)
     got = evaluate_pairs(None, pairs, beta=0.5, batch_tokens=1)
     assert (got["logps/accuracies"], got["rewards/accuracies"]) == (0.5, 0.25)
