@@ -29,7 +29,7 @@ def data(tmp_path_factory):
 
 
 def flags(data, proj_dir, **changes) -> list[str]:
-    return runs.flags(data, proj_dir, **{"dpo_valid_file": data / "train.save", "epoch_save": 0, **changes})
+    return runs.flags(data, proj_dir, **{"dpo_valid_file": data / "valid.save", "epoch_save": 0, **changes})
 
 
 def bars(text) -> list[tuple[int, int]]:

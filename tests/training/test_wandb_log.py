@@ -24,7 +24,7 @@ def data(tmp_path_factory):
 
 
 def flags(data, proj_dir, **changes) -> list[str]:
-    return runs.flags(data, proj_dir, **{"wandb": "a project", "dpo_valid_file": data / "train.save", "epoch_save": 0, **changes})
+    return runs.flags(data, proj_dir, **{"wandb": "a project", "dpo_valid_file": data / "valid.save", "epoch_save": 0, **changes})
 
 
 def settings_of_wandb(home, variables) -> None:
