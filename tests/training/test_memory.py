@@ -142,9 +142,10 @@ def test_chunks_bound_the_activations_but_for_their_states():
     assert long["states"] - short["states"] == (2 * 12 - 8) * 24 * (16 * 64 * 64 * 4 + 2 * 1024 * 2)
 
 
-@pytest.mark.parametrize(("stage", "weights", "gradients", "moments"), [(1, 8 + 4, 8, 8), (2, 8 + 4, 4, 8), (3, 4, 4, 8)])
+@pytest.mark.parametrize(("stage", "weights", "gradients", "moments"), [(1, 8 + 4, 4 + 4, 8), (2, 8 + 4, 4 + 4, 8), (3, 4 + 4 + 8, 4, 8)])
 def test_zero_shares_out_what_its_stage_says(stage, weights, gradients, moments):
-    """Bytes of two parameters on two ranks: moments, gradients, weights are shared from stages 1, 2 and 3 on."""
+    """Bytes of two parameters on two ranks: weights and masters, gradients, moments; for stages 1 and 2 when the optimizer works, which
+    has the gradients once more, for stage 3 while the weights of both ranks are there."""
     plan = replace(LARGE, zero_stage=stage, world_size=2, n_tokens=1, n_rows=1, n_segments=0)
     parts = estimate(plan)
     n = LARGE.n_parameters / 2

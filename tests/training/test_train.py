@@ -317,6 +317,39 @@ def test_a_dry_run_needs_no_gpu_and_no_files(data, tmp_path, capsys, caplog):
     assert "none.save is not there" in caplog.text
 
 
+README_COMMAND = (
+    "--load_model ./RWKV-5-World-0.4B-v2-20231113-ctx4096.pth --proj_dir ./models_2 --ctx_len 4096 --epoch_count 4 --epoch_begin 0 "
+    "--epoch_steps 2000 --data_file ./RWKV-LM/RWKV-v5/data/minipile --data_type binidx --vocab_size 65536 --epoch_save 1 --micro_bsz 1 "
+    "--n_layer 24 --n_embd 1024 --pre_ffn 0 --head_qk 0 --lr_init 5e-6 --lr_final 1e-6 --warmup_steps 50 --beta1 0.9 --beta2 0.99 "
+    "--adam_eps 1e-8 --accelerator gpu --devices 1 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 0 "
+    "--accumulate_grad_batches 20 --enable_progress_bar True --ds_bucket_mb 200 --my_testing r3r4 --dpo 1 "
+    "--dpo_train_file ./trainset.save --dpo_general_corpus_ratio 0.8 --dpo_beta 0.02 --wandb PROJECT --dry_run 1"
+)
+
+
+def test_a_dry_run_needs_no_checkpoint_whose_shape_the_flags_say(tmp_path, monkeypatch, capsys, caplog):
+    """README's command with no file of it there, and nothing that a GPU needs."""
+    monkeypatch.chdir(tmp_path)
+    train.main(README_COMMAND.split())
+    assert "461,721,600 parameters" in capsys.readouterr().out
+    assert "--load_model ./RWKV-5-World-0.4B-v2-20231113-ctx4096.pth is not there: its shape is taken from the flags" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_without_its_checkpoint_asks_for_the_flags_that_say_its_shape(data, tmp_path):
+    with pytest.raises(InputError, match=r"none.pth: no such file; --dry_run 1 can do without .*: --n_embd, --vocab_size$"):
+        train.main(flags(data, tmp_path, dry_run=1, load_model="none.pth", n_layer=24))
+
+
+@pytest.mark.parametrize("changes", [{"peft": "state"}, {"peft": "lora", "peft_load": "nowhere/adapter-final"}], ids=str)
+def test_a_dry_run_of_an_adapter_needs_neither_checkpoint_nor_adapter(data, tmp_path, capsys, changes):
+    sizes = {"load_model": "none.pth", "n_layer": 24, "n_embd": 1024, "vocab_size": 65536, "head_size_a": 64}
+    train.main(flags(data, tmp_path, dry_run=1, **sizes, **changes))
+    # 16 heads of 64 x 64; r = 32 for five projections of the time mix (two sides of 1,024) and three of the channel mix.
+    n = 24 * 16 * 64 * 64 if changes["peft"] == "state" else 24 * 32 * (5 * 2048 + 2 * 4608 + 2048)
+    assert f"{n:,} of them trained" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("changes", [
     {"micro_bsz": 3}, {"ctx_len": 3000}, {"precision": "bf16"}, {"grad_cp": 1}, {"optim": "adamw_bf16state"}, {"cpu_malloc": 1},
     {"dpo": 0}, {"wkv_backend": "reference"}, {"accumulate_grad_batches": 4}, {"strategy": "deepspeed_stage_2"},

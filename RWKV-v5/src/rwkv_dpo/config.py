@@ -100,7 +100,8 @@ class RunConfig:
     ))  # fmt: skip
     balance: str = flag("tokens", "deal pairs so that all devices have equally many tokens, by taking pairs of like length together; "
                         "none: in seeded random order", ("none", "tokens"))  # fmt: skip
-    ds_bucket_mb: int = flag(200, "size of DeepSpeed's communication buckets, MB")
+    ds_bucket_mb: int = flag(200, "size of DeepSpeed's communication buckets, in millions of gradients (4 MB, in fp16 2); no larger than "
+                             "all that train")  # fmt: skip
     precision: str = flag("fp16", "arithmetic; fp16 and bf16 keep fp32 master weights", ("fp32", "tf32", "fp16", "bf16"))
     grad_cp: str = flag("0", "1: recompute each block in the backward pass (least memory, a third more time); selective: only what is "
                         "cheap (a quarter less memory, a few per cent more time)", ("0", "1", "selective"))  # fmt: skip

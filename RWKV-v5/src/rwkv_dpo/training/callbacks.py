@@ -226,13 +226,14 @@ class ReferenceCheck(pl.Callback):
 
 
 def full_weights(trainer: pl.Trainer, module: DPOModule) -> dict[str, torch.Tensor]:
-    """Every trained parameter in fp32. With DeepSpeed they are gathered from the ranks, so that all ranks have to call this."""
+    """Every trained parameter in fp32. With DeepSpeed they are gathered from the ranks, so that all ranks have to call this, and come to
+    the CPU one by one: a device may hold its part of the model and no more."""
     parameters = [(name, parameter) for name, parameter in module.model.named_parameters() if parameter.requires_grad]
     if not isinstance(trainer.strategy, DeepSpeedStrategy):
         return {name: parameter.detach() for name, parameter in parameters}
     from deepspeed.utils import safe_get_full_fp32_param
 
-    return {name: safe_get_full_fp32_param(parameter) for name, parameter in parameters}
+    return {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in parameters}
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -17,6 +17,7 @@ from rwkv_dpo.model.linear import Linear
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.training.memory import PARTS, Plan, alternatives, estimate, total
+from rwkv_dpo.training.strategy import uses_ddp
 from rwkv_dpo.wkv import reference
 
 log = logging.getLogger(__name__)
@@ -65,12 +66,11 @@ def plan_of(config: RunConfig, model: RWKV) -> tuple[Plan, str]:
         compute_bytes=compute_bytes, optim=c.optim, grad_cp=c.grad_cp, chunk_ctx=c.chunk_ctx,
         n_tokens=windows * c.ctx_len + int(pair_sizes[:, 0].sum()), n_rows=windows * c.ctx_len + int(pair_sizes[:, 1].sum()),
         n_segments=windows + 3 * len(pair_sizes),
-        # ddp keeps gradients in its buckets.
-        accumulates=c.accumulate_grad_batches > 1 or (c.world_size > 1 and not zero_stage),
+        accumulates=c.accumulate_grad_batches > 1,
         on_gpu=on_gpu, wkv_backend=c.wkv_backend if c.wkv_backend != "auto" else "cuda" if on_gpu else "cpu",
-        keeps_heap=not on_gpu and c.cpu_malloc == 1, zero_stage=zero_stage, world_size=c.world_size,
-        file_bytes=0 if on_gpu or not c.load_model else Path(c.load_model).stat().st_size,
-        bucket_bytes=4 * min(c.ds_bucket_mb * 1_000_000, n_trainable) if zero_stage else 0,
+        keeps_heap=not on_gpu and c.cpu_malloc == 1, trained_bytes=2 if zero_stage and c.precision == "fp16" else 4,
+        ddp=uses_ddp(c), zero_stage=zero_stage, offload="offload" in c.strategy, n_bucket=c.ds_bucket_mb * 1_000_000,
+        world_size=c.world_size, file_bytes=0 if on_gpu else _file_bytes(c.load_model, n_weights),
     )  # fmt: skip
     return plan, " and ".join(words + ([pair_words] if pair_words else []))
 
@@ -82,13 +82,22 @@ def _tuned(config: RunConfig, model: RWKV) -> tuple[int, tuple[str, ...]]:
         return 0, ()
     if c.peft == "state":
         return shape.n_layer * shape.dim_att * shape.head_size, ()
-    if c.peft_load:
+    if c.peft_load and not Path(c.peft_load).exists():
+        log.warning("--peft_load %s is not there: its rank and its targets are taken from the flags", c.peft_load)
+    elif c.peft_load:
         saved = read_adapter(c.peft_load)
         return sum(x.numel() for x in saved.split()[0].values()), tuple(saved.extra)
     plan = plan_adapter(model, c.peft, c.lora_r, c.lora_alpha, c.lora_dropout, c.lora_targets, c.lora_layers, c.train_extra)
     sides = [model.get_parameter(f"{name}.weight").shape for name in plan.modules]
     n_magnitudes = sum(n_out for n_out, _ in sides) if c.peft == "dora" else 0
     return plan.r * sum(map(sum, sides)) + n_magnitudes, plan.extra
+
+
+def _file_bytes(checkpoint: str, n_weights: int) -> int:
+    """Of one that is not there as well: the official ones are in bf16."""
+    if not checkpoint:
+        return 0
+    return Path(checkpoint).stat().st_size if Path(checkpoint).exists() else 2 * n_weights
 
 
 def _largest_pairs(config: RunConfig) -> tuple[np.ndarray, str]:

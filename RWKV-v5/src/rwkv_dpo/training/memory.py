@@ -6,9 +6,11 @@ The peak is the largest of a few moments of a step:
     head    the head's backward begins: the gradient of the head as well
     blocks  the first block's backward runs: whatever the forward kept, and one block's own temporaries
     end     the last block's backward runs: all gradients, and one block's own temporaries
+    full    gradients are sent to other devices, by some strategies, during the backward pass or after it
     update  the optimizer works: all gradients, and its temporaries
 
-or, where little is trained, the moment before the first step when the weights stand beside the mapped file that they came from.
+or, where little is trained, a moment before the first step: weights stand beside the mapped file that they came from, or beside the
+copy that DeepSpeed makes of them. What each strategy does with the trained parameters is in trained_memory.py.
 
 Weights and the optimizer's state stand beside all of them, and gradients too where micro-batches are accumulated. What Python and the
 libraries take (about 0.5 GB) comes on top.
@@ -22,11 +24,15 @@ from rwkv_dpo.chunked_step import DIRECT_BORDERS
 from rwkv_dpo.linear_logprobs import CHUNK_ROWS, CPU_TILE_ROWS, GRADIENT_COLUMNS, KEEP_BYTES, LEAN, TILE_ROWS
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.training.adamw_bf16 import CHUNK, CPU_CHUNK
+from rwkv_dpo.training.trained_memory import Held, Trained, held
 
 # Bytes of Adam's two moments, a trainable parameter.
 MOMENT_BYTES = {"adamw": 8.0, "adamw_bf16state": 4.0, "adamw8bit": 2.0 + 8 / 256}
 # Share of activations and logits that a heap takes on top when it keeps what was freed (--cpu_malloc 1).
 HEAP_SHARE = 0.4
+# What cuBLAS works in: one workspace in the thread of the forward pass and one in that of the backward pass. (32 MiB each since sm_90;
+# 8 before.)
+WORKSPACES = 2 * (32 << 20)
 # Tokens between the states that the WKV backends keep for their backward, in fp32; `reference` has autograd keep some three a token.
 _STATE_EVERY = {"cuda": 64, "chunked": 32, "reference": 1 / 3}
 
@@ -39,7 +45,7 @@ class Plan:
     n_parameters: int
     n_trainable: int
     trains_head: bool
-    frozen_bytes: int  # of a parameter that is not trained; trained ones are fp32
+    frozen_bytes: int  # of a parameter that is not trained
     compute_bytes: int  # of an activation: 2 for bf16 and fp16, 4 for fp32
     optim: str  # as --optim
     grad_cp: str  # as --grad_cp
@@ -51,10 +57,13 @@ class Plan:
     on_gpu: bool
     wkv_backend: str  # cuda, cpu, chunked, reference
     keeps_heap: bool = False  # --cpu_malloc 1 on a CPU
+    trained_bytes: int = 4  # of a parameter that is trained, and of its gradient
+    ddp: bool = False
     zero_stage: int = 0  # DeepSpeed's, 0 without
+    offload: bool = False
+    n_bucket: int = 0  # numbers in a bucket of DeepSpeed's, with a zero_stage
     world_size: int = 1
     file_bytes: int = 0  # of the checkpoint, which counts as memory of a CPU process while it is mapped
-    bucket_bytes: int = 0  # of DeepSpeed's communication, with a zero_stage
 
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "head", "states", "temporaries")
@@ -62,31 +71,36 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "head", "states", "
 
 def estimate(plan: Plan) -> dict[str, float]:
     """Bytes by part at the moment of the peak; their sum is the peak."""
-    lasting = {"weights": _weights(plan), "optimizer": _optimizer(plan), "states": _states(plan)}
-    gradients = _gradients(plan)
-    # Chunks add to gradients of their own, which the parameters' take over at the end of the backward pass.
-    if plan.accumulates and plan.chunk_ctx:
-        gradients *= 2
-    accumulates = plan.accumulates or plan.chunk_ctx > 0
-    before = gradients if accumulates else 0.0
-    saved, own = _saved(plan), _block_temporaries(plan)
-    # Under accumulation a new gradient is made before it is added: the largest is the embedding's or the head's.
-    added = 4.0 * plan.shape.vocab_size * plan.shape.n_embd if accumulates and plan.trains_head else 0.0
-    head = _head(plan)
-    head_gradient = 4.0 * plan.shape.vocab_size * plan.shape.n_embd if plan.trains_head and not accumulates else 0.0
+    trained = _trained(plan)
+    lasting = {
+        "weights": trained.weights + _frozen(plan), "optimizer": trained.optimizer, "states": _states(plan),
+        "temporaries": float(WORKSPACES) if plan.on_gpu else 0.0,
+    }  # fmt: skip
+    saved, own, head = _saved(plan), _block_temporaries(plan), _head(plan)
+    embedding = float(plan.trained_bytes * plan.shape.vocab_size * plan.shape.n_embd) if plan.trains_head else 0.0
+    # A gradient is made before it is added to one that is there, or copied into a bucket: the largest is the embedding's or the head's.
+    adds = plan.accumulates or plan.chunk_ctx > 0
+    made, stays = (0.0, embedding) if trained.keeps and not adds else (embedding, 0.0)
+    last = made if adds else 0.0
+    going_back = {"gradients": trained.forward + stays, "head": head.weight + head.returning, "temporaries": made}
+    everything = {"activations": saved, "weights": trained.fetched}
+    fetched_when_full = max(trained.left * trained.fetched, trained.last_fetched)
     moments = (
-        {"gradients": before, "activations": saved, "head": head.weight + head.kept + head.computed},
-        {"gradients": before + head_gradient, "activations": saved, "head": head.weight + head.product + head.logits, "temporaries": added},
-        {"gradients": before + head_gradient, "activations": saved, "temporaries": own + added},
-        {"gradients": gradients, "activations": _saved_by_first_block(plan), "temporaries": own + added},
-        {"gradients": gradients, "temporaries": _update_temporaries(plan)},
+        {**everything, "gradients": trained.forward, "head": head.weight + head.kept + head.computed},
+        {**everything, **going_back},
+        {**everything, "gradients": trained.layers + stays, "temporaries": max(own + last, made)},
+        {"gradients": trained.end, "activations": _saved_by_first_block(plan), "weights": trained.last_fetched, "temporaries": own + last},
+        {"gradients": trained.full, "activations": trained.left * saved, "weights": fetched_when_full},
+        {"gradients": trained.update, "temporaries": _update_temporaries(plan)},
     )
-    peak = max(moments, key=lambda moment: sum(moment.values()))
-    parts = {name: lasting.get(name, 0.0) + peak.get(name, 0.0) for name in PARTS}
+    at_the_peak = max(moments, key=lambda moment: sum(moment.values()))
+    parts = {name: lasting.get(name, 0.0) + at_the_peak.get(name, 0.0) for name in PARTS}
     if plan.keeps_heap:
         parts["temporaries"] += HEAP_SHARE * (parts["activations"] + parts["head"])
-    loading = dict.fromkeys(PARTS, 0.0) | {"weights": lasting["weights"], "temporaries": plan.file_bytes}
-    return max(parts, loading, key=lambda moment: sum(moment.values()))
+    nothing = dict.fromkeys(PARTS, 0.0)
+    loading = nothing | {"weights": lasting["weights"], "temporaries": plan.file_bytes}
+    setting_up = nothing | {"weights": trained.setup + _frozen(plan)}
+    return max(parts, loading, setting_up, key=lambda moment: sum(moment.values()))
 
 
 def total(plan: Plan) -> float:
@@ -116,21 +130,17 @@ def alternatives(plan: Plan, n_lora: int, n_state: int) -> dict[str, Plan]:
     return {flag: other for flag, other in plans.items() if other != plan}
 
 
-def _weights(plan: Plan) -> float:
-    n_bytes = 4.0 * plan.n_trainable + plan.frozen_bytes * (plan.n_parameters - plan.n_trainable)
-    if plan.zero_stage == 3:
-        return n_bytes / plan.world_size
-    # Stages 1 and 2 keep this rank's share of the trained weights once more, flat.
-    return n_bytes + (4.0 * plan.n_trainable / plan.world_size if plan.zero_stage else 0.0)
+def _trained(plan: Plan) -> Held:
+    p = plan
+    largest = p.shape.vocab_size * p.shape.n_embd if p.trains_head else 0
+    return held(Trained(
+        n=p.n_trainable, n_largest=largest, weight_bytes=p.trained_bytes, moment_bytes=MOMENT_BYTES[p.optim], accumulates=p.accumulates,
+        at_once=p.chunk_ctx > 0, ddp=p.ddp, zero_stage=p.zero_stage, offload=p.offload, world_size=p.world_size, n_bucket=p.n_bucket,
+    ))  # fmt: skip
 
 
-def _gradients(plan: Plan) -> float:
-    shared = plan.world_size if plan.zero_stage >= 2 else 1
-    return 4.0 * plan.n_trainable / shared + plan.bucket_bytes
-
-
-def _optimizer(plan: Plan) -> float:
-    return MOMENT_BYTES[plan.optim] * plan.n_trainable / (plan.world_size if plan.zero_stage else 1)
+def _frozen(plan: Plan) -> float:
+    return float(plan.frozen_bytes * (plan.n_parameters - plan.n_trainable))
 
 
 def _live(n: int, plan: Plan) -> int:
@@ -192,33 +202,27 @@ class _Head(NamedTuple):
 
     weight: float  # a copy in the compute type
     kept: float  # exponentials of logits, from the forward to the backward pass
-    computed: float  # logits of a chunk that are not kept
-    product: float  # of a chunk's gradients and rows, before it is added to the gradient
-
-    @property
-    def logits(self) -> float:
-        """When the backward pass begins."""
-        return max(self.kept, self.computed)
+    computed: float  # logits of a chunk that are not kept, and their softmax
+    returning: float  # in the backward pass: logits, and their softmax or what they add to the gradient
 
 
 def _head(plan: Plan) -> _Head:
     s, n_rows = plan.shape, _live(plan.n_rows, plan)
     n_weight, row = float(s.vocab_size * s.n_embd), float(s.vocab_size * plan.compute_bytes)
-    weight_bytes = 4 if plan.trains_head else plan.frozen_bytes
+    weight_bytes = plan.trained_bytes if plan.trains_head else plan.frozen_bytes
     chunk_rows, keep_bytes = (LEAN["chunk_rows"], LEAN["keep_bytes"]) if plan.grad_cp == "1" else (CHUNK_ROWS, KEEP_BYTES)
     n_kept = n_rows if n_rows * row <= keep_bytes else int(keep_bytes // (chunk_rows * row)) * chunk_rows
+    kept, chunk = n_kept * row, min(n_rows - n_kept, chunk_rows) * row
     tiles = 3.0 * 4 * s.vocab_size * min(n_rows, TILE_ROWS if plan.on_gpu else CPU_TILE_ROWS)
-    return _Head(
-        weight=plan.compute_bytes * n_weight if weight_bytes != plan.compute_bytes else 0.0,
-        kept=n_kept * row,
-        computed=min(n_rows - n_kept, chunk_rows) * row + tiles,
-        product=(4.0 + plan.compute_bytes) * min(GRADIENT_COLUMNS, s.vocab_size) * s.n_embd * plan.trains_head,
-    )
+    # Of a chunk's gradients and rows, before it is added to the gradient.
+    product = (4.0 + plan.compute_bytes) * min(GRADIENT_COLUMNS, s.vocab_size) * s.n_embd * plan.trains_head
+    weight = plan.compute_bytes * n_weight if weight_bytes != plan.compute_bytes else 0.0
+    return _Head(weight, kept, computed=chunk + tiles, returning=max(kept, chunk) + max(tiles, product))
 
 
 def _update_temporaries(plan: Plan) -> float:
     if plan.optim == "adamw_bf16state":
-        return 9.0 * 4 * min(CHUNK if plan.on_gpu else CPU_CHUNK, plan.n_trainable)
+        return 4.0 * 4 * min(CHUNK if plan.on_gpu else CPU_CHUNK, plan.n_trainable)
     if plan.optim == "adamw8bit" and not plan.on_gpu:
         # bitsandbytes' CPU code works on five fp32 copies of a parameter; the largest are embedding and head.
         largest = plan.shape.vocab_size * plan.shape.n_embd if plan.trains_head else 0

@@ -34,8 +34,13 @@ class ScaledFloat16(MixedPrecision):
         return loss
 
 
-class DeepSpeedInputs(DeepSpeedPrecision):
-    """DeepSpeed's precision without its conversion of inputs: micro-batches hold token ids and fp32 log-probabilities."""
+class DeepSpeedAsBuilt(DeepSpeedPrecision):
+    """DeepSpeed's precision without Lightning's conversions: the model has its types already, fp32 for what trains and the compute type
+    for matrices that don't; micro-batches hold token ids and fp32 log-probabilities."""
+
+    @override
+    def convert_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        return module
 
     @override
     def convert_input(self, data: Any) -> Any:
@@ -61,26 +66,41 @@ class CPUDeepSpeedStrategy(DeepSpeedStrategy):
         self._init_deepspeed_distributed()
 
 
+def bucket_numbers(config: RunConfig, n_trained: int | None) -> int:
+    """Gradients that DeepSpeed sends together, an even number: --ds_bucket_mb millions, and no more than there are. It allocates whole
+    buckets, whatever goes in."""
+    wanted = config.ds_bucket_mb * 1_000_000
+    return wanted if n_trained is None else min(wanted, n_trained + n_trained % 2)
+
+
 def build_precision(config: RunConfig, device: torch.device) -> dict[str, Any]:
     """fp32, tf32 and bf16 keep fp32 weights and gradients (the model computes in bf16 by itself); fp16 also scales the loss."""
     if config.strategy.startswith("deepspeed"):
-        return {"plugins": [DeepSpeedInputs("16-mixed" if config.precision == "fp16" else "32-true")]}
+        return {"plugins": [DeepSpeedAsBuilt("16-mixed" if config.precision == "fp16" else "32-true")]}
     if config.precision == "fp16":
         return {"plugins": [ScaledFloat16("16-mixed", device.type)]}
     return {"precision": "32-true"}
 
 
-def build_strategy(config: RunConfig, device: torch.device) -> str | Strategy:
+def uses_ddp(config: RunConfig) -> bool:
+    return config.strategy == "ddp" or (config.strategy == "auto" and config.world_size > 1)
+
+
+def build_strategy(config: RunConfig, device: torch.device, n_trained: int | None = None) -> str | Strategy:
+    """n_trained: numbers that the run trains, where there is a model already."""
     if config.strategy == "auto" and config.world_size == 1:
         return "auto"
-    if config.strategy in ("auto", "ddp"):
+    if uses_ddp(config):
         # Gradients live in the buckets that are sent, not beside them.
         return DDPStrategy(gradient_as_bucket_view=True)
     stage, _, offload = config.strategy.removeprefix("deepspeed_stage_").partition("_")
+    bucket = bucket_numbers(config, n_trained)
     settings: dict[str, Any] = {
         "stage": int(stage), "logging_batch_size_per_gpu": config.micro_bsz,
         "offload_optimizer": bool(offload), "offload_parameters": bool(offload) and stage == "3",
-        "allgather_bucket_size": config.ds_bucket_mb * 1_000_000, "reduce_bucket_size": config.ds_bucket_mb * 1_000_000,
+        "allgather_bucket_size": bucket, "reduce_bucket_size": bucket,
+        # One process sends nothing that could overlap, and would pay for a second bucket.
+        "overlap_comm": config.world_size > 1,
     }  # fmt: skip
     if device.type == "cuda":
         return DeepSpeedStrategy(**settings)

@@ -30,6 +30,7 @@ from rwkv_dpo.training.identity import identity_of
 from rwkv_dpo.training.last import LastCheckpoints, WeightsOfRankZero
 from rwkv_dpo.training.module import CLIP_NORM, DPOModule
 from rwkv_dpo.training.optim import check_optim
+from rwkv_dpo.training.optimizer_state import trainable
 from rwkv_dpo.training.pair_files import doubts, open_pair_files
 from rwkv_dpo.training.progress import RunBar, Summary
 from rwkv_dpo.training.ranks import Ranks
@@ -69,16 +70,33 @@ def open_data(config: RunConfig, vocab_size: int) -> tuple[Corpus | None, PairSe
     return corpus, pairs, valid
 
 
+def shape_of_flags(config: RunConfig) -> ModelShape:
+    return ModelShape(
+        n_layer=config.n_layer, n_embd=config.n_embd, dim_att=config.dim_att or config.n_embd,
+        dim_ffn=config.dim_ffn or int(config.n_embd * 3.5) // 32 * 32, vocab_size=config.vocab_size,
+        head_size=config.head_size_a, head_size_divisor=config.head_size_divisor,
+    )  # fmt: skip
+
+
+def expected_shape(config: RunConfig, given: frozenset[str]) -> ModelShape:
+    """resolve_shape's for a dry run, which needs no checkpoint: the flags say the shape of one that is not there."""
+    if config.load_partial:
+        return shape_of_flags(config)
+    if not config.load_model or Path(config.load_model).exists():
+        return resolve_shape(config, given)[0]
+    missing = [f"--{name}" for name in ("n_layer", "n_embd", "vocab_size") if name not in given or not getattr(config, name)]
+    if missing:
+        refuse(f"--load_model {config.load_model}: no such file; --dry_run 1 can do without when flags say its shape: {', '.join(missing)}")
+    log.warning("--load_model %s is not there: its shape is taken from the flags", config.load_model)
+    return shape_of_flags(config)
+
+
 def resolve_shape(config: RunConfig, given: frozenset[str]) -> tuple[ModelShape, dict[str, torch.Tensor] | None]:
     """The model's shape and, where one is loaded, the checkpoint's weights. The file decides; given flags must agree.
 
     vocab_size may stay 0: then it comes from the corpus.
     """
-    from_flags = ModelShape(
-        n_layer=config.n_layer, n_embd=config.n_embd, dim_att=config.dim_att or config.n_embd,
-        dim_ffn=config.dim_ffn or int(config.n_embd * 3.5) // 32 * 32, vocab_size=config.vocab_size,
-        head_size=config.head_size_a, head_size_divisor=config.head_size_divisor,
-    )  # fmt: skip
+    from_flags = shape_of_flags(config)
     if not config.load_model or config.my_pile_stage == 1:
         return from_flags, None
     weights = read_checkpoint(config.load_model, partial=config.load_partial == 1)
@@ -107,8 +125,9 @@ def build_model(config: RunConfig, shape: ModelShape, weights: dict[str, torch.T
 
 
 def build_trainer(
-    config: RunConfig, pairs: PairSet | None, valid: PairSet | None, device: torch.device, last: LastCheckpoints, tuning: Tuning | None
-) -> pl.Trainer:
+    config: RunConfig, model: RWKV, pairs: PairSet | None, valid: PairSet | None, device: torch.device, last: LastCheckpoints,
+    tuning: Tuning | None,
+) -> pl.Trainer:  # fmt: skip
     folder = Path(config.proj_dir)
     callbacks: list[pl.Callback] = [WeightsOfRankZero()] if config.my_pile_stage >= 2 else []
     checkpoints = Checkpoints(config, folder, last.metrics, tuning, last.identity)
@@ -126,9 +145,10 @@ def build_trainer(
     if config.enable_progress_bar:
         callbacks.append(RunBar(config, last.metrics))
     callbacks += [last, StopOnSignal(last.halt), Summary(config, folder, checkpoints)]
+    n_trained = sum(parameter.numel() for _, parameter in trainable(model))
     trainer = pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu", devices=config.devices, num_nodes=config.num_nodes,
-        strategy=build_strategy(config, device), **build_precision(config, device),
+        strategy=build_strategy(config, device, n_trained), **build_precision(config, device),
         max_epochs=config.last_epoch - config.epoch_begin, max_steps=config.total_steps,
         accumulate_grad_batches=config.accumulate_grad_batches, gradient_clip_val=CLIP_NORM,
         callbacks=callbacks, enable_progress_bar=False, logger=False, enable_checkpointing=False,
@@ -142,7 +162,7 @@ def build_trainer(
 def train(config: RunConfig, given: frozenset[str]) -> None:
     """One run, from checked settings to rwkv-final.pth."""
     if config.dry_run:
-        print(dry_run(config, resolve_shape(config, given)[0]))
+        print(dry_run(config, expected_shape(config, given)))
         return
     device = pick_device(config.accelerator, "--accelerator")
     if device.type == "cuda" and config.devices > torch.cuda.device_count():
@@ -211,7 +231,7 @@ def _train(
     rank_zero_only(tell_differences)(config, {"dpo_train_file": pairs, "dpo_valid_file": valid})
     halt = Halt()
     last = LastCheckpoints(config, MetricsLog(config, folder, halt), halt, saved, start.identity)
-    trainer = build_trainer(config, pairs, valid, device, last, tuning)
+    trainer = build_trainer(config, model, pairs, valid, device, last, tuning)
     loader = build_loader(config, corpus, pairs, trainer.global_rank, device.type == "cuda")
     try:
         trainer.fit(DPOModule(model, config), loader)
