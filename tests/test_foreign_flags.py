@@ -72,6 +72,8 @@ def test_what_means_the_same_is_taken(typed, expected):
     ("--learning_rate 1e-4 --lr_init 2e-4", "--lr_init and --learning_rate both mean --lr_init, and say 2e-4 and 1e-4"),
     ("--bf16 True --precision fp16", "--precision and --bf16 both mean --precision, and say fp16 and bf16"),
     ("--output_dir", "argument --proj_dir: expected one argument"),
+    ("learning_rate 1e-4", "'learning_rate': not expected; flags look like --name value"),
+    ("n_layer 3", "'n_layer': not expected"),
 ])  # fmt: skip
 def test_what_means_another_thing_is_answered_with_what_there_is(typed, message):
     with pytest.raises(InputError, match=message) as error:
