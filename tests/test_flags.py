@@ -85,3 +85,26 @@ def test_the_readme_holds_the_flag_table():
 def test_the_parser_and_the_settings_have_the_same_names():
     options = {option[2:] for action in build_parser()._actions for option in action.option_strings if option.startswith("--")}
     assert options - {"help"} == set(vars(RunConfig())) | set(NEUTRAL)
+
+
+@pytest.mark.parametrize(("given", "devices", "gpu_ids"), [
+    (["--devices", "3"], 3, ""), (["--devices", "[0,1]"], 2, "0,1"), (["--devices", "0,2"], 2, "0,2"), (["--devices", "3,"], 1, "3"),
+    (["--gpu_ids", "1, 0"], 2, "1,0"), (["--devices", "2", "--gpu_ids", "4,5"], 2, "4,5"), (["--gpus", "0,1"], 2, "0,1"),
+    (["--devices", "auto", "--accelerator", "cpu"], 1, ""), (["--devices", "auto", "--accelerator", "gpu"], 8, ""),
+    (["--devices", "-1", "--accelerator", "auto"], 8, ""), ([], 1, ""),
+], ids=str)  # fmt: skip
+def test_devices_are_a_number_or_auto_or_the_numbers_of_gpus(monkeypatch, given, devices, gpu_ids):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    config, _ = parse_flags([*given, "--data_type", "dummy"])
+    assert (config.devices, config.gpu_ids) == (devices, gpu_ids)
+
+
+@pytest.mark.parametrize("devices", ["two", "", "0,0", "0,x", "1.5", "-2", "9" * 5000, "0,,1", ","])
+def test_other_devices_are_refused(devices):
+    with pytest.raises(InputError, match=r"--devices .*: a number of devices, auto, or different numbers of GPUs such as 0,2 are accepted"):
+        parse_flags([f"--devices={devices}"])
+
+
+def test_as_many_devices_as_numbers_of_gpus():
+    with pytest.raises(InputError, match=r"--devices 3 --gpu_ids 0,1: those are 2"):
+        parse_flags(["--devices", "3", "--gpu_ids", "0,1"])

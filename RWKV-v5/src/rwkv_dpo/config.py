@@ -92,7 +92,8 @@ class RunConfig:
     my_exit_tokens: int = flag(0, "stop after this many corpus tokens, with a cosine schedule (negative: cosine and exponential averaged)")
 
     accelerator: str = flag("gpu", "where to train; auto: a GPU when there is one", ("gpu", "cuda", "cpu", "auto"))
-    devices: int = flag(1, "devices, or processes on a CPU, on each node")
+    devices: int = flag(1, "devices, or processes on a CPU, on each node; auto: all GPUs, or one process on a CPU; 0,2: those GPUs")
+    gpu_ids: str = flag("", "which GPUs, as --devices 0,2 says it too; empty: the first ones")
     num_nodes: int = flag(1, "machines")
     strategy: str = flag("auto", "how devices work together", (
         "auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "deepspeed_stage_2_offload",

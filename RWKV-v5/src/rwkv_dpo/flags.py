@@ -56,6 +56,8 @@ class OneLineParser(argparse.ArgumentParser):
 def parse_flags(arguments: Sequence[str]) -> tuple[RunConfig, frozenset[str]]:
     """The checked settings, and the names of the flags that were given. Raises InputError."""
     values = vars(build_parser().parse_args(translate(arguments, {f.name for f in fields(RunConfig)} | NEUTRAL.keys())))
+    if values.keys() & {"devices", "gpu_ids"}:
+        _resolve_devices(values)
     for name, accepted in NEUTRAL.items():
         value = values.pop(name, accepted[0])
         if value not in accepted:
@@ -69,13 +71,47 @@ def parse_flags(arguments: Sequence[str]) -> tuple[RunConfig, frozenset[str]]:
     return config, frozenset(values)
 
 
+def _resolve_devices(values: dict[str, Any]) -> None:
+    """--devices as Lightning's users write it: a number, auto (or -1), or the numbers of GPUs, which --gpu_ids takes as well."""
+    text = values.pop("devices", "")
+    devices, ids = text.strip("[]() "), values.get("gpu_ids", "").strip("[]() ")
+    if "," in devices or not devices:
+        devices, ids = "", ids or devices
+    accepted = "a number of devices, auto, or different numbers of GPUs such as 0,2 are accepted"
+    if ids:
+        numbers = [number.strip() for number in ids.removesuffix(",").split(",")]
+        if not all(map(_is_number, numbers)) or len(set(map(int, numbers))) < len(numbers):
+            refuse(f"--devices {ids}: {accepted}")
+        if devices not in ("", str(len(numbers))):
+            refuse(f"--devices {devices} --gpu_ids {ids}: those are {len(numbers)}")
+        values.update(devices=len(numbers), gpu_ids=",".join(numbers))
+    elif devices in ("auto", "-1"):
+        values["devices"] = _count_devices(values.get("accelerator", RunConfig.accelerator))
+    elif _is_number(devices):
+        values["devices"] = int(devices)
+    else:
+        refuse(f"--devices {text!r}: {accepted}")
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10
+
+
+def _count_devices(accelerator: str) -> int:
+    if accelerator == "cpu":
+        return 1
+    import torch  # takes seconds, for this alone
+
+    return max(torch.cuda.device_count(), 1)
+
+
 def build_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="train.py", argument_default=argparse.SUPPRESS, formatter_class=_Formatter,
         description="Trains an RWKV-5 model: ratio * language model + (1 - ratio) * Direct Preference Optimization.",
     )  # fmt: skip
     for f in fields(RunConfig):
-        kind = _boolean if f.type in (bool, "bool") else f.type
+        kind = _boolean if f.type in (bool, "bool") else str if f.name == "devices" else f.type
         choices = [c for c in f.metadata["choices"] if c]
         metavar = "|".join(choices) or f.name.upper()
         parser.add_argument(f"--{f.name}", type=kind, metavar=metavar, help=f"{f.metadata['help']} [{f.default!r}]")

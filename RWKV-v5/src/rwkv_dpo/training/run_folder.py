@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 # Settings that leave a run's result as it is.
 INCIDENTAL = (
     "proj_dir", "overwrite", "wandb", "enable_progress_bar", "cpu_malloc", "wkv_backend", "accelerator", "resume", "save_every",
-    "keep", "max_bad_steps", "any_base",
+    "keep", "max_bad_steps", "any_base", "gpu_ids",
 )  # fmt: skip
 # Settings that a continuation of a run changes.
 CONTINUATION = ("load_model", "epoch_begin", "epoch_count", "my_pile_stage", "my_exit", "warmup_steps", "peft_load")

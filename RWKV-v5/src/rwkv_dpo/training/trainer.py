@@ -32,13 +32,13 @@ from rwkv_dpo.training.module import CLIP_NORM, DPOModule
 from rwkv_dpo.training.optim import check_optim
 from rwkv_dpo.training.optimizer_state import trainable
 from rwkv_dpo.training.pair_files import doubts, open_pair_files
+from rwkv_dpo.training.processes import build_lightning, check_devices, meet
 from rwkv_dpo.training.progress import RunBar, Summary
 from rwkv_dpo.training.ranks import Ranks
 from rwkv_dpo.training.reference import StartIsReference, tell_differences
 from rwkv_dpo.training.resume import load, start_of
 from rwkv_dpo.training.run_lock import RunLock
 from rwkv_dpo.training.start import begin_folder, find_start, plan_stage
-from rwkv_dpo.training.strategy import build_precision, build_strategy
 from rwkv_dpo.training.wandb_log import WandbLog
 from rwkv_dpo.wkv import choose_backend
 
@@ -146,13 +146,10 @@ def build_trainer(
         callbacks.append(RunBar(config, last.metrics))
     callbacks += [last, StopOnSignal(last.halt), Summary(config, folder, checkpoints)]
     n_trained = sum(parameter.numel() for _, parameter in trainable(model))
-    trainer = pl.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu", devices=config.devices, num_nodes=config.num_nodes,
-        strategy=build_strategy(config, device, n_trained), **build_precision(config, device),
-        max_epochs=config.last_epoch - config.epoch_begin, max_steps=config.total_steps,
-        accumulate_grad_batches=config.accumulate_grad_batches, gradient_clip_val=CLIP_NORM,
-        callbacks=callbacks, enable_progress_bar=False, logger=False, enable_checkpointing=False,
-        enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=1,
+    trainer = build_lightning(
+        config, device, n_trained, max_epochs=config.last_epoch - config.epoch_begin, max_steps=config.total_steps,
+        accumulate_grad_batches=config.accumulate_grad_batches, gradient_clip_val=CLIP_NORM, callbacks=callbacks,
+        use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=1,
     )  # fmt: skip
     # Lightning's handler of SIGTERM talks to the other ranks in the middle of whatever they do.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
@@ -165,26 +162,13 @@ def train(config: RunConfig, given: frozenset[str]) -> None:
         print(dry_run(config, expected_shape(config, given)))
         return
     device = pick_device(config.accelerator, "--accelerator")
-    if device.type == "cuda" and config.devices > torch.cuda.device_count():
-        refuse(f"--devices {config.devices}: this machine has {torch.cuda.device_count()}")
+    check_devices(config, device)
     check_optim(config)
     ranks = meet(config, device)
     with RunLock(Path(config.proj_dir)) as lock:
         config, shape_there = ranks.told("plan", lambda: plan(config, given, lock))
         set_up(device, config.precision, keep_memory=config.cpu_malloc == 1)
         _train(config, given, device, ranks, lock, shape_there if ranks.rank else None)
-
-
-def meet(config: RunConfig, device: torch.device) -> Ranks:
-    """The run's processes, as Lightning finds them."""
-    if config.world_size == 1:
-        return Ranks()
-    probe = pl.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu", devices=config.devices, num_nodes=config.num_nodes,
-        strategy=build_strategy(config, device), logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
-    return Ranks(probe.strategy.cluster_environment, config.num_nodes)  # type: ignore[attr-defined]  # of strategies for many processes
 
 
 def plan(config: RunConfig, given: frozenset[str], lock: RunLock) -> tuple[RunConfig, ModelShape | None]:
