@@ -53,7 +53,7 @@ def test_a_signal_to_all_processes_of_a_gpu_run_saves_and_ends_well(data, tmp_pa
 
 
 PHASES = {
-    "loading": ("rwkv_dpo.training.trainer:load_pairs", 1),
+    "loading": ("rwkv_dpo.training.pair_files:open_pairs", 1),
     "scoring the reference": ("rwkv_dpo.training.reference:score_batch", 2),
     "the check before the first step": ("rwkv_dpo.training.callbacks:margins_from_reference", 1),
 }
