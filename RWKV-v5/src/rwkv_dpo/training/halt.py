@@ -72,7 +72,8 @@ class StopOnSignal(pl.Callback):
     def __init__(self, halt: Halt) -> None:
         self.halt = halt
         self.restore: Callable[[], None] = lambda: None
-        self.started_by = int(os.environ.get(_STARTED_BY, 0))
+        # Lightning's own processes have a LOCAL_RANK above 0. A script that a process starts after a run of its own inherits the rest.
+        self.started_by = int(os.environ.get(_STARTED_BY, 0)) if int(os.environ.get("LOCAL_RANK", 0)) else 0
         os.environ[_STARTED_BY] = str(os.getpid())
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
