@@ -94,6 +94,19 @@ def test_a_mistyped_file_is_named_and_not_replaced(settings, changed, message):
     assert (error.value.ename, error.value.evalue) == ("InputError", message)
 
 
+@pytest.mark.slow
+def test_pair_files_that_other_settings_made_are_kept(settings):
+    folder = Path(settings["OUT_DIR"])
+    folder.mkdir()
+    (folder / "trainset.save").write_text("of another day")
+    settings = {**settings, "SOURCE": str(DEMO), "SPLIT": ""}
+    with pytest.raises(nbclient.exceptions.CellExecutionError) as error:
+        run_notebook(settings, n_cells=5)
+    assert "pairs holds pair files that these settings don't make (trainset.save): --overwrite 1 replaces them" in error.value.evalue
+    assert "warning" not in run_notebook({**settings, "OVERWRITE": True}, n_cells=5)
+    assert (folder / "trainset.save").read_text() == "of another day"  # until the last cells
+
+
 def test_it_is_committed_small_and_without_outputs():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)

@@ -202,3 +202,23 @@ def test_a_field_that_is_not_text_is_named():
     ):
         with pytest.raises(InputError, match=message):
             text_field(row, "a", "here")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz"])
+def test_what_a_failed_download_left_is_refused_by_what_it_is(tmp_path, name):
+    contents = {
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n": "but a Git LFS pointer, .*; git lfs pull fetches",
+        "<!DOCTYPE html>\n<html><head>": "but a web page",
+    }
+    for content, message in contents.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(InputError, match=rf"{name}: not a \.\w+ file {message}"):
+            list(open_rows(tmp_path / name))
+
+
+def test_a_text_that_is_a_web_page_is_a_text(tmp_path):
+    (tmp_path / "a.txt").write_text("<html>Hi</html>")
+    assert read_text(tmp_path / "a.txt") == "<html>Hi</html>"
+    (tmp_path / "a.txt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(InputError, match="a Git LFS pointer"):
+        read_text(tmp_path / "a.txt")

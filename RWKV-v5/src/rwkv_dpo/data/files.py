@@ -21,11 +21,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from rwkv_dpo.errors import InputError, refuse
+from rwkv_dpo.file_kinds import Kind, refuse_others
 
 Row = dict[str, Any]
 OnFault = Callable[[InputError], None]
 
 ROW_ENDINGS = (".json", ".jsonl", ".parquet", ".csv")
+# All but what comes in a file's place when a download goes wrong.
+_FILES = frozenset(Kind) - {Kind.LFS_POINTER, Kind.WEB_PAGE}
 _BLOCK = 1 << 20
 # Text packs some 3 to 20 times. Beyond this ratio a .gz is made to fill a memory or a disk, and no line of it need ever end.
 _LARGEST_RATIO = 200
@@ -110,6 +113,7 @@ def text_field(row: Row, field: str, source: str) -> str:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """The file's bytes, unpacked; faults in reading them become InputError."""
+    refuse_others(path, f"a {ending(path)} file", _FILES if ending(path) in ROW_ENDINGS else _FILES | {Kind.WEB_PAGE})
     try:
         with open(path, "rb") as file:
             yield io.BufferedReader(_Unpacked(file, path), _BLOCK) if path.suffix.lower() == ".gz" else file  # type: ignore[misc]
