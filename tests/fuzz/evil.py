@@ -295,6 +295,16 @@ def checkpoints() -> dict[str, bytes]:
         (name, _tensor(0, (0, 0), (1, 1)))
         for name in ("emb.weight", "blocks.0.att.receptance.weight", "blocks.0.ffn.key.weight", "blocks.0.att.time_decay")
     ]
+    def again(kept: bytes, call: bytes) -> bytes:
+        """One object, number 1 of the memo, given to 3,000 calls."""
+        return _torch_zip(b"\x80\x02}(X\1\0\0\0b" + kept + b"X\1\0\0\0a](" + call * 3000 + b"eu.", {"0": bytes(8)})
+
+    text = b"X" + (1 << 20).to_bytes(4, "little") + b"a" * (1 << 20) + b"q\1"
+    twos = b"]q\1(" + b"K\1K\2\x86" * 50_000 + b"e"
+    numbers = b"]q\1(" + b"".join(b"J" + i.to_bytes(4, "little") for i in range(50_000)) + b"e"
+    entries = b"}q\1(" + b"".join(b"X\4\0\0\0%04xN" % i for i in range(50_000)) + b"u"
+    sizes = b"(" + b"K\1" * 50_000 + b"tq\1"
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + b"0X\3\0\0\0cpuK\1tQ"
     old = io.BytesIO()
     torch.save({"a": torch.zeros(4)}, old, _use_new_zipfile_serialization=False)
     return found | {
@@ -327,6 +337,13 @@ def checkpoints() -> dict[str, bytes]:
         "a string of 4 GB": _torch_zip(b"\x80\x02X\xf0\xff\xff\xff.", {}),
         "an old file with a string of 4 GB": b"\x80\x02X\xf0\xff\xff\xff.",
         "an old file with a huge storage": old.getvalue().replace(b"K\x04", b"J\xff\xff\xff\x7f", 1),
+        "a text of 1 MB encoded 3,000 times": again(text, b"c_codecs\nencode\nh\1X\6\0\0\0latin1\x86R"),
+        "one list in 3,000 dictionaries": again(twos, b"ccollections\nOrderedDict\nh\1\x85R"),
+        "one list in 3,000 sets": again(numbers, b"c__builtin__\nset\nh\1\x85R"),
+        "one state of 3,000 objects": again(entries, b"ccollections\nOrderedDict\n)Rh\1b"),
+        "one shape of 3,000 tensors": again(
+            sizes, b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0h\1h\1\x89ccollections\nOrderedDict\n)RtR"
+        ),
         "a program of TorchScript": _npz(
             {"a/data.pkl": b"\x80\x02}.", "a/constants.pkl": b"\x80\x02).", "a/version": b"3\n", "a/code/a.py": b"import os"}
         ),

@@ -5,9 +5,12 @@ bytes. Checked here first, loading takes memory in proportion to the file. Nothi
 """
 
 import functools
+import io
 import mmap
+import pickle
 import pickletools
 import re
+from typing import Any
 
 _BY_CODE = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
 # Opcodes whose argument is a number that memory is allocated by, or a name that is looked up.
@@ -43,6 +46,58 @@ def scan_pickle(content: bytes | mmap.mmap, at: int, accepted: frozenset[str]) -
             if number > size:
                 raise ValueError(f"memo number {number} at byte {start - 1}")
     raise ValueError("it has no end")
+
+
+def check_copies(pickled: bytes) -> None:
+    """ValueError when what the pickle gives to calls, and to objects as their state, is together more than a pickle of its size holds.
+
+    A call may copy what it is given, and a pickle of kilobytes can give one list to it ten thousand times. The pickle is rehearsed:
+    lists, dictionaries and numbers are made, nothing that it names is imported or called.
+    """
+    _Rehearsal(pickled).load()
+
+
+class _Rehearsal(pickle.Unpickler):
+    def __init__(self, pickled: bytes) -> None:
+        super().__init__(io.BytesIO(pickled))
+        # An element of a list or a dictionary takes two bytes or more; 64 letters of a text take the memory of one.
+        self._room = len(pickled) / 2 + 1000
+        give = self._give
+
+        class Anything:
+            """Whatever is named, and whatever a call of it returns: takes all that a pickle does with an object."""
+
+            def __new__(cls, *arguments: object) -> "Anything":
+                give(arguments)
+                return super().__new__(cls)
+
+            def __init__(self, *_arguments: object) -> None:
+                pass
+
+            def __setstate__(self, state: object) -> None:
+                give(state if isinstance(state, tuple) else (state,))
+
+            def __setitem__(self, name: object, value: object) -> None:
+                pass
+
+            append = extend = add = __init__
+
+        self._anything = Anything
+
+    def _give(self, arguments: tuple[object, ...]) -> None:
+        for argument in arguments:
+            if isinstance(argument, str | bytes | bytearray):
+                self._room -= len(argument) / 64
+            elif isinstance(argument, list | tuple | dict | set | frozenset):
+                self._room -= len(argument)
+        if self._room < 0:
+            raise ValueError("its calls are given more than it holds")
+
+    def find_class(self, module: str, name: str) -> Any:
+        return self._anything
+
+    def persistent_load(self, pid: Any) -> Any:
+        return self._anything()
 
 
 @functools.lru_cache(maxsize=4)

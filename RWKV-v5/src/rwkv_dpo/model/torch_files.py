@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rwkv_dpo.errors import InputError, refuse
 from rwkv_dpo.file_kinds import Kind, refuse_others
+from rwkv_dpo.pickles import check_copies
 from rwkv_dpo.torch_archives import open_archive
 
 # What torch.save writes for numbers, texts, containers and tensors. torch's own list has more, some of which allocates whatever is
@@ -49,8 +50,9 @@ def load_torch(path: Path) -> Any:
     try:
         with open(path, "rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        is_zip, names = content[:4] == b"PK\3\4", open_archive(content, _OPCODES).names
-        foreign = sorted(name for name in names if not _NAMES.fullmatch(name))
+        is_zip, archive = content[:4] == b"PK\3\4", open_archive(content, _OPCODES)
+        check_copies(archive.pickled)
+        foreign = sorted(name for name in archive.names if not _NAMES.fullmatch(name))
         if refused := [name for name in foreign if _REFUSED.fullmatch(name)] or foreign[_MAX_FOREIGN:]:
             raise ValueError(f"it names {refused[0]}")
         with torch.serialization.safe_globals([_stand_in(name) for name in foreign]):
