@@ -194,6 +194,21 @@ def test_pairs_with_a_tensor_for_every_score_load_in_memory_like_the_files(tmp_p
     assert pairs.ref_logps.tolist() == scores
 
 
+@pytest.mark.parametrize("writer", ["zip", "pickle 4"])
+def test_rows_that_share_a_list_take_no_more_memory_than_is_promised(tmp_path, writer):
+    shared = [1] * 100_000
+    rows = [(shared, [i + 1], [i + 2], -1.0, -1.0) for i in range(20)]
+    path = written(tmp_path / "a.save", rows, writer)
+    with pytest.raises(InputError, match=r"row 1[345]: the rows so far share lists of more than 7 tokens for each byte"):
+        load_pairs(path)
+    path = written(tmp_path / "a.save", rows[:12], writer)
+    tracemalloc.start()
+    assert len(load_pairs(path)) == 12
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 64 * path.stat().st_size
+
+
 def test_many_views_of_one_large_storage_take_the_memory_of_what_they_show(tmp_path):
     large = torch.arange(5_000_000)
     rows = [([1], large[i : i + 3], large[::2_400_000], large[i].float(), -1.0) for i in range(2000)]

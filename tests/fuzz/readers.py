@@ -58,7 +58,7 @@ def _read_vocabulary(path: Path) -> None:
 def _read_pairs(path: Path) -> None:
     pairs = load_pairs(path, 100)
     n = sum(len(row) for i in range(len(pairs)) for row in pairs.pair(i))
-    assert n == len(pairs.tokens) <= 16 * path.stat().st_size
+    assert n == len(pairs.tokens) <= 7 * path.stat().st_size
 
 
 def _read_weights(path: Path) -> None:
