@@ -126,7 +126,7 @@ def test_every_flag_of_the_arithmetic_changes_the_result(data, tmp_path, changes
 
 @pytest.mark.parametrize("changes", [
     {"grad_cp": 1}, {"grad_cp": "selective"}, {"chunk_ctx": 16}, {"chunk_ctx": 17, "grad_cp": 1},
-    {"wkv_backend": "reference"}, {"wkv_backend": "cpu"}, {"precision": "tf32"}, {"strategy": "ddp"},
+    {"wkv_backend": "reference"}, {"wkv_backend": "chunked"}, {"precision": "tf32"}, {"strategy": "ddp"},
 ], ids=str)  # fmt: skip
 def test_flags_of_execution_change_nothing_but_rounding(data, tmp_path, changes):
     a, b = run(data, tmp_path / "a"), run(data, tmp_path / "b", **changes)
@@ -275,7 +275,7 @@ def test_staged_pretraining_starts_stops_and_continues_from_the_newest_checkpoin
     np.random.default_rng(0).integers(0, 61, 2 * 81000 + 1).astype("<u2").tofile(tmp_path / "corpus.bin")
     stage = {
         "dpo": 0, "data_file": tmp_path / "corpus.bin", "load_model": 0, "vocab_size": 61, "n_layer": 1, "n_embd": 32, "head_size_a": 32,
-        "ctx_len": 2, "micro_bsz": 20160, "magic_prime": 80963, "epoch_count": 999, "wkv_backend": "cpu",
+        "ctx_len": 2, "micro_bsz": 20160, "magic_prime": 80963, "epoch_count": 999,
     }  # fmt: skip
     out = tmp_path / "out"
     train.main(flags(data, out, **stage, my_pile_stage=1))
