@@ -55,7 +55,7 @@ def test_a_signal_to_all_processes_of_a_gpu_run_saves_and_ends_well(data, tmp_pa
 PHASES = {
     "loading": ("rwkv_dpo.training.pair_files:open_pairs", 1),
     "scoring the reference": ("rwkv_dpo.training.reference:score_batch", 2),
-    "the check before the first step": ("rwkv_dpo.training.callbacks:margins_from_reference", 1),
+    "the check before the first step": ("rwkv_dpo.training.reference_check:score_pairs", 1),
 }
 STOPPED = "no step was over yet and nothing was saved; the same command starts again"
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from rwkv_dpo.data.pairs import PairSet
@@ -23,9 +22,3 @@ def evaluate_pairs(
     if not pairs.is_scored:
         metrics = {name: value for name, value in metrics.items() if name.startswith("logps/")}
     return {**metrics, "logps/accuracies": float((logps[:, 0] > logps[:, 1]).double().mean())}
-
-
-def margins_from_reference(model: RWKV, pairs: PairSet, batch_tokens: int) -> np.ndarray:
-    """(chosen - rejected) log-probability of the model minus that of the reference, nats [pairs]; beta not applied."""
-    difference = score_pairs(model, pairs, batch_tokens) - pairs.ref_logps
-    return difference[:, 0] - difference[:, 1]

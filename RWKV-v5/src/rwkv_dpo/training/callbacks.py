@@ -1,4 +1,4 @@
-"""What happens around the steps: metrics, logs, checkpoints, evaluation, and the check at the start."""
+"""What happens around the steps: metrics, logs, checkpoints and evaluation."""
 
 import datetime
 import logging
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from rwkv_dpo.atomic import link_hashed
 from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.pairs import PairSet
-from rwkv_dpo.evaluation.pairs import evaluate_pairs, margins_from_reference
+from rwkv_dpo.evaluation.pairs import evaluate_pairs
 from rwkv_dpo.json_text import as_json
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.tuning import Tuning
@@ -193,36 +193,6 @@ class ValidPairs(pl.Callback):
             "epoch %d, %d held-out pairs: DPO loss %.4f, accuracy %.3f, margin %.4f",
             epoch, len(self.pairs), metrics["loss_dpo"], metrics["rewards/accuracies"], metrics["rewards/margins"],
         )  # fmt: skip
-
-
-# The start's check looks at this many pairs.
-N_CHECKED = 8
-# Margins that rounding alone explains, in nats a pair: sums over hundreds of tokens in the arithmetic of the run.
-ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5.0, torch.float16: 1.0}
-
-
-class ReferenceCheck(pl.Callback):
-    """Before the first step: do the pairs' reference log-probabilities come from the model that training starts from?"""
-
-    def __init__(self, config: RunConfig, pairs: PairSet) -> None:
-        self.config, self.pairs = config, pairs
-
-    def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        if trainer.global_step:
-            return  # resumed: the weights have moved on
-        module.model.eval()
-        checked = self.pairs.select(range(min(N_CHECKED, len(self.pairs))))
-        margins = margins_from_reference(module.model, checked, self.config.chunk_ctx or 4096)
-        module.model.train()
-        mean, tolerance = float(np.abs(margins).mean()), ROUNDING[module.model.compute_dtype]
-        if not trainer.is_global_zero:
-            return
-        log.info("step 0: mean |margin| of %d pairs %.2e nats (0 when the model is the reference)", len(margins), mean)
-        if mean > tolerance:
-            log.warning(
-                "the starting model is not the one that scored dpo_train_file (expected below %g nats): DPO will measure rewards from "
-                "another reference. --dpo_ref recompute takes the starting model; or go on if that is what you want.", tolerance,
-            )  # fmt: skip
 
 
 def full_weights(trainer: pl.Trainer, module: DPOModule) -> dict[str, torch.Tensor]:

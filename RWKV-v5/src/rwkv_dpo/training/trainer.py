@@ -23,7 +23,7 @@ from rwkv_dpo.model.tuning import Tuning, begin_tuning, keep_small
 from rwkv_dpo.run_length import check_trains, far_end
 from rwkv_dpo.sampling import check_magic_prime
 from rwkv_dpo.training.batches import build_loader
-from rwkv_dpo.training.callbacks import Checkpoints, MetricsLog, ReferenceCheck, ValidPairs
+from rwkv_dpo.training.callbacks import Checkpoints, MetricsLog, ValidPairs
 from rwkv_dpo.training.dry_run import dry_run
 from rwkv_dpo.training.halt import Halt, Halted, StopOnSignal
 from rwkv_dpo.training.identity import identity_of
@@ -36,6 +36,7 @@ from rwkv_dpo.training.processes import build_lightning, check_devices, meet
 from rwkv_dpo.training.progress import RunBar, Summary
 from rwkv_dpo.training.ranks import Ranks
 from rwkv_dpo.training.reference import StartIsReference, tell_differences
+from rwkv_dpo.training.reference_check import ReferenceCheck
 from rwkv_dpo.training.resume import load, start_of
 from rwkv_dpo.training.run_lock import RunLock
 from rwkv_dpo.training.start import begin_folder, find_start, plan_stage
