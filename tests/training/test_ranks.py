@@ -8,6 +8,7 @@ import runs
 import torch
 from lives import free_port
 from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.utilities import rank_zero_only
 from runs import TINY, write_inputs
 from rwkv_dpo.errors import InputError
 from rwkv_dpo.training.ranks import Ranks
@@ -70,6 +71,8 @@ class Environment(LightningEnvironment):
 
 @pytest.fixture
 def address(monkeypatch):
+    # Lightning keeps the rank of the last environment for the whole process: later runs in it would be of no rank 0, and say nothing.
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     monkeypatch.setenv("RWKV_DPO_TOLD", "")
