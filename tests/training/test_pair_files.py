@@ -36,6 +36,15 @@ def test_pair_files_that_hold_nothing_are_refused_at_the_start(data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_no_pair_file_is_told_by_its_flag_and_what_takes_it(data, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{}')
+    told = {"rows.jsonl": "not a pair file but JSON lines; preferences become pairs by prepare_pairs.py", "none": "no such pair file"}
+    for name, message in told.items():
+        for flag in ("dpo_train_file", "dpo_valid_file"):
+            with pytest.raises(InputError, match=rf"^--{flag} {tmp_path / name}: {message}"):
+                run(data, tmp_path / "out", **{flag: tmp_path / name})
+
+
 def test_held_out_pairs_that_are_trained_on_are_refused_and_shared_prompts_are_told(data, tmp_path, caplog):
     with pytest.raises(InputError, match=r"^--dpo_valid_file .*train.save: all of its 10 pairs are in --dpo_train_file .*train.save too"):
         run(data, tmp_path / "out", dpo_valid_file=data / "train.save")

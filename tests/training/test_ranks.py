@@ -2,15 +2,18 @@
 
 import os
 import threading
+from datetime import timedelta
 
 import pytest
 import runs
 import torch
+from conftest import random_model
 from lives import free_port
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 from runs import TINY, write_inputs
 from rwkv_dpo.errors import InputError
+from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.training.ranks import Ranks
 
 
@@ -36,6 +39,12 @@ def test_processes_with_folders_of_their_own_begin_end_and_are_refused_together(
     assert "optimizer steps" not in log.read_text()
     assert statuses(dpo_beta=0.3) == [2, 2]
     assert log.read_text().count("holds a run with other settings") == 1
+    # An adapter of another base: what rank 0 finds wrong with --peft_load, the others do too.
+    lives.trained(runs.flags(data, tmp_path / "lora", peft="lora", lora_r=2, epoch_count=1), log)
+    save_weights(random_model(TINY, torch.float32, seed=1).state_dict(), tmp_path / "other.pth")
+    other = {"load_model": tmp_path / "other.pth", "peft": "lora", "peft_load": tmp_path / "lora" / "adapter-final", "overwrite": 1}
+    assert statuses(**other) == [2, 2]
+    assert "was trained on another base model" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert not (tmp_path / "node1").exists()
 
@@ -118,6 +127,20 @@ def test_a_refusal_of_rank_0_ends_the_others_with_its_status_and_no_word():
     ends = {rank: end for rank, _, end in answers}
     assert str(ends[0]) == "no"
     assert [ends[rank].code for rank in (1, 2)] == [2, 2]
+
+
+@pytest.mark.usefixtures("address")
+def test_no_rank_waits_for_ever_for_one_that_never_comes(monkeypatch):
+    """Rank 2 has refused a file that only its node lacks."""
+    monkeypatch.setattr("rwkv_dpo.training.ranks._PATIENCE", timedelta(seconds=2))
+    answers = []
+    threads = [ask(rank, (lambda: 1) if rank == 0 else never, answers) for rank in (0, 1)]
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    ends = {rank: str(end) for rank, _, end in answers if isinstance(end, InputError)}
+    assert ends[0] == "rank 0 waited 0:00:02 for rank 2, which did not begin; its own output may say why"
+    assert ends[1].startswith("rank 1")
 
 
 @pytest.mark.usefixtures("address")

@@ -115,8 +115,11 @@ def load_pairs(path: str | Path, vocab_size: int | None = None) -> PairSet:
 
 
 def open_pairs(flag: str, path: str, vocab_size: int | None = None) -> PairSet:
-    """The pairs that a flag names, at least one. InputError as of load_pairs."""
-    pairs = load_pairs(path, vocab_size)
+    """The pairs that a flag names, at least one. InputError as of load_pairs, which names the flag too."""
+    try:
+        pairs = load_pairs(path, vocab_size)
+    except InputError as error:
+        raise InputError(f"--{flag} {error}") from error
     return pairs if len(pairs) else refuse(f"--{flag} {path}: holds no pairs")
 
 

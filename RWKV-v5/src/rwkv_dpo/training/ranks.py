@@ -19,8 +19,8 @@ from rwkv_dpo.errors import InputError
 
 T = TypeVar("T")
 _VARIABLE = "RWKV_DPO_TOLD"
-# To reach rank 0's machine. What rank 0 decides may take longer: hashing a checkpoint, or opening a corpus, over a slow network.
-_PATIENCE = timedelta(minutes=10)
+# To reach rank 0's machine, and for a rank to come to a question: another may be hashing a checkpoint over a slow network meanwhile.
+_PATIENCE = timedelta(minutes=30)
 _PAUSE = 0.02  # seconds between two looks; a blocking wait would keep signals waiting, too
 
 
@@ -69,14 +69,16 @@ class Ranks:
             return
         self._store.set(question, base64.b64encode(pickle.dumps((value, fault))).decode())
         # The store may end with this process.
-        while not self._store.check([f"{question}/{rank}" for rank in self._askers]):
-            time.sleep(_PAUSE)
+        missing = _wait(self._store, [f"{question}/{rank}" for rank in self._askers])
+        if missing and not fault:
+            ranks = ", ".join(name.rpartition("/")[2] for name in missing)
+            raise InputError(f"rank 0 waited {_PATIENCE} for rank {ranks}, which did not begin; its own output may say why")
 
     def _ask(self, question: str) -> tuple[Any, str]:
         assert self._store is not None
         try:
-            while not self._store.check([question]):
-                time.sleep(_PAUSE)
+            if _wait(self._store, [question]):
+                raise InputError(f"rank {self.rank} waited {_PATIENCE} for rank 0 to say how to begin")
             answer = self._store.get(question)
             self._store.set(f"{question}/{self.rank}", "heard")
         except RuntimeError as error:
@@ -87,6 +89,16 @@ class Ranks:
         """For this process's children, which inherit its environment."""
         self._answers[question] = value, fault
         os.environ[_VARIABLE] = _encoded(os.getpid(), self._answers)
+
+
+def _wait(store: Store, names: list[str]) -> list[str]:
+    """Until the store has all of them; those that are missing at the end of the patience."""
+    end = time.monotonic() + _PATIENCE.total_seconds()
+    while time.monotonic() < end:
+        if store.check(names):
+            return []
+        time.sleep(_PAUSE)
+    return [name for name in names if not store.check([name])]
 
 
 def _encoded(parent: int, answers: dict[str, tuple[Any, str]]) -> str:

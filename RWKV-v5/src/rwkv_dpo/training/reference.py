@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from rwkv_dpo.config import RunConfig
-from rwkv_dpo.data.pairs import PairSet, file_sha256, join_pairs, load_pairs, pairs_sha256, save_pairs
+from rwkv_dpo.data.pairs import PairSet, join_pairs, load_pairs, pairs_sha256, save_pairs
 from rwkv_dpo.errors import refuse
 from rwkv_dpo.evaluation.journal import Journal, open_journal
 from rwkv_dpo.evaluation.reference import JOURNAL, discard_journal
@@ -146,10 +146,9 @@ def weights_sha256(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def tell_differences(config: RunConfig, files: dict[str, PairSet | None]) -> None:
+def tell_differences(config: RunConfig, files: dict[str, PairSet | None], loaded_sha256: str) -> None:
     """A warning for each pair file (by the flag that names it) that was cut to another --ctx_len, or, with --dpo_ref file, scored by
-    another checkpoint than --load_model."""
-    loaded = ""
+    another checkpoint than --load_model, whose sha256 is given ("" without one)."""
     for flag, pairs in files.items():
         if pairs is None:
             continue
@@ -161,9 +160,8 @@ def tell_differences(config: RunConfig, files: dict[str, PairSet | None]) -> Non
         # A continued run has learned since, and its reference has not.
         if not scored_by or config.dpo_ref != "file" or config.epoch_begin:
             continue
-        loaded = loaded or (file_sha256(config.load_model) if config.load_model else "none")
-        if scored_by != loaded:
-            start = f"--load_model {config.load_model} ({loaded[:12]}...)" if config.load_model else "initial weights"
+        if scored_by != loaded_sha256:
+            start = f"--load_model {config.load_model} ({loaded_sha256[:12]}...)" if config.load_model else "initial weights"
             log.warning(
                 "%s was scored by another file (sha256 %.12s...) than training starts from, %s; --dpo_ref recompute takes the starting "
                 "model as the reference", name, scored_by, start,

@@ -10,6 +10,7 @@ from rwkv_dpo.data.corpus import Corpus
 from rwkv_dpo.errors import refuse
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.rwkv import RWKV
+from rwkv_dpo.model.tuning import Tuning
 from rwkv_dpo.training.identity import Identity
 from rwkv_dpo.training.optimizer_state import trainable
 from rwkv_dpo.training.resume import Saved, check_fits, choose, goes_on_here, interrupted_stage, last_folder
@@ -62,9 +63,11 @@ def find_start(config: RunConfig, identity: Identity, lock: RunLock) -> Start:
 
 
 def begin_folder(
-    config: RunConfig, start: Start, lock: RunLock, saved: Saved | None, model: RWKV, is_new: bool, corpus: Corpus | None
-) -> None:
-    """What a run writes before its first step. saved: the checkpoint that it goes on from; is_new: the model has initial weights."""
+    config: RunConfig, start: Start, lock: RunLock, saved: Saved | None, model: RWKV, is_new: bool, corpus: Corpus | None,
+    tuning: Tuning | None,
+) -> None:  # fmt: skip
+    """What a run writes before its first step. saved: the checkpoint that it goes on from; is_new: the model has initial weights. Where
+    --peft starts is saved too: it is the reference, and what PiSSA took out of the matrices."""
     if saved is not None:
         check_fits(saved, dict(trainable(model)))
     folder = Path(config.proj_dir)
@@ -75,3 +78,5 @@ def begin_folder(
         save_weights(model.state_dict(), folder / "rwkv-init.pth")
     if corpus is not None and corpus.characters:
         save_vocabulary(corpus.characters, folder / "vocab.json")
+    if tuning is not None:
+        tuning.save(dict(trainable(model)), folder, "init")

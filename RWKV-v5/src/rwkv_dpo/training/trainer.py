@@ -202,8 +202,9 @@ def _train(
         log.info("%s", start.end)
         return
     saved = load(start.resumes) if start.resumes and ranks.rank == 0 else None
-    tuning = begin_tuning(model, config, given, start_of(saved), start.identity.content["load_model"] if ranks.rank == 0 else "")
-    ranks.told("folder", lambda: begin_folder(config, start, lock, saved, model, is_new, corpus))
+    base_sha256 = start.identity.content["load_model"]
+    tuning = begin_tuning(model, config, given, start_of(saved), base_sha256)
+    ranks.told("folder", lambda: begin_folder(config, start, lock, saved, model, is_new, corpus, tuning))
     folder = Path(config.proj_dir)
     if config.my_pile_stage == 1:
         log.info("wrote %s; now run with --my_pile_stage 2 or 3", folder / "rwkv-init.pth")
@@ -212,8 +213,8 @@ def _train(
     if told := far_end(config):
         rank_zero_only(log.warning)("%s", told)
     if tuning is not None:
-        begin_tuned(config, tuning, model)
-    rank_zero_only(tell_differences)(config, {"dpo_train_file": pairs, "dpo_valid_file": valid})
+        log.info("%s", describe_tuning(config, model))
+    rank_zero_only(tell_differences)(config, {"dpo_train_file": pairs, "dpo_valid_file": valid}, base_sha256)
     halt = Halt()
     last = LastCheckpoints(config, MetricsLog(config, folder, halt), halt, saved, start.identity)
     trainer = build_trainer(config, model, pairs, valid, device, last, tuning)
@@ -246,10 +247,7 @@ def describe(config: RunConfig, shape: ModelShape, corpus: Corpus | None, pairs:
     )
 
 
-@rank_zero_only
-def begin_tuned(config: RunConfig, tuning: Tuning, model: RWKV) -> None:
-    """Says what --peft trains, and saves where it starts: the reference, and what PiSSA took out of the matrices."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    n_trained, n_all = (sum(p.numel() for p in some) for some in (trained.values(), model.parameters()))
-    log.info("--peft %s: trains %s numbers; %s stay as they are", config.peft, f"{n_trained:,}", f"{n_all - n_trained:,}")
-    tuning.save(trained, Path(config.proj_dir), "init")
+def describe_tuning(config: RunConfig, model: RWKV) -> str:
+    """What --peft trains."""
+    n_trained, n_all = (sum(p.numel() for p in some) for some in (dict(trainable(model)).values(), model.parameters()))
+    return f"--peft {config.peft}: trains {n_trained:,} numbers; {n_all - n_trained:,} stay as they are"
