@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and tests, from a bare checkout. Arguments go to pytest: ./test.sh tests/test_forest.py
+# Lint, types and tests, from a bare checkout. Arguments go to pytest: ./test.sh tests/batches/test_forest.py
 set -euo pipefail
 root=$(cd "$(dirname "$0")" && pwd)
 source "$root/setup.sh"
@@ -13,7 +13,7 @@ if [ $# -eq 0 ]; then
     mypy
     mypy RWKV-v5/*.py
     step "CUDA kernels"
-    python tests/wkv/compile_cuda.py
+    python tests/kernels/compile_cuda.py
     step "Tests"
     set -- --numprocesses logical --maxprocesses 4 --dist worksteal
 fi

@@ -14,17 +14,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from rwkv_dpo.atomic import atomic_write
-from rwkv_dpo.config import RunConfig
-from rwkv_dpo.errors import refuse, run_script
-from rwkv_dpo.flags import OneLineParser
-from rwkv_dpo.json_text import as_json
-from rwkv_dpo.packages import leave_without
+from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.base.script import leave_without, run_script
+from rwkv_dpo.files.atomic import atomic_write
+from rwkv_dpo.files.json_text import as_json
+from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.run.flags import OneLineParser
 
 try:
     from rwkv_dpo.data.corpus import open_corpus
     from rwkv_dpo.data.corpus_names import name_corpus
-    from rwkv_dpo.data.pairs import PairSet, check_pairs, open_pairs
+    from rwkv_dpo.data.pair_files import open_pairs
+    from rwkv_dpo.data.pairs import PairSet, check_pairs
     from rwkv_dpo.data.tokenizer import LAST_TOKEN, VOCAB_SIZE, WorldTokenizer
 except ModuleNotFoundError as error:
     leave_without(error)
@@ -33,13 +34,12 @@ except ModuleNotFoundError as error:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_flags(arguments)
     # Here, not above: --help and a mistyped flag need no PyTorch.
-    from rwkv_dpo.device import COMPUTE_DTYPES, pick_device, set_up
+    from rwkv_dpo.devices.device import COMPUTE_DTYPES, pick_device, set_up
     from rwkv_dpo.evaluation.generate import generate
     from rwkv_dpo.evaluation.origin import betas, run_of
-    from rwkv_dpo.evaluation.pairs import evaluate_pairs
+    from rwkv_dpo.evaluation.scoring import corpus_loss, evaluate_pairs
     from rwkv_dpo.model.checkpoint import load_model
-    from rwkv_dpo.model.tuning import load_tuned
-    from rwkv_dpo.objective import corpus_loss
+    from rwkv_dpo.tuning.tuning import load_tuned
     from tqdm import tqdm
 
     device = pick_device(args.device, "--device")

@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from rwkv_dpo.errors import refuse, run_script
-from rwkv_dpo.flags import OneLineParser
+from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.base.script import run_script
+from rwkv_dpo.run.flags import OneLineParser
 
 FORMS = (".pth", ".safetensors")
 
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
         refuse(f"--out {args.out}: names that end in {' or '.join(FORMS)} are accepted")
     if args.out.exists() and not args.overwrite:
         refuse(f"--out {args.out}: exists; --overwrite 1 replaces it")
-    from rwkv_dpo.model.export import DTYPES, export  # torch takes seconds; --help and typing errors don't wait
+    from rwkv_dpo.tuning.export import DTYPES, export  # torch takes seconds; --help and typing errors don't wait
 
     difference = export(args.load_model, args.peft_load, args.out, DTYPES[args.dtype], args.wkv_backend, args.any_base == 1)
     print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:,.0f} MB, {args.dtype}); its logits differ by {difference:.1e} of their size")

@@ -15,10 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from rwkv_dpo.errors import InputError, refuse, run_script
-from rwkv_dpo.flags import OneLineParser
-from rwkv_dpo.packages import leave_without
-from rwkv_dpo.sampling import item_at, largest_magic_prime
+from rwkv_dpo.base.errors import InputError, refuse
+from rwkv_dpo.base.script import leave_without, run_script
+from rwkv_dpo.batches.sampling import item_at, largest_magic_prime
+from rwkv_dpo.run.flags import OneLineParser
 
 try:
     import numpy as np

@@ -15,12 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from rwkv_dpo.errors import InputError, refuse, run_script
-from rwkv_dpo.flags import OneLineParser
-from rwkv_dpo.packages import leave_without
+from rwkv_dpo.base.errors import InputError, refuse
+from rwkv_dpo.base.script import leave_without, run_script
+from rwkv_dpo.run.flags import OneLineParser
 
 try:
-    from rwkv_dpo.data.pairs import write_as_original, write_packed
+    from rwkv_dpo.data.pair_files import write_as_original, write_packed
     from rwkv_dpo.data.prepare import Report, prepare
     from rwkv_dpo.data.prompts import load_templates
     from rwkv_dpo.data.report import as_table, length_percentiles, lost_shares, reference_summary

@@ -12,13 +12,13 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from rwkv_dpo.errors import run_script
-from rwkv_dpo.flags import parse_flags
+from rwkv_dpo.base.script import run_script
+from rwkv_dpo.run.flags import parse_flags
 
 
 def main(arguments: Sequence[str]) -> None:
     config, given = parse_flags(arguments)
-    from rwkv_dpo.training.trainer import train  # torch and Lightning take seconds; --help and typing errors don't wait
+    from rwkv_dpo.run.trainer import train  # torch and Lightning take seconds; --help and typing errors don't wait
 
     keep_quiet()
     train(config, given)

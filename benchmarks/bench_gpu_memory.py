@@ -27,7 +27,8 @@ from conftest import random_model  # noqa: E402
 from fake_gpu import run_on_fake_gpu, unusable_because  # noqa: E402
 from measure import RESULTS, save  # noqa: E402
 from runs import flags  # noqa: E402
-from rwkv_dpo.data.pairs import pack_pairs, save_pairs  # noqa: E402
+from rwkv_dpo.data.pair_files import save_pairs  # noqa: E402
+from rwkv_dpo.data.pairs import pack_pairs  # noqa: E402
 from rwkv_dpo.model.checkpoint import save_weights  # noqa: E402
 from rwkv_dpo.model.shape import ModelShape  # noqa: E402
 

@@ -28,8 +28,9 @@ import numpy as np
 import torch
 from bench_step import BETA, RATIO, build, check_parity, make_pairs, original_loss, report
 from measure import RESULTS, save
-from rwkv_dpo.data.pairs import pack_pairs, save_pairs
-from rwkv_dpo.device import tune_cpu
+from rwkv_dpo.data.pair_files import save_pairs
+from rwkv_dpo.data.pairs import pack_pairs
+from rwkv_dpo.devices.device import tune_cpu
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
 
@@ -159,7 +160,7 @@ def data_child(args: argparse.Namespace, folder: str) -> None:
 
 def imports_child(args: argparse.Namespace, _: str) -> None:
     """What every run has before it begins."""
-    import rwkv_dpo.training.trainer  # noqa: F401 (to have it loaded)
+    import rwkv_dpo.run.trainer  # noqa: F401 (to have it loaded)
 
     build("forest", ModelShape(1, 64, 64, 64, 64), "bf16", "auto", torch.device("cpu"))
 

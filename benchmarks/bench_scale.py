@@ -25,10 +25,11 @@ sys.path[:0] = [str(ROOT / "RWKV-v5" / "src"), str(Path(__file__).parent)]
 import numpy as np  # noqa: E402 (the path above makes the package importable without installing it)
 from bench_step import build, make_pairs, report  # noqa: E402 (as above)
 from measure import save  # noqa: E402 (as above)
-from rwkv_dpo.data.pairs import pack_pairs, save_pairs  # noqa: E402 (as above)
+from rwkv_dpo.batches.sampling import LengthOrder, global_index, item_at  # noqa: E402 (as above)
+from rwkv_dpo.data.pair_files import save_pairs  # noqa: E402 (as above)
+from rwkv_dpo.data.pairs import pack_pairs  # noqa: E402 (as above)
 from rwkv_dpo.model.checkpoint import save_weights  # noqa: E402 (as above)
 from rwkv_dpo.model.shape import ModelShape  # noqa: E402 (as above)
-from rwkv_dpo.sampling import LengthOrder, global_index, item_at  # noqa: E402 (as above)
 
 # The first steps fill the heap and the optimizer's state.
 WARMUP = 2

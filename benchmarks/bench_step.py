@@ -28,17 +28,19 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-v5" / "src"))
 
 from measure import alternate, machine, save
+from rwkv_dpo.batches.micro_batch import MicroBatch, collate
+from rwkv_dpo.batches.step import build_step
 from rwkv_dpo.data.pairs import Pair, pack_pairs
-from rwkv_dpo.device import tune_cpu
-from rwkv_dpo.forest import build_step
-from rwkv_dpo.losses import dpo_loss, l2wrap
+from rwkv_dpo.devices.device import tune_cpu
+from rwkv_dpo.evaluation.scoring import score_pairs
+from rwkv_dpo.kernels.wkv5 import choose_backend
 from rwkv_dpo.model.checkpoint import empty_model
 from rwkv_dpo.model.linear import Linear
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.model.v5 import relu_squared
-from rwkv_dpo.objective import MicroBatch, collate, objective, score_pairs
-from rwkv_dpo.wkv import choose_backend
+from rwkv_dpo.objective.losses import dpo_loss, l2wrap
+from rwkv_dpo.objective.objective import objective
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BETA, RATIO, MICRO_BSZ, WINDOW = 0.1, 0.5, 4, 1024

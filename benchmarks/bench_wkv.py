@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "RWKV-v5" / "src"))
 
 import measure  # noqa: E402 (the path above makes the package importable without installing it)
 import torch  # noqa: E402 (as above)
-from rwkv_dpo.wkv import WKV5, choose_backend  # noqa: E402 (as above)
+from rwkv_dpo.kernels.wkv5 import WKV5, choose_backend  # noqa: E402 (as above)
 
 # Sequences, tokens in each, heads, head size, type, and who takes part. The loop is too slow for more than a short one.
 SHAPES = {

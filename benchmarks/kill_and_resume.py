@@ -26,11 +26,12 @@ sys.path[:0] = [str(ROOT / "RWKV-v5" / "src"), str(ROOT / "tests"), str(Path(__f
 import torch  # noqa: E402 (the path above makes the package importable without installing it)
 from lives import records  # noqa: E402 (as above)
 from measure import save  # noqa: E402 (as above)
-from rwkv_dpo.data.pairs import pack_pairs, save_pairs  # noqa: E402 (as above)
+from rwkv_dpo.data.pair_files import save_pairs  # noqa: E402 (as above)
+from rwkv_dpo.data.pairs import pack_pairs  # noqa: E402 (as above)
+from rwkv_dpo.kernels.wkv5 import choose_backend  # noqa: E402 (as above)
 from rwkv_dpo.model.checkpoint import empty_model, save_weights  # noqa: E402 (as above)
 from rwkv_dpo.model.init import init_weights  # noqa: E402 (as above)
 from rwkv_dpo.model.shape import ModelShape  # noqa: E402 (as above)
-from rwkv_dpo.wkv import choose_backend  # noqa: E402 (as above)
 
 PARTS = {"one_process": {}, "ddp_2": {"devices": 2, "strategy": "ddp"}}
 

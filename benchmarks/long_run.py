@@ -32,9 +32,10 @@ sys.path.insert(0, str(ROOT / "RWKV-v5" / "src"))
 import measure  # noqa: E402 (the path above makes the package importable without installing it)
 import numpy as np  # noqa: E402 (as above)
 import torch  # noqa: E402 (as above)
-from rwkv_dpo.data.pairs import pack_pairs, save_pairs  # noqa: E402 (as above)
+from rwkv_dpo.data.pair_files import save_pairs  # noqa: E402 (as above)
+from rwkv_dpo.data.pairs import pack_pairs  # noqa: E402 (as above)
+from rwkv_dpo.evaluation.scoring import score_pairs  # noqa: E402 (as above)
 from rwkv_dpo.model.checkpoint import load_model, save_weights  # noqa: E402 (as above)
-from rwkv_dpo.objective import score_pairs  # noqa: E402 (as above)
 
 VOCABULARY, WIDTH, LAYERS, CTX_LEN = 256, 64, 2, 64
 EPOCH_STEPS = 500

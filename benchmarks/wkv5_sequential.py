@@ -1,14 +1,13 @@
-"""WKV-5 by a plain kernel, one block per (sequence, head): what rwkv_dpo.wkv.cuda is measured against. Same contract."""
+"""WKV-5 by a plain kernel, one block per (sequence, head): what rwkv_dpo.kernels.wkv5.cuda is measured against. Same contract."""
 
 import ctypes
 from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
-from rwkv_dpo.wkv.build import EntryPoint
-from rwkv_dpo.wkv.checks import DTYPES, check_inputs
-from rwkv_dpo.wkv.cuda import load_kernels
-from rwkv_dpo.wkv.decay import decay_rate
+from rwkv_dpo.kernels.build import EntryPoint
+from rwkv_dpo.kernels.wkv5.common import DTYPES, check_inputs, decay_rate
+from rwkv_dpo.kernels.wkv5.cuda import load_kernels
 from torch import Tensor
 
 SOURCE = Path(__file__).parent / "csrc" / "wkv5_sequential.cu"
@@ -34,7 +33,7 @@ ENTRY_POINTS = {
 def wkv5(
     r: Tensor, k: Tensor, v: Tensor, time_decay: Tensor, u: Tensor, cu_seqlens: Tensor, state0: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See rwkv_dpo.wkv for the contract; CUDA tensors only."""
+    """See rwkv_dpo.kernels.wkv5 for the contract; CUDA tensors only."""
     return wkv5_with(_library(), r, k, v, time_decay, u, cu_seqlens, state0)
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from lives import Lives
+from rwkv_dpo.kernels.wkv5 import reference
 from rwkv_dpo.model.checkpoint import empty_model
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.wkv import reference
 
 # A slow or busy machine is no fault: an example waits for a disk, or for other tests, as long as it takes.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "RWKV-v5"), str(ROOT / "RWKV-v5/src"), str(ROOT / "tests")]
 
 import runs  # noqa: E402 (the path above holds it)
-from rwkv_dpo.config import RunConfig, check  # noqa: E402 (as above)
-from rwkv_dpo.errors import InputError, run_script  # noqa: E402 (as above)
+from rwkv_dpo.base.errors import InputError  # noqa: E402 (as above)
+from rwkv_dpo.base.script import run_script  # noqa: E402 (as above)
+from rwkv_dpo.run.config import RunConfig, check  # noqa: E402 (as above)
 
 # Where values interact: all pairs of them that are not refused occur together.
 AXES: dict[str, tuple[dict[str, Any], ...]] = {
@@ -109,10 +110,10 @@ def live(script: str, flags: list[str], log: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from rwkv_dpo.training import callbacks, last
+    from rwkv_dpo.training import checkpoints, last
 
     # Nor are weights that came from them.
-    callbacks.not_finite = last.not_finite = lambda weights: ""
+    checkpoints.not_finite = last.not_finite = lambda weights: ""
     status = 1
     try:
         run_script(lambda: importlib.import_module(script).main(flags))
@@ -132,7 +133,7 @@ def main(folder: Path, numbers: list[int]) -> int:
     # What takes seconds is done once, before there are processes.
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
-    import rwkv_dpo.training.trainer  # noqa: F401
+    import rwkv_dpo.run.trainer  # noqa: F401
     import torch
     from deepspeed.ops.op_builder import CPUAdamBuilder
 

@@ -80,7 +80,7 @@ class Lives:
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["train", "rwkv_dpo.training.trainer", "deepspeed"])
+        self.context.set_forkserver_preload(["train", "rwkv_dpo.run.trainer", "deepspeed"])
         # The server finds its imports by PYTHONPATH alone; what it starts inherits its environment.
         variables = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
         before = {name: os.environ.get(name) for name in variables}

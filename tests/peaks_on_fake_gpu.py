@@ -20,9 +20,11 @@ import deepspeed.runtime.zero.stage3 as stage_3  # noqa: E402 (the path above ho
 import deepspeed.runtime.zero.stage_1_and_2 as stages_1_and_2  # noqa: E402
 import torch  # noqa: E402
 import train  # noqa: E402
-from rwkv_dpo.flags import parse_flags  # noqa: E402
-from rwkv_dpo.training import callbacks, dry_run, last, memory, trainer  # noqa: E402
-from rwkv_dpo.wkv import cuda  # noqa: E402
+from rwkv_dpo.kernels.wkv5 import cuda  # noqa: E402
+from rwkv_dpo.memory import estimate as memory  # noqa: E402
+from rwkv_dpo.run import dry_run, trainer  # noqa: E402
+from rwkv_dpo.run.flags import parse_flags  # noqa: E402
+from rwkv_dpo.training import checkpoints, last  # noqa: E402
 
 
 def prepare() -> None:
@@ -34,7 +36,7 @@ def prepare() -> None:
     for zero, optimizer in ((stages_1_and_2, "DeepSpeedZeroOptimizer"), (stage_3, "DeepSpeedZeroOptimizer_Stage3")):
         zero.is_invalid_grad_norm = lambda norm: False
         getattr(zero, optimizer).has_overflow = lambda *_, **__: False
-    callbacks.not_finite = last.not_finite = lambda weights: ""  # type: ignore[attr-defined]
+    checkpoints.not_finite = last.not_finite = lambda weights: ""  # type: ignore[attr-defined]
     # A real CUDA can't be used on both sides of a fork; this one has no state.
     torch.cuda._is_in_bad_fork = lambda: False  # type: ignore[attr-defined]
 

@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import random_model
-from rwkv_dpo.data.pairs import PairSet, file_sha256, load_pairs, pack_pairs, save_pairs
+from rwkv_dpo.data.pair_files import load_pairs, save_pairs
+from rwkv_dpo.data.pairs import PairSet, pack_pairs
+from rwkv_dpo.evaluation.scoring import score_pairs
+from rwkv_dpo.files.hashed import file_sha256
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.objective import score_pairs
 
 TINY = ModelShape(n_layer=2, n_embd=32, dim_att=32, dim_ffn=96, vocab_size=61, head_size=8)
 # ZeRO-3 keeps tensors of up to 100,000 numbers whole on every rank: these matrices are larger.

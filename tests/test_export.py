@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model
-from rwkv_dpo.atomic import fault_of
-from rwkv_dpo.errors import InputError
-from rwkv_dpo.forest import ForestBuilder
-from rwkv_dpo.model.adapter_files import METHODS
-from rwkv_dpo.model.adapters import add_adapter, plan_adapter
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.batches.forest import ForestBuilder
+from rwkv_dpo.files.hashed import fault_of
 from rwkv_dpo.model.checkpoint import load_model, read_weights, save_weights
-from rwkv_dpo.model.export import rounding_bound
 from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.model.states import add_states
-from rwkv_dpo.model.tuning import load_tuned
+from rwkv_dpo.tuning.adapter_files import METHODS
+from rwkv_dpo.tuning.adapters import add_adapter, plan_adapter
+from rwkv_dpo.tuning.export import rounding_bound
+from rwkv_dpo.tuning.states import add_states
+from rwkv_dpo.tuning.tuning import load_tuned
 
 sys.path.insert(0, str(Path(__file__).parent / "model"))
-from test_v5 import TOLERANCE, package_model
+from rwkv_package import TOLERANCE, package_model
 
 SHAPE = ModelShape(2, 64, 64, 224, 71, head_size=32)
 TOKENS = np.random.default_rng(1).integers(0, 71, 25).tolist()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from fake_gpu import run_on_fake_gpu, unusable_because
-from rwkv_dpo.wkv.compilers import find_nvcc
+from rwkv_dpo.kernels.compilers import find_nvcc
 
 CANNOT = unusable_because() or ("" if find_nvcc() else "no nvcc")
 

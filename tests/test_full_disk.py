@@ -12,9 +12,10 @@ import prepare_pairs
 import pytest
 import torch
 from conftest import random_model
-from rwkv_dpo.data.pairs import pack_pairs, save_original, save_pairs
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.data.pair_files import save_original, save_pairs
+from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.data.tokenizer import VOCAB_SIZE
-from rwkv_dpo.errors import InputError
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
 

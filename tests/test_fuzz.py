@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from rwkv_dpo.errors import InputError
-from rwkv_dpo.pickles import scan_pickle
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.files.pickles import scan_pickle
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [

@@ -12,10 +12,10 @@ from pathlib import Path
 import make_data as script
 import numpy as np
 import pytest
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.batches.sampling import item_at, largest_magic_prime
 from rwkv_dpo.data.binidx import read_binidx
 from rwkv_dpo.data.tokenizer import WorldTokenizer
-from rwkv_dpo.errors import InputError
-from rwkv_dpo.sampling import item_at, largest_magic_prime
 
 SCRIPT = Path(__file__).resolve().parents[1] / "RWKV-v5" / "make_data.py"
 NO_BYTECODE = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}

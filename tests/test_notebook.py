@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_model
-from rwkv_dpo.data.pairs import file_sha256, load_pairs
+from rwkv_dpo.data.pair_files import load_pairs
 from rwkv_dpo.data.tokenizer import VOCAB_SIZE
+from rwkv_dpo.files.hashed import file_sha256
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
 

@@ -12,9 +12,10 @@ import numpy as np
 import prepare_pairs as script
 import pytest
 import torch
-from rwkv_dpo.data.pairs import file_sha256, load_pairs
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.data.pair_files import load_pairs
 from rwkv_dpo.data.tokenizer import VOCAB_SIZE, WorldTokenizer
-from rwkv_dpo.errors import InputError
+from rwkv_dpo.files.hashed import file_sha256
 
 SCRIPT = Path(__file__).resolve().parents[1] / "RWKV-v5" / "prepare_pairs.py"
 
@@ -34,11 +35,11 @@ def source(tmp_path):
 
 
 def save_tiny_model(path, vocab_size=VOCAB_SIZE):
-    pytest.importorskip("rwkv_dpo.objective")
+    pytest.importorskip("rwkv_dpo.objective.objective")
+    from rwkv_dpo.kernels.wkv5.reference import wkv5
     from rwkv_dpo.model.checkpoint import empty_model, save_weights
     from rwkv_dpo.model.init import init_weights
     from rwkv_dpo.model.shape import ModelShape
-    from rwkv_dpo.wkv.reference import wkv5
 
     shape = ModelShape(n_layer=1, n_embd=16, dim_att=16, dim_ffn=32, vocab_size=vocab_size, head_size=8)
     model = empty_model(shape, "5", wkv5, torch.float32)

@@ -7,8 +7,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.binidx import DTYPES, read_binidx, write_binidx
-from rwkv_dpo.errors import InputError
 
 ORIGINAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "original" / "default_text_document"
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import rwkv
 from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
+from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data import corpus as corpus_module
 from rwkv_dpo.data import text_corpus
 from rwkv_dpo.data.binidx import read_binidx, write_binidx
 from rwkv_dpo.data.corpus import open_corpus
 from rwkv_dpo.data.corpus_names import name_corpus
-from rwkv_dpo.errors import InputError
 
 TOKENS = np.array([5, 0, 9, 9, 3, 1, 2], dtype=np.uint16)
 

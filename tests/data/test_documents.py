@@ -6,8 +6,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.documents import open_documents
-from rwkv_dpo.errors import InputError
 
 
 def write_jsonl(path, texts, field="text"):

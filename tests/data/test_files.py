@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data import files
 from rwkv_dpo.data.files import ROW_ENDINGS, ending, expand, open_lines, open_rows, read_text, text_field
-from rwkv_dpo.errors import InputError
 
 # Line separators other than "\n", quotes, a comma, an empty text, and one longer than csv's usual limit.
 ROWS = [{"text": "a\u2028b\x85c", "n": '"1", 2\r\n3'}, {"text": "", "n": "é三🎉"}, {"text": "x" * 200_000, "n": " "}]

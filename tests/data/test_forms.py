@@ -5,12 +5,12 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.forms import FORMS, Dropped, Preference, recognised, to_preference
 from rwkv_dpo.data.prepare import prepare
 from rwkv_dpo.data.prompts import MODES, render
 from rwkv_dpo.data.splits import split_rows
 from rwkv_dpo.data.tokenizer import WorldTokenizer
-from rwkv_dpo.errors import InputError
 
 
 def said(*turns, names=("role", "content")):

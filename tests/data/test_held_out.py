@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.held_out import check_held_out, overlap
 from rwkv_dpo.data.pairs import pack_pairs
-from rwkv_dpo.errors import InputError
 
 TRAINED = [([1, 2], [3], [4]), ([5], [6], [7, 8]), ([9], [1], [2])]
 

@@ -9,8 +9,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from rwkv_dpo.data.pairs import load_pairs, pack_pairs, save_original
-from rwkv_dpo.errors import InputError
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.data.pair_files import load_pairs, save_original
+from rwkv_dpo.data.pairs import pack_pairs
 
 WRITERS = {
     "zip": torch.save,

@@ -11,8 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rwkv_dpo.data.pairs import PairSet, cut_pair, file_sha256, load_pairs, pack_pairs, save_original, save_pairs
-from rwkv_dpo.errors import InputError
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.data.pair_files import load_pairs, save_original, save_pairs
+from rwkv_dpo.data.pairs import PairSet, cut_pair, pack_pairs
+from rwkv_dpo.files.hashed import file_sha256
 
 ROWS = [([1, 2, 3], [4], [5, 6], -1.5, -2.25), ([7], [8, 9], [8, 10], -3, -4.0)]
 

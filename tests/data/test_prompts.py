@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.forms import Preference
 from rwkv_dpo.data.prompts import MODES, clean, load_templates, render, seeded_fraction
-from rwkv_dpo.errors import InputError
 
 MIX, CHAT = MODES["mix"], MODES["chat"]
 

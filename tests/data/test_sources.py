@@ -8,9 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.forms import Dropped, Preference
 from rwkv_dpo.data.sources import read_preferences
-from rwkv_dpo.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 PLAIN = {"prompt": "p", "chosen": "c", "rejected": "r"}

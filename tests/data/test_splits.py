@@ -7,13 +7,14 @@ from functools import partial
 import numpy as np
 import pytest
 from recording_os import RecordingOS
-from rwkv_dpo import atomic
+from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.forms import Preference
-from rwkv_dpo.data.pairs import file_sha256, load_pairs, write_as_original, write_packed
+from rwkv_dpo.data.pair_files import load_pairs, write_as_original, write_packed
 from rwkv_dpo.data.prepare import prepare
 from rwkv_dpo.data.splits import identified, is_prepared, split_rows, write_splits
 from rwkv_dpo.data.tokenizer import WorldTokenizer
-from rwkv_dpo.errors import InputError
+from rwkv_dpo.files import atomic
+from rwkv_dpo.files.hashed import file_sha256
 
 TOKENIZER = WorldTokenizer()
 FORMS = {"packed": write_packed, "original": write_as_original}

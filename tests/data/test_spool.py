@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data import spool as spool_module
 from rwkv_dpo.data.spool import open_spool
 from rwkv_dpo.data.tokenizer import WorldTokenizer
-from rwkv_dpo.errors import InputError
 
 
 @pytest.mark.parametrize("n_processes", [1, 3])

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.tokenizer import DOCUMENT_END, VOCAB_SIZE, WorldTokenizer
-from rwkv_dpo.errors import InputError
 
 rwkv_tokenizer = pytest.importorskip("rwkv.rwkv_tokenizer")
 

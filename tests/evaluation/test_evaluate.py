@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model
-from rwkv_dpo.config import RunConfig
-from rwkv_dpo.data.pairs import PairSet, content_sha256, load_pairs, pack_pairs, save_pairs
-from rwkv_dpo.errors import InputError
-from rwkv_dpo.evaluation.pairs import evaluate_pairs
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.data.pair_files import load_pairs, save_pairs
+from rwkv_dpo.data.pairs import PairSet, content_sha256, pack_pairs
+from rwkv_dpo.evaluation.scoring import evaluate_pairs, score_pairs
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.model.tuning import begin_tuning
-from rwkv_dpo.objective import score_pairs
+from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.tuning.tuning import begin_tuning
 
 
 def test_metrics_of_known_scores(tiny_shape):
@@ -34,7 +34,7 @@ def test_metrics_by_hand_with_ties(monkeypatch):
     """A model of known log-probabilities: chosen is the more probable answer in two of four pairs, and has the larger reward in one."""
     logps = np.array([[-10.0, -20.0], [-1.0, -3.0], [-7.0, -7.0], [-8.0, -6.0]])
     refs = np.array([[-12.0, -15.0], [-1.0, -3.0], [-7.0, -9.0], [-4.0, -2.0]])
-    monkeypatch.setattr("rwkv_dpo.evaluation.pairs.score_pairs", lambda *given: logps)
+    monkeypatch.setattr("rwkv_dpo.evaluation.scoring.score_pairs", lambda *given: logps)
     pairs = pack_pairs([([1], [2], [3])] * 4, refs)
     got = evaluate_pairs(None, pairs, beta=0.5, batch_tokens=1)
     assert (got["logps/accuracies"], got["rewards/accuracies"]) == (0.5, 0.25)

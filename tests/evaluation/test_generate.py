@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model
+from rwkv_dpo.batches.forest import ForestBuilder
 from rwkv_dpo.data.tokenizer import WorldTokenizer
 from rwkv_dpo.evaluation.generate import _pick, generate
-from rwkv_dpo.forest import ForestBuilder
 from rwkv_dpo.model.shape import ModelShape
 
 

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model
-from rwkv_dpo.data.pairs import file_sha256, pack_pairs
-from rwkv_dpo.errors import InputError
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.evaluation import reference
 from rwkv_dpo.evaluation.reference import JOURNAL, discard_journal, score_with_checkpoint
+from rwkv_dpo.evaluation.scoring import score_batch, scoring_batches
+from rwkv_dpo.files.hashed import file_sha256
 from rwkv_dpo.model.checkpoint import load_model, save_weights
-from rwkv_dpo.objective import score_batch, scoring_batches
 
 SETTINGS = {"device": "cpu", "precision": "fp32", "batch_tokens": 60, "wkv_backend": "chunked"}
 
@@ -92,7 +93,7 @@ def test_other_pairs_another_checkpoint_or_other_settings_begin_anew(checkpoint,
 
 def test_a_full_disk_is_one_line():
     """/dev/full takes nothing; the journal of a killed run is the only file that scoring writes."""
-    from rwkv_dpo.evaluation.journal import Journal
+    from rwkv_dpo.files.journal import Journal
 
     with open("/dev/full", "wb", buffering=0) as full, pytest.raises(InputError, match=r"x: cannot be written: No space left"):
         Journal("x", full, []).append(b"payload")

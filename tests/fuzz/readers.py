@@ -10,11 +10,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data import documents, prompts, sources, text_corpus
 from rwkv_dpo.data.binidx import DTYPES, read_binidx, write_binidx
 from rwkv_dpo.data.corpus import open_corpus
-from rwkv_dpo.data.pairs import load_pairs, pack_pairs, save_original, save_pairs
-from rwkv_dpo.errors import InputError
+from rwkv_dpo.data.pair_files import load_pairs, save_original, save_pairs
+from rwkv_dpo.data.pairs import pack_pairs
 
 from fuzz import evil, mutations
 from fuzz.mutations import Mutator, join
@@ -64,8 +65,8 @@ def _read_pairs(path: Path) -> None:
 def _read_weights(path: Path) -> None:
     import safetensors.torch  # noqa: F401 (the reader imports it at the first file that looks like one, which the guard would see)
     import torch
+    from rwkv_dpo.kernels.wkv5 import reference
     from rwkv_dpo.model.checkpoint import empty_model, load_into, read_weights, shape_of, version_of
-    from rwkv_dpo.wkv import reference
 
     weights = read_weights(path)
     assert sum(value.numel() * value.element_size() for value in weights.values()) <= path.stat().st_size
@@ -76,7 +77,7 @@ def _read_weights(path: Path) -> None:
 
 
 def _read_last(path: Path) -> None:
-    from rwkv_dpo.training.resume import check_fits, load
+    from rwkv_dpo.run_folder.resume import check_fits, load
 
     saved = load(path)
     check_fits(saved, dict(_small_model().named_parameters()))
@@ -85,7 +86,7 @@ def _read_last(path: Path) -> None:
 
 
 def _read_adapter(path: Path) -> None:
-    from rwkv_dpo.model.adapter_files import read_adapter
+    from rwkv_dpo.tuning.adapter_files import read_adapter
 
     saved = read_adapter(path.with_suffix(""))
     assert saved.r >= 1
@@ -96,7 +97,7 @@ def _read_adapter(path: Path) -> None:
 
 
 def _read_states(path: Path) -> None:
-    from rwkv_dpo.model.states import read_states
+    from rwkv_dpo.tuning.states import read_states
 
     for value in read_states(path, _small_model()).values():
         value.float().sum()
@@ -129,8 +130,8 @@ def _parse_flags(path: Path) -> None:
     import evaluate
     import make_data
     import prepare_pairs
-    from rwkv_dpo.flags import parse_flags
-    from rwkv_dpo.schedule import lr_at, weight_decay_at
+    from rwkv_dpo.optimizer.schedule import lr_at, weight_decay_at
+    from rwkv_dpo.run.flags import parse_flags
 
     which, *arguments = path.read_bytes().decode(errors="surrogateescape").split("\0")
     try:
@@ -240,7 +241,7 @@ def _trained(model) -> dict:
 
 
 def _safetensors() -> list[bytes]:
-    from rwkv_dpo.model.tensor_files import write_safetensors
+    from rwkv_dpo.files.tensor_files import write_safetensors
 
     weights = _small_model().state_dict()
     halves = {name: value.bfloat16() for name, value in weights.items()}
@@ -250,8 +251,8 @@ def _safetensors() -> list[bytes]:
 def _adapters() -> list[bytes]:
     """LoRA, DoRA and PiSSA, with a weight beside."""
     import torch
-    from rwkv_dpo.model.adapter_files import PREFIX
-    from rwkv_dpo.model.tensor_files import write_safetensors
+    from rwkv_dpo.files.tensor_files import write_safetensors
+    from rwkv_dpo.tuning.adapter_files import PREFIX
 
     name = "blocks.0.att.key"
     plain = {f"{name}.lora_A.weight": torch.ones(4, 8), f"{name}.lora_B.weight": torch.ones(8, 4), "ln_out.bias": torch.ones(8)}
@@ -350,7 +351,7 @@ def _gzip(seeds: list[bytes]) -> list[bytes]:
 
 
 def _flag_lines() -> list[bytes]:
-    from rwkv_dpo.config import RunConfig
+    from rwkv_dpo.run.config import RunConfig
 
     lines = [["train", f"--{name}={value}"] for name, value in vars(RunConfig()).items()]
     lines += [

@@ -16,7 +16,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-from rwkv_dpo.errors import InputError
+from rwkv_dpo.base.errors import InputError
 
 from fuzz import mutations, readers
 from fuzz.guard import Guard, TooSlow, asked_for_too_much

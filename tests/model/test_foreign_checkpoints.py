@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model
-from rwkv_dpo.errors import InputError
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.files.torch_files import load_torch
 from rwkv_dpo.model.checkpoint import load_into, load_model, read_checkpoint, read_weights, save_weights, shape_of
 from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.model.states import add_states
-from rwkv_dpo.model.torch_files import load_torch
-from test_v5 import TOLERANCE, one_sequence, package_model
+from rwkv_dpo.tuning.states import add_states
+from rwkv_package import TOLERANCE, one_sequence, package_model
 
 HERE = Path(__file__).parent
 SHAPE = ModelShape(2, 64, 64, 224, 71, head_size=32)

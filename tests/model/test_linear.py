@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from rwkv_dpo.linear_logprobs import linear_logprobs
+from rwkv_dpo.kernels.linear_logprobs import linear_logprobs
 from rwkv_dpo.model.linear import Linear
 
 

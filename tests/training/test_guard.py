@@ -7,11 +7,11 @@ import torch
 import train
 from lives import records
 from runs import SHARDED, write_inputs
-from rwkv_dpo.config import RunConfig
-from rwkv_dpo.data.pairs import load_pairs, save_pairs
-from rwkv_dpo.errors import InputError
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.batches.loader import MicroBatches
+from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.model.checkpoint import save_weights
-from rwkv_dpo.training.batches import MicroBatches
+from rwkv_dpo.run.config import RunConfig
 from rwkv_dpo.training.guard import poisoned, skip_unless_finite
 
 N_PAIRS = 8

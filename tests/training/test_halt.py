@@ -33,7 +33,7 @@ def steps_written(folder) -> int:
 
 def load_as_on_a_gpu() -> None:
     """Batches come as they do on a GPU."""
-    from rwkv_dpo.training import trainer
+    from rwkv_dpo.run import trainer
 
     build = trainer.build_loader
     trainer.build_loader = lambda config, corpus, pairs, rank, on_gpu: build(config, corpus, pairs, rank, on_gpu=True)
@@ -53,7 +53,7 @@ def test_a_signal_to_all_processes_of_a_gpu_run_saves_and_ends_well(data, tmp_pa
 
 
 PHASES = {
-    "loading": ("rwkv_dpo.training.pair_files:open_pairs", 1),
+    "loading": ("rwkv_dpo.run.pair_files:open_pairs", 1),
     "scoring the reference": ("rwkv_dpo.training.reference:score_batch", 2),
     "the check before the first step": ("rwkv_dpo.training.reference_check:score_pairs", 1),
 }

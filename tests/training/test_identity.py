@@ -12,11 +12,12 @@ import torch
 import train
 from lives import records
 from runs import TINY, write_inputs
-from rwkv_dpo.config import RunConfig
+from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.corpus import Corpus, corpus_sha256
-from rwkv_dpo.data.pairs import PairSet, load_pairs, pack_pairs, save_pairs
-from rwkv_dpo.errors import InputError
-from rwkv_dpo.training.identity import Identity, flags_of, identity_of
+from rwkv_dpo.data.pair_files import load_pairs, save_pairs
+from rwkv_dpo.data.pairs import PairSet, pack_pairs
+from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.run_folder.identity import Identity, flags_of, identity_of
 from test_resume import run_until
 
 SHORT = {"epoch_steps": 6, "epoch_count": 1}

@@ -10,8 +10,8 @@ import runs
 import torch
 import train
 from runs import TINY, write_inputs
-from rwkv_dpo.atomic import hashed_write
-from rwkv_dpo.errors import InputError
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.files.hashed import hashed_write
 from test_resume import run_until
 
 

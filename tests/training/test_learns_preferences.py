@@ -12,12 +12,12 @@ import pytest
 import torch
 import train
 from rwkv_dpo.data.corpus import open_corpus
-from rwkv_dpo.data.pairs import PairSet, pack_pairs, save_pairs
+from rwkv_dpo.data.pair_files import save_pairs
+from rwkv_dpo.data.pairs import PairSet, pack_pairs
 from rwkv_dpo.data.tokenizer import WorldTokenizer
-from rwkv_dpo.evaluation.pairs import evaluate_pairs
+from rwkv_dpo.evaluation.scoring import evaluate_pairs, score_pairs
 from rwkv_dpo.model.checkpoint import load_model
-from rwkv_dpo.model.tuning import load_tuned
-from rwkv_dpo.objective import score_pairs
+from rwkv_dpo.tuning.tuning import load_tuned
 
 ROOT = Path(train.__file__).resolve().parents[1]
 RUN = ["--accelerator", "cpu", "--precision", "fp32", "--random_seed", "1", "--epoch_count", "1", "--epoch_save", "0", "--cpu_malloc", "0",

@@ -14,7 +14,7 @@ import torch
 import train
 from lives import free_port
 from runs import SHARDED, write_inputs
-from rwkv_dpo.data.pairs import load_pairs, save_pairs
+from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 
 pytestmark = pytest.mark.slow
 TRAIN = Path(train.__file__).resolve()

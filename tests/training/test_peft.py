@@ -6,19 +6,21 @@ import torch
 from conftest import random_model
 from materialised import Materialised
 from runs import TINY, flags
-from rwkv_dpo.config import RunConfig
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.batches.forest import ForestBuilder
+from rwkv_dpo.batches.loader import MicroBatches
 from rwkv_dpo.data.corpus import open_corpus
-from rwkv_dpo.data.pairs import file_sha256, load_pairs, save_pairs
-from rwkv_dpo.errors import InputError
-from rwkv_dpo.flags import parse_flags
-from rwkv_dpo.forest import ForestBuilder
-from rwkv_dpo.model.adapter_files import read_adapter
+from rwkv_dpo.data.pair_files import load_pairs, save_pairs
+from rwkv_dpo.evaluation.scoring import score_pairs
+from rwkv_dpo.files.hashed import file_sha256
 from rwkv_dpo.model.checkpoint import load_model, read_weights, save_weights
 from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.model.tuning import begin_tuning, load_tuned
-from rwkv_dpo.objective import objective, score_pairs
-from rwkv_dpo.training.batches import MicroBatches
-from rwkv_dpo.training.trainer import build_model, resolve_shape
+from rwkv_dpo.objective.objective import objective
+from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.run.flags import parse_flags
+from rwkv_dpo.run.trainer import build_model, resolve_shape
+from rwkv_dpo.tuning.adapter_files import read_adapter
+from rwkv_dpo.tuning.tuning import begin_tuning, load_tuned
 from test_train import data, run  # noqa: F401  # `data` is a fixture
 
 METHODS = ("lora", "dora", "pissa", "rslora", "state")

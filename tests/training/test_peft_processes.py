@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from rwkv_dpo.forest import ForestBuilder
+from rwkv_dpo.batches.forest import ForestBuilder
 from rwkv_dpo.model.checkpoint import load_model
-from rwkv_dpo.model.tuning import load_tuned
+from rwkv_dpo.tuning.tuning import load_tuned
 from test_many_processes import data, trained  # noqa: F401  # `data` is a fixture
 
 pytestmark = pytest.mark.slow

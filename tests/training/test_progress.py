@@ -14,9 +14,9 @@ import torch
 import train
 from conftest import random_model
 from runs import TINY, write_inputs
-from rwkv_dpo.config import RunConfig
-from rwkv_dpo.data.pairs import load_pairs
-from rwkv_dpo.evaluation.pairs import evaluate_pairs
+from rwkv_dpo.data.pair_files import load_pairs
+from rwkv_dpo.evaluation.scoring import evaluate_pairs
+from rwkv_dpo.run.config import RunConfig
 from rwkv_dpo.training.halt import Halt
 from rwkv_dpo.training.progress import best_and_last, next_commands
 

@@ -9,11 +9,13 @@ import torch
 import train
 from conftest import random_model
 from runs import TINY, write_inputs
-from rwkv_dpo.data.pairs import file_sha256, pack_pairs, save_original, save_pairs
-from rwkv_dpo.device import COMPUTE_DTYPES
-from rwkv_dpo.errors import InputError
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.data.pair_files import save_original, save_pairs
+from rwkv_dpo.data.pairs import pack_pairs
+from rwkv_dpo.devices.device import COMPUTE_DTYPES
+from rwkv_dpo.evaluation.scoring import score_pairs
+from rwkv_dpo.files.hashed import file_sha256
 from rwkv_dpo.model.checkpoint import save_weights
-from rwkv_dpo.objective import score_pairs
 from rwkv_dpo.training.reference_check import shortest
 
 

@@ -12,9 +12,9 @@ import runs
 import train
 from lives import records
 from runs import TINY, write_inputs
-from rwkv_dpo.atomic import fault_of
-from rwkv_dpo.errors import InputError
-from rwkv_dpo.training.run_lock import RunLock
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.files.hashed import fault_of
+from rwkv_dpo.run_folder.lock import RunLock
 
 N_STEPS = 24
 

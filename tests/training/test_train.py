@@ -14,12 +14,13 @@ import torch
 import train
 from conftest import random_model
 from runs import TINY, flags, write_inputs
-from rwkv_dpo.config import RunConfig
-from rwkv_dpo.data.pairs import load_pairs, pack_pairs, save_original, save_pairs
-from rwkv_dpo.errors import InputError
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.data.pair_files import load_pairs, save_original, save_pairs
+from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.training.trainer import build_model, build_trainer
+from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.run.trainer import build_model, build_trainer
 
 TRAIN = Path(train.__file__)
 
@@ -381,7 +382,7 @@ def test_gradients_are_gone_before_the_next_forward_pass_unless_they_accumulate(
         trainer.callbacks.append(counter)
         return trainer
 
-    monkeypatch.setattr("rwkv_dpo.training.trainer.build_trainer", build)
+    monkeypatch.setattr("rwkv_dpo.run.trainer.build_trainer", build)
     run(data, tmp_path, accumulate_grad_batches=2, epoch_count=1)
     n = len(final_weights(tmp_path))
     assert counter.counts == [0, n, 0, n]

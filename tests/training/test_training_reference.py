@@ -10,12 +10,14 @@ import torch
 import train
 from conftest import random_model
 from lives import hang, wait_for_hang
-from rwkv_dpo.data.pairs import file_sha256, join_pairs, load_pairs, pack_pairs, save_original, save_pairs
-from rwkv_dpo.errors import InputError
-from rwkv_dpo.evaluation.journal import open_journal
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.data.pair_files import load_pairs, save_original, save_pairs
+from rwkv_dpo.data.pairs import join_pairs, pack_pairs
+from rwkv_dpo.evaluation.scoring import score_pairs
+from rwkv_dpo.files.hashed import file_sha256
+from rwkv_dpo.files.journal import open_journal
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.objective import score_pairs
 
 SHAPE = ModelShape(n_layer=1, n_embd=32, dim_att=32, dim_ffn=96, vocab_size=61, head_size=8)
 

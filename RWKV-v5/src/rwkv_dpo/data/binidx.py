@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_dpo.atomic import atomic_write
-from rwkv_dpo.errors import InputError, reading, refuse
-from rwkv_dpo.file_kinds import Kind, refuse_others
+from rwkv_dpo.base.errors import InputError, reading, refuse
+from rwkv_dpo.files.atomic import atomic_write
+from rwkv_dpo.files.kinds import Kind, refuse_others
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 
-from rwkv_dpo.errors import reading, refuse
+from rwkv_dpo.base.errors import reading, refuse
 
 
 def name_corpus(data_file: str, data_type: str = "") -> tuple[str, str]:

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from rwkv_dpo.errors import InputError, refuse
-from rwkv_dpo.file_kinds import Kind, refuse_others
+from rwkv_dpo.base.errors import InputError, refuse
+from rwkv_dpo.files.kinds import Kind, refuse_others
 
 Row = dict[str, Any]
 OnFault = Callable[[InputError], None]

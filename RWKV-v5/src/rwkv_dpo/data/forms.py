@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from rwkv_dpo.errors import InputError, refuse
+from rwkv_dpo.base.errors import InputError, refuse
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")

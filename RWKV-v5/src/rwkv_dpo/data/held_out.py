@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rwkv_dpo.base.errors import refuse
 from rwkv_dpo.data.pairs import PairSet
-from rwkv_dpo.errors import refuse
 
 
 def overlap(held_out: PairSet, trained: PairSet) -> tuple[int, int]:

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.files import Row, ending
-from rwkv_dpo.errors import InputError
 
 
 def is_hub_id(source: str | Path, file_endings: tuple[str, ...]) -> bool:

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_dpo.errors import InputError, reading, refuse
-from rwkv_dpo.pickles import scan_pickle
-from rwkv_dpo.torch_archives import Content, is_archive, open_archive
+from rwkv_dpo.base.errors import InputError, reading, refuse
+from rwkv_dpo.files.pickles import scan_pickle
+from rwkv_dpo.files.torch_archives import Content, is_archive, open_archive
 
 # Dictionaries and sets can be made to take quadratic time.
 _OPCODES = frozenset(

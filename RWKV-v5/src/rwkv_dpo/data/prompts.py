@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rwkv_dpo.base.errors import InputError, refuse
 from rwkv_dpo.data.forms import Preference
-from rwkv_dpo.errors import InputError, refuse
 
 
 @dataclass(frozen=True)

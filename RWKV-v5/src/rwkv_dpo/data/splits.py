@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rwkv_dpo.atomic import write_together
-from rwkv_dpo.data.pairs import PairSet, file_sha256, load_pairs, pairs_sha256, write_packed
+from rwkv_dpo.base.errors import InputError, refuse
+from rwkv_dpo.data.pair_files import load_pairs, write_packed
+from rwkv_dpo.data.pairs import PairSet, pairs_sha256
 from rwkv_dpo.data.prompts import seeded_fraction
-from rwkv_dpo.errors import InputError, refuse
-from rwkv_dpo.json_text import as_json
+from rwkv_dpo.files.atomic import write_together
+from rwkv_dpo.files.hashed import file_sha256
+from rwkv_dpo.files.json_text import as_json
 
 SPLITS = ("train", "valid", "test")
 REPORT = "report.json"

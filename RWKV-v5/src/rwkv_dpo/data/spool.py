@@ -18,8 +18,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.tokenizer import DOCUMENT_END, WorldTokenizer
-from rwkv_dpo.errors import InputError
 
 # Characters given to a process at a time: some 20 ms of work, long enough to be worth the way there and back.
 _BLOCK = 1 << 18

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pyrwkv_tokenizer import RWKVTokenizer
 
-from rwkv_dpo.errors import InputError
+from rwkv_dpo.base.errors import InputError
 
 NAME = "rwkv_vocab_v20230424"
 # The model's vocabulary: ids above the tokenizer's last (65,529) are never made from text.

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
+from rwkv_dpo.batches.forest import Forest, ForestBuilder
 from rwkv_dpo.data.tokenizer import DOCUMENT_END, LAST_TOKEN, WorldTokenizer
-from rwkv_dpo.forest import Forest, ForestBuilder
 from rwkv_dpo.model.rwkv import RWKV
 
 

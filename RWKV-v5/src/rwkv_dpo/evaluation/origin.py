@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.held_out import check_held_out, refuse_mixture
-from rwkv_dpo.data.pairs import PairSet, content_sha256, load_pairs
-from rwkv_dpo.errors import InputError
+from rwkv_dpo.data.pair_files import load_pairs
+from rwkv_dpo.data.pairs import PairSet, content_sha256
 
 
 def run_of(checkpoint: str | Path) -> Mapping[str, Any]:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_dpo.data.pairs import PairSet, check_pairs, file_sha256, pairs_sha256
-from rwkv_dpo.device import COMPUTE_DTYPES, pick_device, set_up
-from rwkv_dpo.evaluation.journal import open_journal
-from rwkv_dpo.json_text import as_json
+from rwkv_dpo.data.pairs import PairSet, check_pairs, pairs_sha256
+from rwkv_dpo.devices.device import COMPUTE_DTYPES, pick_device, set_up
+from rwkv_dpo.evaluation.scoring import score_batch, scoring_batches
+from rwkv_dpo.files.hashed import file_sha256
+from rwkv_dpo.files.journal import open_journal
+from rwkv_dpo.files.json_text import as_json
+from rwkv_dpo.kernels.wkv5 import choose_backend
 from rwkv_dpo.model.checkpoint import load_model
-from rwkv_dpo.objective import score_batch, scoring_batches
-from rwkv_dpo.wkv import choose_backend
 
 JOURNAL = "reference.journal"
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_dpo.atomic import hashed_write
-from rwkv_dpo.errors import refuse
-from rwkv_dpo.file_kinds import refuse_others
+from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.files.hashed import hashed_write
+from rwkv_dpo.files.kinds import refuse_others
+from rwkv_dpo.files.tensor_files import is_safetensors, read_safetensors, write_safetensors
+from rwkv_dpo.files.torch_files import CHECKPOINTS, check_stored, load_torch
+from rwkv_dpo.kernels.wkv5 import WKV5, choose_backend
 from rwkv_dpo.model import v5
 from rwkv_dpo.model.checkpoint_names import official_weights, with_tied_head
 from rwkv_dpo.model.rwkv import RWKV, Mixes
 from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.model.tensor_files import is_safetensors, read_safetensors, write_safetensors
-from rwkv_dpo.model.torch_files import CHECKPOINTS, check_stored, load_torch
-from rwkv_dpo.wkv import WKV5, choose_backend
 
 Weights = Mapping[str, Tensor]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rwkv_dpo.errors import refuse
+from rwkv_dpo.base.errors import refuse
 
 log = logging.getLogger(__name__)
 

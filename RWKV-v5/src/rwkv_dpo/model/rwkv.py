@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_dpo.forest import Forest, LayerState
-from rwkv_dpo.linear_logprobs import LEAN, LogProbs, linear_logprobs
+from rwkv_dpo.batches.forest import Forest, LayerState
+from rwkv_dpo.kernels.linear_logprobs import LEAN, LogProbs, linear_logprobs
+from rwkv_dpo.kernels.wkv5 import WKV5
 from rwkv_dpo.model.recompute import forgetting
 from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.wkv import WKV5
 
 
 class Mixes(NamedTuple):

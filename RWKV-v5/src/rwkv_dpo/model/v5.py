@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rwkv_dpo.forest import Forest
+from rwkv_dpo.batches.forest import Forest
+from rwkv_dpo.kernels.wkv5 import WKV5
 from rwkv_dpo.model.linear import Linear
 from rwkv_dpo.model.rwkv import LayerNorm, Mixes, run_levels
 from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.wkv import WKV5
 
 
 class TimeMix(nn.Module):

@@ -10,8 +10,8 @@ import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor
 
-from rwkv_dpo.training.batches import MicroBatches
-from rwkv_dpo.training.strategy import ScaledFloat16
+from rwkv_dpo.batches.loader import MicroBatches
+from rwkv_dpo.devices.strategy import ScaledFloat16
 
 log = logging.getLogger(__name__)
 # So many pairs, and windows, a line names at most.

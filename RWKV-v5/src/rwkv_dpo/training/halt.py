@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
-from rwkv_dpo.errors import InputError
-from rwkv_dpo.signals import interrupted_by, interrupts, on_signals
-from rwkv_dpo.training.torn_lines import mend_last_line
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.base.signals import interrupted_by, interrupts, on_signals
+from rwkv_dpo.files.json_text import mend_last_line
 
 
 class Halted(Exception):

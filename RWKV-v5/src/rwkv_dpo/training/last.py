@@ -10,16 +10,17 @@ import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor
 
-from rwkv_dpo.config import RunConfig
-from rwkv_dpo.training.batches import EpochNumbers, MicroBatches
-from rwkv_dpo.training.callbacks import MetricsLog, full_weights
+from rwkv_dpo.batches.loader import EpochNumbers, MicroBatches
+from rwkv_dpo.optimizer.state import OptimizerState, read_state, set_sharded, trainable, write_state
+from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.run_folder.contents import log_sizes
+from rwkv_dpo.run_folder.identity import Identity
+from rwkv_dpo.run_folder.resume import Progress, Saved, last_folder, save
+from rwkv_dpo.training.checkpoints import full_weights
 from rwkv_dpo.training.guard import not_finite
 from rwkv_dpo.training.halt import Halt, Halted
-from rwkv_dpo.training.identity import Identity
+from rwkv_dpo.training.metrics import MetricsLog
 from rwkv_dpo.training.module import DPOModule
-from rwkv_dpo.training.optimizer_state import OptimizerState, read_state, set_sharded, trainable, write_state
-from rwkv_dpo.training.resume import Progress, Saved, last_folder, save
-from rwkv_dpo.training.run_folder import log_sizes
 
 log = logging.getLogger(__name__)
 

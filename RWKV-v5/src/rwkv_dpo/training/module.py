@@ -7,11 +7,12 @@ import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor
 
-from rwkv_dpo.config import RunConfig
+from rwkv_dpo.batches.micro_batch import MicroBatch
 from rwkv_dpo.model.rwkv import RWKV, Block
-from rwkv_dpo.objective import MicroBatch, objective
+from rwkv_dpo.objective.objective import objective
+from rwkv_dpo.optimizer.adamw import build_optimizer, set_rates
+from rwkv_dpo.run.config import RunConfig
 from rwkv_dpo.training.guard import poisoned, skip_unless_finite
-from rwkv_dpo.training.optim import build_optimizer, set_rates
 
 CLIP_NORM = 1.0
 

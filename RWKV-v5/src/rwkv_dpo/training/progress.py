@@ -15,10 +15,11 @@ import pytorch_lightning as pl
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from rwkv_dpo.config import RunConfig
-from rwkv_dpo.training.callbacks import Checkpoints, MetricsLog
+from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.run_folder.contents import saved_name
+from rwkv_dpo.training.checkpoints import Checkpoints
+from rwkv_dpo.training.metrics import MetricsLog
 from rwkv_dpo.training.module import DPOModule
-from rwkv_dpo.training.run_folder import saved_name
 
 log = logging.getLogger(__name__)
 

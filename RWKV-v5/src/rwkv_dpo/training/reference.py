@@ -13,14 +13,15 @@ import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
-from rwkv_dpo.config import RunConfig
-from rwkv_dpo.data.pairs import PairSet, join_pairs, load_pairs, pairs_sha256, save_pairs
-from rwkv_dpo.errors import refuse
-from rwkv_dpo.evaluation.journal import Journal, open_journal
+from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.data.pair_files import load_pairs, save_pairs
+from rwkv_dpo.data.pairs import PairSet, join_pairs, pairs_sha256
 from rwkv_dpo.evaluation.reference import JOURNAL, discard_journal
-from rwkv_dpo.json_text import as_json
+from rwkv_dpo.evaluation.scoring import score_batch, scoring_batches
+from rwkv_dpo.files.journal import Journal, open_journal
+from rwkv_dpo.files.json_text import as_json
 from rwkv_dpo.model.rwkv import RWKV
-from rwkv_dpo.objective import score_batch, scoring_batches
+from rwkv_dpo.run.config import RunConfig
 from rwkv_dpo.training.halt import Halt
 from rwkv_dpo.training.module import DPOModule
 

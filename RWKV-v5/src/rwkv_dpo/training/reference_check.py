@@ -8,11 +8,11 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from rwkv_dpo.config import RunConfig
 from rwkv_dpo.data.pairs import PairSet
-from rwkv_dpo.device import COMPUTE_DTYPES
+from rwkv_dpo.devices.device import COMPUTE_DTYPES
+from rwkv_dpo.evaluation.scoring import score_pairs
 from rwkv_dpo.model.rwkv import RWKV
-from rwkv_dpo.objective import score_pairs
+from rwkv_dpo.run.config import RunConfig
 from rwkv_dpo.training.module import DPOModule
 
 log = logging.getLogger(__name__)

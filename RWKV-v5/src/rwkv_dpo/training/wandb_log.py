@@ -11,10 +11,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from rwkv_dpo.atomic import atomic_write
-from rwkv_dpo.config import RunConfig
-from rwkv_dpo.training.callbacks import MetricsLog, ValidPairs
+from rwkv_dpo.files.atomic import atomic_write
+from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.training.metrics import MetricsLog
 from rwkv_dpo.training.module import DPOModule
+from rwkv_dpo.training.validation import ValidPairs
 
 log = logging.getLogger(__name__)
 

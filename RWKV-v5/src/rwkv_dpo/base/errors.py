@@ -1,0 +1,44 @@
+"""The one error type for anything a user can put right: flags, files, rows, checkpoints."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+
+class InputError(ValueError):
+    """A fault in what the user gave. Its message is one line: the flag or file, what was found, what is accepted.
+
+    Scripts print the message and exit with status 2; everything else is a bug and keeps its traceback. What a message quotes comes
+    from files that may be anything: characters that would break the line or steer a terminal are escaped, the middle of a very long
+    message is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        # Escapes are longer than what they stand for, and a message may be too long to escape first.
+        super().__init__(_shortened(_printable(_shortened(message))))
+
+
+_LONGEST = 1000
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def refuse(message: str) -> NoReturn:
+    """Raise InputError; lets a check read as one line."""
+    raise InputError(message)
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """What the system refuses within (no permission, a disk that fails) becomes an InputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error

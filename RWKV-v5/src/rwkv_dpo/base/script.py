@@ -1,0 +1,65 @@
+"""How every script runs and ends: an InputError, a signal and a missing package each in one line, with a status."""
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.base.signals import interrupt, interrupted_by, leave_signals, on_signals
+
+_ROOT = Path(__file__).resolve().parents[4]
+
+
+def run_script(
+    main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit, stopped: str = "nothing was written", speaks: bool = True
+) -> NoReturn:
+    """Runs a script's main. An InputError becomes one line on standard error and exit status 2; SIGINT (Ctrl-C) and SIGTERM become
+    one, and 128 + the signal's number. leave: ends the process. stopped: what a signal leaves behind, in a few words. speaks: False
+    where another process has that line to tell."""
+    name, status = Path(sys.argv[0]).name, 0
+
+    def tell(number: int) -> None:
+        if speaks:
+            by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            print(f"{name}: stopped by {by}: {stopped}", file=sys.stderr, flush=True)
+
+    on_signals(interrupt, overdue=tell)
+    try:
+        main()
+    except BaseException as error:
+        # Some libraries have a handler of their own for Ctrl-C, for as long as they work.
+        number = interrupted_by() or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else 0)
+        if number:
+            tell(number)
+            status = 128 + number
+        elif isinstance(error, InputError):
+            print(f"{name}: {error}", file=sys.stderr)
+            status = 2
+        elif isinstance(error, ModuleNotFoundError):
+            print(f"{name}: {missing_package(error)}", file=sys.stderr)
+            status = 2
+        else:
+            raise
+    leave_signals()
+    leave(status)
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """The line. Raises the error when it is a module of our own that is missing."""
+    package = (error.name or str(error)).partition(".")[0]
+    if package in ("", "rwkv_dpo"):
+        raise error
+    activate = _ROOT / ".venv" / "bin" / "activate"
+    if activate.is_file() and Path(sys.prefix).resolve() != activate.parents[1].resolve():
+        advice = f"activate the environment first: source {activate}"
+    else:
+        advice = f"install it: {sys.executable} -m pip install -r {_ROOT / 'requirements.txt'}"
+    return f"the Python package {package} is missing in {sys.executable}; {advice}"
+
+
+def leave_without(error: ModuleNotFoundError) -> NoReturn:
+    """Ends a script whose imports fail, as run_script would."""
+    print(f"{Path(sys.argv[0]).name}: {missing_package(error)}", file=sys.stderr)
+    sys.exit(2)

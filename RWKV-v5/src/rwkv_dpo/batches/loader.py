@@ -1,0 +1,126 @@
+"""Which windows and pairs make up each micro-batch: a pure function of its number, the rank and the seed."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from rwkv_dpo.batches.micro_batch import MicroBatch, collate
+from rwkv_dpo.batches.sampling import LengthOrder, global_index, item_at, magic_prime_start, window_start
+from rwkv_dpo.data.corpus import Corpus
+from rwkv_dpo.data.pairs import PairSet
+from rwkv_dpo.run.config import RunConfig
+
+
+@dataclass
+class Position:
+    """Where a resumed run goes on: `batch` micro-batches into `epoch` (Lightning's count). `shift`: by how many samples the
+    sequence is ahead of micro-batch numbers times samples, after steps that took more or fewer samples."""
+
+    epoch: int = 0
+    batch: int = 0
+    shift: int = 0
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """Micro-batch number k (counted from the first epoch of all) of one rank, whatever came before it."""
+
+    config: RunConfig
+    corpus: Corpus | None
+    pairs: PairSet | None
+    rank: int
+    position: Position = field(default_factory=Position)
+
+    def __getitem__(self, k: int) -> MicroBatch:
+        starts, rows = self.contents(k, self.rank)
+        windows, pairs, ref_logps = [], [], np.zeros((0, 2))
+        if self.corpus is not None:
+            windows = [self.corpus.window(start, self.config.ctx_len + 1) for start in starts]
+        if self.pairs is not None:
+            pairs, ref_logps = [self.pairs.pair(row) for row in rows], self.pairs.ref_logps[rows]
+        return collate(windows, pairs, ref_logps, self.config.chunk_ctx, self.config.tbptt == 1)
+
+    def contents(self, k: int, rank: int) -> tuple[list[int], list[int]]:
+        """What micro-batch k of `rank` holds: first tokens of corpus windows, and rows of the pair file."""
+        c, shift = self.config, self.position.shift
+        samples = [shift + global_index(k, slot, rank, c.world_size, c.micro_bsz) for slot in range(c.micro_bsz)]
+        starts, rows = [], []
+        if self.corpus is not None:
+            starts = [self._window_start(self.corpus, i) for i in samples]
+        if self.pairs is not None:
+            if c.balance == "tokens":
+                rows = self._length_order.rank_items(k, rank, c.world_size, c.micro_bsz, shift)
+            else:
+                rows = [item_at(i, len(self.pairs), c.seed) for i in samples]
+        return starts, rows
+
+    @cached_property
+    def _length_order(self) -> LengthOrder:
+        assert self.pairs is not None
+        return LengthOrder(np.diff(self.pairs.offsets[::3]).tolist(), self.config.seed)
+
+    def _window_start(self, corpus: Corpus, sample: int) -> int:
+        c = self.config
+        if c.magic_prime:
+            return magic_prime_start(sample, c.magic_prime, c.ctx_len) + max(c.my_pile_shift, 0)
+        return window_start(sample, corpus.n_tokens, c.ctx_len, c.seed)
+
+
+class EpochNumbers:
+    """The micro-batch numbers of one epoch, of the resumed epoch those that are left. Lightning calls set_epoch with its own
+    count, which starts at 0."""
+
+    def __init__(self, epoch_begin: int, epoch_steps: int, position: Position) -> None:
+        self.epoch_begin, self.epoch_steps, self.position = epoch_begin, epoch_steps, position
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        first = (self.epoch_begin + self.epoch) * self.epoch_steps
+        done = self.position.batch if self.epoch == self.position.epoch else 0
+        return iter(range(first + done, first + self.epoch_steps))
+
+    def __len__(self) -> int:
+        return self.epoch_steps
+
+
+@dataclass(frozen=True)
+class Loader:
+    """An epoch's micro-batches, from those of a resumed epoch that are left to the next ones with each set_epoch of the sampler.
+
+    is_ahead: a thread prepares the next one while the last one trains. A thread and not a process: that would hand over every tensor
+    as a file descriptor or in shared memory, of which a step in chunks needs more than systems allow, and it would die of signals
+    that the run means to survive.
+    """
+
+    dataset: MicroBatches
+    sampler: EpochNumbers
+    is_ahead: bool
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        batches = (self.dataset[k] for k in self.sampler)
+        return _one_ahead(batches) if self.is_ahead else batches
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+def _one_ahead(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """The same, each made in a thread while its caller is busy with the one before; what fails there is raised here."""
+    with ThreadPoolExecutor(1, "batches") as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
+
+
+def build_loader(config: RunConfig, corpus: Corpus | None, pairs: PairSet | None, rank: int, on_gpu: bool) -> Loader:
+    position = Position()
+    numbers = EpochNumbers(config.epoch_begin, config.epoch_steps, position)
+    # On a CPU preparing ahead would take cores from the training.
+    return Loader(MicroBatches(config, corpus, pairs, rank, position), numbers, is_ahead=on_gpu)

@@ -1,0 +1,37 @@
+"""What one optimizer micro-step sees."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rwkv_dpo.batches.chunks import ChunkPlan, plan_chunks
+from rwkv_dpo.batches.step import Step, build_step
+from rwkv_dpo.data.pairs import Pair
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one optimizer micro-step sees. ref_logps: fp32 [pairs, 2], nats, chosen then rejected. plan: the step in chunks, when it
+    is to run so."""
+
+    step: Step
+    ref_logps: Tensor
+    n_windows: int
+    plan: ChunkPlan | None = None
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        plan = self.plan.to(device) if self.plan else None
+        return MicroBatch(self.step.to(device), self.ref_logps.to(device, non_blocking=True), self.n_windows, plan)
+
+
+def collate(
+    windows: Sequence[np.ndarray], pairs: Sequence[Pair], ref_logps: np.ndarray, chunk_ctx: int = 0, truncated: bool = False
+) -> MicroBatch:
+    """Windows [T + 1] token ids each; pairs of (prompt, chosen, rejected) ids with their reference log-probs [pairs, 2].
+    chunk_ctx: tokens in a chunk; 0: everything at once. truncated: states carry no gradients from chunk to chunk."""
+    step = build_step(windows, pairs)
+    refs = torch.from_numpy(ref_logps.reshape(-1, 2).astype(np.float32))
+    return MicroBatch(step, refs, len(windows), plan_chunks(step, chunk_ctx, truncated) if chunk_ctx else None)

@@ -1,0 +1,114 @@
+"""--strategy and --precision in Lightning's terms, DeepSpeed on CPUs included."""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from pytorch_lightning.plugins import DeepSpeedPrecision, MixedPrecision
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
+from typing_extensions import override
+
+from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.run.config import RunConfig
+
+
+class ScaledFloat16(MixedPrecision):
+    """Loss scaling without autocast: the model casts by itself, and keeps fp32 master weights."""
+
+    @override
+    def forward_context(self) -> AbstractContextManager:  # type: ignore[override]  # Lightning types the decorator it uses
+        return nullcontext()
+
+
+    @override
+    def optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:  # type: ignore[override]
+        # The parent leaves it to a fused optimizer to unscale, after gradients were clipped as if they were not scaled.
+        assert self.scaler is not None
+        loss = closure()
+        self.scaler.unscale_(optimizer)
+        self._after_closure(model, optimizer)
+        self.scaler.step(optimizer, **kwargs)
+        self.scaler.update()
+        return loss
+
+
+class DeepSpeedAsBuilt(DeepSpeedPrecision):
+    """DeepSpeed's precision without Lightning's conversions: the model has its types already, fp32 for what trains and the compute type
+    for matrices that don't; micro-batches hold token ids and fp32 log-probabilities."""
+
+    @override
+    def convert_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        return module
+
+    @override
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
+class CPUDeepSpeedStrategy(DeepSpeedStrategy):
+    """DeepSpeed on CPU processes. Lightning's strategy insists on CUDA; DeepSpeed itself does not."""
+
+    @override
+    def setup_environment(self) -> None:
+        # Past the CUDA check of the parent, what its own parent does.
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", self.local_rank)
+
+    @override
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+
+def bucket_numbers(config: RunConfig, n_trained: int | None) -> int:
+    """Gradients that DeepSpeed sends together, an even number: --ds_bucket_mb millions, and no more than there are. It allocates whole
+    buckets, whatever goes in."""
+    wanted = config.ds_bucket_mb * 1_000_000
+    return wanted if n_trained is None else min(wanted, n_trained + n_trained % 2)
+
+
+def build_precision(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """fp32, tf32 and bf16 keep fp32 weights and gradients (the model computes in bf16 by itself); fp16 also scales the loss."""
+    if config.strategy.startswith("deepspeed"):
+        return {"plugins": [DeepSpeedAsBuilt("16-mixed" if config.precision == "fp16" else "32-true")]}
+    if config.precision == "fp16":
+        return {"plugins": [ScaledFloat16("16-mixed", device.type)]}
+    return {"precision": "32-true"}
+
+
+def uses_ddp(config: RunConfig) -> bool:
+    return config.strategy == "ddp" or (config.strategy == "auto" and config.world_size > 1)
+
+
+def build_strategy(config: RunConfig, device: torch.device, n_trained: int | None = None) -> str | Strategy:
+    """n_trained: numbers that the run trains, where there is a model already."""
+    if config.strategy == "auto" and config.world_size == 1:
+        return "auto"
+    if uses_ddp(config):
+        # Gradients live in the buckets that are sent, not beside them.
+        return DDPStrategy(gradient_as_bucket_view=True)
+    stage, _, offload = config.strategy.removeprefix("deepspeed_stage_").partition("_")
+    bucket = bucket_numbers(config, n_trained)
+    settings: dict[str, Any] = {
+        "stage": int(stage), "logging_batch_size_per_gpu": config.micro_bsz,
+        "offload_optimizer": bool(offload), "offload_parameters": bool(offload) and stage == "3",
+        "allgather_bucket_size": bucket, "reduce_bucket_size": bucket,
+        # One process sends nothing that could overlap, and would pay for a second bucket.
+        "overlap_comm": config.world_size > 1,
+    }  # fmt: skip
+    if device.type == "cuda":
+        return DeepSpeedStrategy(**settings)
+    # DeepSpeed asks for its accelerator by this variable alone.
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    if config.precision == "fp16":
+        from deepspeed.accelerator import get_accelerator
+
+        if not get_accelerator().is_fp16_supported():
+            refuse(f"--precision fp16: DeepSpeed can't compute in it on this CPU; --strategy {config.strategy} takes fp32 and bf16")
+    return CPUDeepSpeedStrategy(process_group_backend="gloo", **settings)

@@ -1,0 +1,127 @@
+"""Files with a sha256 beside them, in the form of sha256sum: whether a file has the bytes that were written shows at any time."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from rwkv_dpo.files.atomic import atomic_write, hidden_name, unfinished_file, writing
+
+_CHUNK = 1 << 24
+
+
+class HashedFile:
+    """A binary file open for writing from its start to its end, that knows the sha256 of what went in and why it failed."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.fault: OSError | None = None
+
+    def write(self, data) -> int:
+        try:
+            written = self.file.write(data)
+        except OSError as error:
+            # torch.save reports a full disk as a RuntimeError of its own.
+            self.fault = error
+            raise
+        self.sha256.update(data)
+        return written
+
+    def fill(self, write: Callable[[str], None]) -> None:
+        """For writers that take a path: write(path) makes all of the file."""
+        write(self.file.name)
+        self.sha256 = _sha256(self.file.name)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+@contextlib.contextmanager
+def hashed_write(path: str | Path) -> Iterator[HashedFile]:
+    """As atomic_write, with `path`.sha256 beside it in the form of sha256sum. The file takes writes one after the other only.
+
+    The old hash goes before the name moves and the new one comes after: a crash may leave a whole file without a hash, never
+    one beside the hash of another.
+    """
+    path = Path(path)
+    with writing(path), unfinished_file(path) as (unfinished, file):
+        hashed = HashedFile(file)
+        try:
+            yield hashed
+            file.flush()
+            os.fsync(file.fileno())
+        except RuntimeError as error:
+            raise hashed.fault or error from error
+        _take_name(unfinished, path, hashed.sha256.hexdigest())
+
+
+def rename_hashed(path: Path, new_path: Path) -> None:
+    """Gives a file of hashed_write another name in its folder, and its hash with it."""
+    with writing(new_path):
+        _take_name(path, new_path, hash_path(path).read_text().split(" ")[0])
+        hash_path(path).unlink()
+
+
+def link_hashed(path: Path, new_path: Path) -> bool:
+    """Gives the content of a file of hashed_write a second name in its folder. False where the file system has no hard links."""
+    link = hidden_name(new_path, "part")
+    try:
+        os.link(path, link)
+    except OSError:
+        return False
+    with writing(new_path):
+        _take_name(link, new_path, hash_of(path))
+    return True
+
+
+def remove_hashed(path: Path) -> None:
+    """Removes a file of hashed_write and its hash, where they exist."""
+    path.unlink(missing_ok=True)
+    hash_path(path).unlink(missing_ok=True)
+
+
+def _take_name(path: Path, new_path: Path, sha256: str) -> None:
+    hash_path(new_path).unlink(missing_ok=True)
+    os.replace(path, new_path)
+    with atomic_write(hash_path(new_path)) as file:
+        file.write(f"{sha256}  {new_path.name}\n".encode())
+
+
+def hash_path(path: str | Path) -> Path:
+    path = Path(path)
+    return path.with_name(f"{path.name}.sha256")
+
+
+def hash_of(path: str | Path) -> str:
+    """The sha256 that hashed_write put beside a file, "" without."""
+    try:
+        return hash_path(path).read_text(errors="replace").split(" ")[0]
+    except FileNotFoundError:
+        return ""
+
+
+def fault_of(path: str | Path) -> str:
+    """What is wrong with a file that hashed_write wrote, in a few words; "" when it has the bytes that were written."""
+    try:
+        expected = hash_path(path).read_text(errors="replace").split(" ")[0]
+        sha256 = file_sha256(path)
+    except FileNotFoundError as error:
+        return "has no .sha256 beside it" if Path(path).exists() else f"can't be read: {error.strerror}"
+    except OSError as error:
+        return f"can't be read: {error.strerror}"
+    return "" if sha256 == expected else "does not have the sha256 that it was written with"
+
+
+def file_sha256(path: str | Path) -> str:
+    """Of what is in a file, in hexadecimal. Raises OSError."""
+    return _sha256(path).hexdigest()
+
+
+def _sha256(path: str | Path) -> "hashlib._Hash":
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest

@@ -1,0 +1,84 @@
+"""WKV-5, the recurrence at the heart of RWKV-5: its contract, and the choice among its implementations.
+
+Legend, as in the Eagle paper (arXiv:2404.05892): r receptance, k key, v value, u bonus of the current token (time_faaaa),
+w = exp(-exp(time_decay)) the decay, S[i, j] the state of one head (key index i, value index j).
+
+    y_t[j] = sum_i r_t[i] * (S[i, j] + u[i] * k_t[i] * v_t[j])
+    S[i, j] <- w[i] * S[i, j] + k_t[i] * v_t[j]
+
+Every backend module offers two functions:
+
+    wkv5(r, k, v, time_decay, u, cu_seqlens, state0=None) -> (y, state_end)
+        r, k, v      [S, H, N] fp32, bf16 or fp16 (reference and chunked also float64), contiguous
+        time_decay   [H, N] and u [H, N], any float dtype; used in fp32
+        cu_seqlens   int32 [n + 1] on the CPU (layout, not data): sequence s holds rows cu_seqlens[s]:cu_seqlens[s + 1]
+                     of r, k and v; a sequence may be empty
+        state0       [n, H, N, N] fp32 (float64 for float64 inputs), or None for zeros
+        y            [S, H, N] in the dtype of r
+        state_end    [n, H, N, N] in the dtype of state0; an empty sequence hands its state0 on
+
+    Differentiable in r, k, v, time_decay, u and state0, through y and state_end alike. N is a multiple of 8 up to 128.
+
+    unusable_because(device) -> str | None
+        None when the backend can run on that device here, else the reason, and what a user can do about it, in one line.
+        May compile on first use.
+"""
+
+import importlib
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from rwkv_dpo.base.errors import InputError
+
+log = logging.getLogger(__name__)
+
+WKV5 = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+# Fastest first: the order in which `auto` tries them.
+BACKENDS = ("cuda", "cpu", "chunked", "reference")
+
+# By device: the backend made for it, and what its absence costs.
+_MADE_FOR = {
+    "cuda": ("cuda", "this run will be several times slower"),
+    "cpu": ("cpu", "its part of a step will take several times as long"),
+}
+
+
+class Backend(NamedTuple):
+    name: str
+    wkv5: WKV5
+
+
+def choose_backend(name: str, device: torch.device) -> Backend:
+    """The backend of a run. `auto` takes the first usable one, says why it passed over the others, and warns when that makes the run
+    slow; a backend that the user names is used, or refused with the reason (InputError)."""
+    if name != "auto":
+        if name not in BACKENDS:
+            raise InputError(f"--wkv_backend {name}: accepted are auto, {', '.join(BACKENDS)}")
+        reason = _module(name).unusable_because(device)
+        if reason is not None:
+            raise InputError(f"--wkv_backend {name} can't be used on {device.type}: {reason}")
+        return Backend(name, _module(name).wkv5)
+    passed_over: dict[str, str] = {}
+    for candidate in BACKENDS:
+        reason = _module(candidate).unusable_because(device)
+        if reason is None:
+            _tell(candidate, passed_over, device)
+            return Backend(candidate, _module(candidate).wkv5)
+        passed_over[candidate] = reason
+    raise AssertionError("the reference backend runs everywhere")
+
+
+def _tell(chosen: str, passed_over: dict[str, str], device: torch.device) -> None:
+    made_for_it, cost = _MADE_FOR.get(device.type, ("", ""))
+    if made_for_it in passed_over:
+        log.warning("WKV backend: %s, and %s: not %s, since %s", chosen, cost, made_for_it, passed_over[made_for_it])
+    else:
+        log.info("WKV backend: %s%s", chosen, "".join(f"; not {one} ({reason})" for one, reason in passed_over.items()))
+
+
+def _module(name: str):
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,164 @@
+"""The run folder (--proj_dir): config.json, checkpoints, and what earlier runs left there."""
+
+import json
+import logging
+import os
+import re
+from pathlib import Path
+
+from rwkv_dpo.base.errors import InputError, refuse
+from rwkv_dpo.files.atomic import atomic_write, sweep
+from rwkv_dpo.files.hashed import hash_of
+from rwkv_dpo.files.json_text import as_json
+from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.run_folder.identity import FILES, Identity
+from rwkv_dpo.run_folder.lock import RunLock
+
+log = logging.getLogger(__name__)
+
+# Settings that leave a run's result as it is.
+INCIDENTAL = (
+    "proj_dir", "overwrite", "wandb", "enable_progress_bar", "cpu_malloc", "wkv_backend", "accelerator", "resume", "save_every",
+    "keep", "max_bad_steps", "any_base", "gpu_ids",
+)  # fmt: skip
+# Settings that a continuation of a run changes.
+CONTINUATION = ("load_model", "epoch_begin", "epoch_count", "my_pile_stage", "my_exit", "warmup_steps", "peft_load")
+# Settings that a resumed run may change: how the work is shared out, and into how many samples it is cut.
+LAYOUT = ("devices", "num_nodes", "strategy", "ds_bucket_mb", "grad_cp", "chunk_ctx", "micro_bsz", "accumulate_grad_batches", "epoch_steps")
+# What grows with the run.
+LOGS = ("metrics.jsonl", "valid.jsonl", "train_log.txt")
+# What a run writes under these names, a run that begins anew would write again.
+_OF_A_RUN = re.compile(
+    r"config\.json|wandb-run-id|metrics\.jsonl|valid\.jsonl|train_log\.txt|vocab\.json|reference\.(save|journal.*)|last"
+    r"|(rwkv|state)-(init|final|last-good|\d+)\.pth(\.sha256)?|adapter-(init|final|last-good|\d+)|(rwkv|state|adapter)-final\.json"
+)
+# Of those, what stays for a run that starts from rwkv-init.pth; and what says by itself of which pairs and weights it is.
+_START, _KEYED = re.compile(r"rwkv-init\.pth(\.sha256)?|vocab\.json"), re.compile(r"reference\..*")
+
+
+def continues(config: RunConfig) -> bool:
+    """Whether the run goes on with the epochs of an earlier one, from its weights."""
+    return config.epoch_begin > 0 or config.my_pile_stage >= 2
+
+
+def prepare_folder(config: RunConfig, identity: Identity, lock: RunLock, resumes: bool) -> None:
+    """Makes the folder, takes it, and writes config.json; refuses a folder that can't be written, or that holds another run.
+
+    What a run that begins anew would write again is set aside together, in earlier-N; nothing is lost.
+    """
+    folder = Path(config.proj_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(f"--proj_dir {folder}: can't be made ({error.strerror})")
+    if not os.access(folder, os.W_OK):
+        refuse(f"--proj_dir {folder}: can't be written to")
+    lock.take()
+    before = read_identity(folder)
+    free = INCIDENTAL + (LAYOUT if resumes else CONTINUATION if continues(config) else ())
+    changed = identity.changes_from(before, free) if before else []
+    if changed and not config.overwrite:
+        refuse(f"--proj_dir {folder} holds a run with other settings: {', '.join(changed[:5])}; --overwrite 1 goes on all the same")
+    for place in (folder, folder / "last"):
+        sweep(place)
+    if not resumes:
+        _set_aside(config, identity, is_again=before is not None and not changed and config.resume == "auto")
+    with atomic_write(folder / "config.json") as file:
+        file.write(as_json(identity.as_json(), indent=1).encode())
+
+
+def _set_aside(config: RunConfig, identity: Identity, is_again: bool) -> None:
+    """Moves what earlier runs wrote into a folder of its own; of a run that goes on with another's epochs, `last` alone.
+
+    is_again: the same run was interrupted before it had saved anything. Its reference scores stay.
+    """
+    folder = Path(config.proj_dir)
+    names = re.compile("last") if continues(config) else _OF_A_RUN
+    moved = [path for path in folder.iterdir() if names.fullmatch(path.name) and not (is_again and _KEYED.fullmatch(path.name))]
+    read = {Path(str(identity.flags[flag])).resolve() for flag in FILES if identity.flags[flag]}
+    for path in moved:
+        if path.resolve() in read and not _START.fullmatch(path.name):
+            refuse(f"{path}: this run starts from it and would write over it; name another --proj_dir")
+    if any(path.resolve() in read for path in moved):
+        moved = [path for path in moved if not _START.fullmatch(path.name)]
+    if not moved:
+        return
+    earlier = next(path for n in range(1, 10**6) if not (path := folder / f"earlier-{n}").exists())
+    earlier.mkdir()
+    # What says that a run is finished goes first: a crash in between must not leave it beside the new run's files.
+    for path in sorted(moved, key=lambda path: not path.name.endswith("-final.json")):
+        path.rename(earlier / path.name)
+    log.info("what an earlier run wrote is now in %s", earlier)
+
+
+def saved_name(config: RunConfig, label: str) -> str:
+    """What a run calls the weights that it saves: an epoch's by its number, what it writes last by "final"."""
+    return {"none": f"rwkv-{label}.pth", "state": f"state-{label}.pth"}.get(config.peft, f"adapter-{label}")
+
+
+def save_end(config: RunConfig, identity: Identity, step: int) -> None:
+    """Writes, beside what a run wrote last, whose end it is."""
+    path = Path(config.proj_dir) / saved_name(config, "final")
+    end = {**identity.as_json(), "step": step, "sha256": hash_of(path)}
+    with atomic_write(path.with_suffix(".json")) as file:
+        file.write(as_json(end, indent=1).encode())
+
+
+def is_finished(config: RunConfig, identity: Identity) -> bool:
+    """Whether the folder holds the end of this run."""
+    path = Path(config.proj_dir) / saved_name(config, "final")
+    end = _read_json(path.with_suffix(".json"))
+    if end is None or not path.exists() or end.pop("sha256", "") != hash_of(path):
+        return False
+    return end.pop("step", 0) == config.total_steps and not identity.changes_from(Identity.from_json(end), INCIDENTAL)
+
+
+def log_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each log, which are on the disk when this returns."""
+    sizes = {}
+    for path in (folder / name for name in LOGS):
+        if path.exists():
+            try:
+                with open(path, "ab") as file:
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+            sizes[path.name] = path.stat().st_size
+    return sizes
+
+
+def cut_logs(folder: Path, sizes: dict[str, int]) -> None:
+    """Takes from the logs what steps wrote that are going to be done again."""
+    for path in (folder / name for name in LOGS):
+        if path.exists() and path.stat().st_size > sizes.get(path.name, 0):
+            os.truncate(path, sizes.get(path.name, 0))
+
+
+def save_vocabulary(characters: str, path: Path) -> None:
+    """Token id -> character of a corpus of characters, as RWKV-LM's scripts read it: JSON in UTF-16LE."""
+    with atomic_write(path) as file:
+        file.write(as_json(dict(enumerate(characters)), ensure_ascii=False).encode("utf-16le"))
+
+
+def newest_epoch(folder: Path) -> int | None:
+    """The largest N of the folder's rwkv-N.pth, -1 for rwkv-init.pth alone, None for neither."""
+    numbers = [int(match[1]) for path in folder.glob("rwkv-*.pth") if (match := re.fullmatch(r"rwkv-(\d+)\.pth", path.name))]
+    if numbers:
+        return max(numbers)
+    return -1 if (folder / "rwkv-init.pth").exists() else None
+
+
+def read_identity(folder: Path) -> Identity | None:
+    """Whose folder it is, by its config.json; None without."""
+    settings = _read_json(folder / "config.json")
+    return None if settings is None else Identity.from_json(settings)
+
+
+def _read_json(path: Path) -> dict | None:
+    if not path.exists():
+        return None
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        refuse(f"{path}: not readable as JSON ({error})")
+    return settings if isinstance(settings, dict) else refuse(f"{path}: not a JSON object")

@@ -1,0 +1,188 @@
+"""The checkpoints of `last/`, from which a run goes on as if it had never stopped: their form, and which one to take."""
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_dpo.base.errors import InputError, refuse
+from rwkv_dpo.files.hashed import fault_of, hashed_write, remove_hashed
+from rwkv_dpo.files.torch_files import check_stored, load_torch
+from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.run_folder.contents import CONTINUATION, INCIDENTAL, LAYOUT, continues, read_identity
+from rwkv_dpo.run_folder.identity import Identity, flags_of
+
+log = logging.getLogger(__name__)
+_FORM = 2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. None of it depends on the number of processes or the strategy.
+
+    identity: the run's, as JSON. step: optimizer steps done. samples: taken of the global sequence. logs: bytes of each log file that
+    belong to those steps.
+    """
+
+    identity: dict[str, Any]
+    step: int
+    samples: int
+    pairs_seen: int
+    epoch_losses: list[float]
+    skipped_steps: int
+    bad_in_a_row: int
+    logs: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint of `last/`: trainable weights and the optimizer's state by parameter name, whole; generators by rank."""
+
+    path: Path
+    progress: Progress
+    weights: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Any]]
+    generators: list[dict[str, Tensor]]
+    scaler: dict[str, Any]
+
+
+def last_folder(config: RunConfig) -> Path:
+    return Path(config.proj_dir) / "last"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Newest first."""
+    steps = {int(m[1]): path for path in folder.glob("step-*.pth") if (m := re.fullmatch(r"step-(\d+)\.pth", path.name))}
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def save(folder: Path, progress: Progress, parts: dict[str, Any], keep: int) -> Path:
+    """Writes folder/step-N.pth. When it is on the disk, older ones go until `keep` are left, and those of later steps, which a run
+    that was resumed from an earlier one does again. Raises InputError.
+
+    parts: the other fields of Saved.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: can't be made ({error.strerror})") from error
+    path = folder / f"step-{progress.step}.pth"
+    with hashed_write(path) as file:
+        torch.save({"form": _FORM, "progress": asdict(progress), **parts}, file)  # type: ignore[arg-type]  # it only writes
+    there = checkpoints_in(folder)
+    newest = there.index(path)
+    for other in there[:newest] + there[newest + keep :]:
+        remove_hashed(other)
+    return path
+
+
+def load(path: Path) -> Saved:
+    """Tensors are mapped from the file. InputError for what is no such checkpoint, would execute code, or promises more than it holds."""
+    loaded = load_torch(path)
+    try:
+        if loaded["form"] != _FORM:
+            refuse(f"{path}: a checkpoint of form {loaded['form']}, of another version; {_FORM} is accepted. --resume none begins anew")
+        parts = {f.name: loaded[f.name] for f in fields(Saved) if f.name not in ("path", "progress")}
+        saved = Saved(path, Progress(**loaded["progress"]), **parts)
+        states = [value for state in saved.optimizer.values() for value in state.values()]
+        generators = [value for rank in saved.generators for value in rank.values()]
+        check_stored((value for value in (*saved.weights.values(), *states, *generators) if isinstance(value, Tensor)), path)
+        return saved
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a checkpoint to resume from ({error or type(error).__name__})") from error
+
+
+def check_fits(saved: Saved, trained: Mapping[str, Tensor]) -> None:
+    """Refuses a checkpoint that isn't of the parameters that a run trains, by name: weights and optimizer states, shape for shape."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
+    found = {name: tuple(value.shape) for name, value in saved.weights.items() if isinstance(value, Tensor)}
+    if found != shapes:
+        odd = next(name for name in sorted(shapes.keys() | found.keys()) if shapes.get(name) != found.get(name))
+        refuse(f"{saved.path}: {odd} is {found.get(odd, 'missing')}; this run trains {shapes.get(odd, 'no such weight')}")
+    for name, state in saved.optimizer.items():
+        # bitsandbytes keeps tables and one scale a block, smaller than the parameter; everything else has its shape.
+        is_packed = saved.progress.identity["optim"] == "adamw8bit"
+        for key, value in state.items():
+            if isinstance(value, Tensor) and (name not in shapes or (not is_packed and tuple(value.shape) != shapes[name])):
+                weight = shapes.get(name, "missing")
+                refuse(f"{saved.path}: the optimizer's {key} of {name} is {tuple(value.shape)}; the weight is {weight}")
+
+
+def choose(config: RunConfig, identity: Identity) -> Path | None:
+    """The checkpoint that --resume means, None to begin anew. Refuses one that is not whole, or of another run."""
+    if config.resume == "none":
+        return None
+    if config.resume != "auto":
+        path = Path(config.resume)
+        if path.is_dir():
+            path = next(iter(checkpoints_in(path)), path)
+        if not path.is_file():
+            refuse(f"--resume {config.resume}: no such checkpoint; auto, none, or a step-N.pth are accepted")
+        if fault := fault_of(path):
+            refuse(f"--resume {path}: {fault}")
+        _check(load(path), config, identity)
+        return path
+    paths = checkpoints_in(last_folder(config))
+    if not paths or _is_other_run(config, identity):
+        return None
+    for path in paths:
+        fault = fault_of(path)
+        if not fault:
+            _check(load(path), config, identity)
+            return path
+        log.warning("%s %s; the one before is used", path, fault)
+    refuse(f"{last_folder(config)}: none of its checkpoints is whole ({paths[0].name} {fault_of(paths[0])}); --resume none begins anew")
+
+
+def goes_on_here(config: RunConfig, path: Path | None) -> bool:
+    """Whether a checkpoint to go on from is of the run folder's own last/."""
+    return path is not None and path.resolve().parent == last_folder(config).resolve()
+
+
+def start_of(saved: Saved | None) -> str:
+    """The adapter that the run of a checkpoint began with, which it had saved beside; "" without."""
+    if saved is None or saved.progress.identity["peft"] in ("none", "state"):
+        return ""
+    return str(saved.path.parent.parent / "adapter-init")
+
+
+def _is_other_run(config: RunConfig, identity: Identity) -> bool:
+    """Whether the folder holds an interrupted run that this one is allowed to leave behind."""
+    before = read_identity(Path(config.proj_dir))
+    if before is None or not identity.changes_from(before, INCIDENTAL + LAYOUT):
+        return False
+    return bool(config.overwrite) or (continues(config) and not identity.changes_from(before, INCIDENTAL + CONTINUATION))
+
+
+def _check(saved: Saved, config: RunConfig, identity: Identity) -> None:
+    before = Identity.from_json(saved.progress.identity)
+    changed = identity.changes_from(before, INCIDENTAL + LAYOUT)
+    if changed and not config.overwrite:
+        refuse(f"{saved.path} is of a run with other settings: {', '.join(changed[:5])}; --resume none begins anew")
+    steps = before.flags["epoch_steps"] // before.flags["accumulate_grad_batches"]
+    if steps != config.steps_per_epoch:
+        refuse(
+            f"--epoch_steps {config.epoch_steps}: {saved.path} counts {steps} optimizer steps in an epoch; "
+            f"{steps * config.accumulate_grad_batches} is accepted"
+        )
+    if saved.progress.step >= config.total_steps:
+        refuse(f"{saved.path} has done {saved.progress.step} steps; with these settings the run ends at {config.total_steps}")
+
+
+def interrupted_stage(config: RunConfig) -> RunConfig | None:
+    """Staged pre-training takes its epoch and weights from the folder; those with which an interrupted run had begun."""
+    if config.resume != "auto" or not checkpoints_in(last_folder(config)):
+        return None
+    before = read_identity(Path(config.proj_dir))
+    if before is None:
+        return None
+    begun = {name: before.flags[name] for name in ("load_model", "epoch_begin", "warmup_steps") if name in before.flags}
+    # The files are not opened yet: they are compared when they are.
+    if flags_of(config).changes_from(before, (*INCIDENTAL, *LAYOUT, *begun)):
+        return None
+    return replace(config, **begun)

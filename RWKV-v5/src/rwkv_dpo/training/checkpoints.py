@@ -1,0 +1,76 @@
+"""What a run saves: the callback that writes its weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DeepSpeedStrategy
+
+from rwkv_dpo.files.hashed import link_hashed
+from rwkv_dpo.model.checkpoint import save_weights
+from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.run_folder.contents import save_end, saved_name
+from rwkv_dpo.run_folder.identity import Identity
+from rwkv_dpo.training.guard import not_finite
+from rwkv_dpo.training.halt import Halted
+from rwkv_dpo.training.metrics import MetricsLog
+from rwkv_dpo.training.module import DPOModule
+from rwkv_dpo.tuning.tuning import Tuning
+
+
+class Checkpoints(pl.Callback):
+    """rwkv-{epoch}.pth every epoch_save epochs and after the last, rwkv-final.pth at the end, rwkv-last-good.pth where too many bad steps
+    end the run: fp32, official names. With --peft, what it trains alone: adapter-{epoch} or state-{epoch}.pth. Beside the final one,
+    whose end it is. Weights that are not finite are never saved, and end the run."""
+
+    def __init__(self, config: RunConfig, folder: Path, metrics: MetricsLog, tuning: Tuning | None, identity: Identity) -> None:
+        self.config, self.folder, self.metrics, self.tuning, self.identity = config, folder, metrics, tuning, identity
+        self.halt = metrics.halt
+        self.newest, self.saved_at = Path(), -1  # what was saved last, and the step it is of
+        self.written: list[Path] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        n, bad_step = self.metrics.bad_in_a_row, self.metrics.bad_step
+        if n >= self.config.max_bad_steps:
+            path = self._save(trainer, module, "last-good")
+            raise Halted("", f"stopped at {bad_step}, after {n} such steps in a row (--max_bad_steps); weights before them: {path}")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        c, epoch = self.config, trainer.current_epoch
+        is_last = c.epoch_begin + epoch + 1 >= c.last_epoch
+        if is_last or (c.epoch_save and epoch % c.epoch_save == 0):
+            self._save(trainer, module, str(c.epoch_begin + epoch))
+
+    def on_train_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        self._save(trainer, module, "final")
+        self.halt.write(trainer, lambda: save_end(self.config, self.identity, trainer.global_step))
+
+    def _save(self, trainer: pl.Trainer, module: DPOModule, label: str) -> Path:
+        weights, path = full_weights(trainer, module), self.folder / saved_name(self.config, label)
+        if name := not_finite(weights):
+            bad_step = f" (bad steps, the last of them {self.metrics.bad_step})" if self.metrics.bad_step else ""
+            self.halt.fault = f"{path}: not written: {name} is not finite{bad_step}"
+            self.halt.check(True)
+
+        def write() -> None:
+            if self.tuning is not None:
+                self.tuning.save(weights, self.folder, label)
+            elif trainer.global_step != self.saved_at or not link_hashed(self.newest, path):
+                save_weights(weights, path)
+            self.newest, self.saved_at = path, trainer.global_step
+            self.written.append(path)
+
+        self.halt.write(trainer, write)
+        return path
+
+
+def full_weights(trainer: pl.Trainer, module: DPOModule) -> dict[str, torch.Tensor]:
+    """Every trained parameter in fp32. With DeepSpeed they are gathered from the ranks, so that all ranks have to call this, and come to
+    the CPU one by one: a device may hold its part of the model and no more."""
+    parameters = [(name, parameter) for name, parameter in module.model.named_parameters() if parameter.requires_grad]
+    if not isinstance(trainer.strategy, DeepSpeedStrategy):
+        return {name: parameter.detach() for name, parameter in parameters}
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in parameters}

@@ -1,0 +1,139 @@
+"""What happens around the steps: metrics, logs, checkpoints and evaluation."""
+
+import datetime
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DeepSpeedStrategy
+
+from rwkv_dpo.files.json_text import as_json
+from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.training.guard import is_bad, name_samples
+from rwkv_dpo.training.halt import Halt
+from rwkv_dpo.training.module import DPOModule
+
+log = logging.getLogger(__name__)
+
+
+class MetricsLog(pl.Callback):
+    """One JSON line an optimizer step, averaged over the pairs, or the windows' tokens, of its micro-batches on all ranks; and the
+    original's train_log.txt, a line an epoch."""
+
+    def __init__(self, config: RunConfig, folder: Path, halt: Halt) -> None:
+        self.config, self.folder, self.halt = config, folder, halt
+        self.pairs_seen = config.epoch_begin * config.epoch_steps * config.micro_bsz * config.world_size * config.uses_pairs
+        self.sums: dict[str, torch.Tensor] = {}  # by metric: the weighted sum and the sum of the weights
+        self.losses: list[tuple[int, torch.Tensor]] = []  # of this rank's micro-batches, by their numbers
+        self.n_tokens = self.steps_done = self.skipped_steps = self.bad_in_a_row = 0
+        self.bad_step = ""  # the last one, in a few words
+        self.stops = False  # some rank was signalled: all know it from the same step on
+        self.epoch_losses: list[float] = []
+        self.record: dict[str, Any] = {}  # of the step that has just ended; empty in its middle
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.halt.append(self.folder / "train_log.txt", f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{self.config}\n")
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.steps_done, self.clock = trainer.global_step, time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.epoch_losses = []
+        self.clock = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        for name, value in module.metrics.items():
+            weight = {"loss": 1, "loss_general": batch.step.n_window_rows}.get(name, batch.step.n_pairs)
+            self.sums[name] = self.sums.get(name, 0) + weight * torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])
+        first = (self.config.epoch_begin + trainer.current_epoch) * self.config.epoch_steps
+        self.losses.append((first + batch_idx, module.metrics["loss"]))
+        self.n_tokens += module.n_tokens
+        self.record = {}
+        if trainer.global_step == self.steps_done:
+            return
+        self.steps_done = trainer.global_step
+        self._end_of_step(trainer, module)
+
+    def _end_of_step(self, trainer: pl.Trainer, module: DPOModule) -> None:
+        c = self.config
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            module.grad_norm = torch.as_tensor(trainer.strategy.deepspeed_engine.get_global_grad_norm() or 0.0)
+        names = list(self.sums)
+        sums = torch.stack(list(self.sums.values()))
+        shared = torch.tensor([self.n_tokens, self.halt.signalled, bool(self.halt.fault)], device=sums.device, dtype=torch.float32)
+        if trainer.world_size > 1:
+            sums, shared = (trainer.strategy.reduce(x, reduce_op="sum") for x in (sums, shared))
+        means = (sums[:, 0] / sums[:, 1]).tolist()
+        tokens, signals, faults = shared.tolist()
+        self.halt.check(faults > 0)
+        self.stops = signals > 0
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        self.pairs_seen += len(self.losses) * c.micro_bsz * c.world_size * c.uses_pairs
+        loss, grad_norm = means[names.index("loss")], float(module.grad_norm)
+        bad = is_bad(trainer, loss, grad_norm)
+        self.skipped_steps, self.bad_in_a_row = self.skipped_steps + bad, self.bad_in_a_row + 1 if bad else 0
+        record = {
+            "step": c.epoch_begin * c.steps_per_epoch + self.steps_done,
+            "epoch": c.epoch_begin + trainer.current_epoch,
+            **{name: _finite(mean) for name, mean in zip(names, means, strict=True)},
+            "grad_norm": _finite(grad_norm),
+            "lr": module.lr,
+            "weight_decay": module.weight_decay,
+            "tokens": int(tokens),
+            "tokens_per_s": tokens / seconds,
+            "pairs_seen": self.pairs_seen,
+            "skipped_steps": self.skipped_steps,
+            "peak_memory_gb": peak_memory_gb(sums.device),
+        }
+        if math.isfinite(loss):
+            self.epoch_losses.append(loss)
+        self.record = record
+        if trainer.is_global_zero:
+            self.halt.append(self.folder / "metrics.jsonl", as_json(record) + "\n")
+        if bad:
+            self.bad_step = f"step {record['step']}: loss {loss:g}, gradient norm {grad_norm:g}"
+            self._name_bad_step(trainer)
+        self.sums, self.losses, self.n_tokens = {}, [], 0
+
+    def _name_bad_step(self, trainer: pl.Trainer) -> None:
+        samples = name_samples(trainer, trainer.train_dataloader.dataset, self.losses)  # type: ignore[union-attr]
+        if trainer.is_global_zero:
+            log.warning("%s, skipped; it had %s", self.bad_step, samples)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        if trainer.is_global_zero and self.epoch_losses:
+            loss, epoch = float(np.mean(self.epoch_losses)), trainer.current_epoch
+            numbers = f"{loss:.6f} {math.exp(min(loss, 700)):.4f} {module.lr:.8f}"
+            line = f"{self.config.epoch_begin + epoch} {numbers} {datetime.datetime.now()} {epoch}\n"
+            self.halt.append(self.folder / "train_log.txt", line)
+
+
+
+
+
+
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory held so far: the GPU allocator's, or the process's resident set; 0 where the system doesn't say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return value if math.isfinite(value) else None

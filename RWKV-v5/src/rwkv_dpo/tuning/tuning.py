@@ -1,0 +1,85 @@
+"""What --peft trains: from flags, or from a file or folder that an earlier run wrote, to a model that is ready for it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.model.rwkv import RWKV
+from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.tuning.adapter_files import SavedAdapter, read_adapter
+from rwkv_dpo.tuning.adapters import Adapter, AdapterPlan, add_adapter, keep_frozen, plan_adapter
+from rwkv_dpo.tuning.base import check_base
+from rwkv_dpo.tuning.states import States, add_states, read_states
+
+Tuning = Adapter | States
+
+
+def begin_tuning(model: RWKV, config: RunConfig, given: frozenset[str], start: str = "", base_sha256: str = "") -> Tuning | None:
+    """Adds to the model what --peft trains, at its start, and freezes the rest. None with --peft none.
+
+    Where training goes on from a file (--peft_load, or `start` before it), the file decides; given flags must agree. A run that is
+    taken up again gives what it saved as its start: PiSSA's matrices come from there, not from another decomposition.
+    base_sha256: of --load_model, "" where that isn't known.
+    """
+    if config.peft == "none":
+        return None
+    start = start or config.peft_load
+    tuning = _begin(model, config, given, start)
+    if start and base_sha256:
+        check_base(start, config.load_model, config.any_base == 1, base_sha256)
+    return replace(tuning, base_sha256=base_sha256)
+
+
+def _begin(model: RWKV, config: RunConfig, given: frozenset[str], start: str) -> Tuning:
+    if config.peft == "state":
+        return add_states(model, read_states(start, model) if start else None)
+    c = config
+    plan = plan_adapter(model, c.peft, c.lora_r, c.lora_alpha, c.lora_dropout, c.lora_targets, c.lora_layers, c.train_extra)
+    if not start:
+        return add_adapter(model, plan)
+    saved = read_adapter(start)
+    check_modules(model, saved)
+    _check_given(plan, saved, given)
+    extra = tuple(dict.fromkeys((*saved.extra, *plan.extra)))
+    return add_adapter(model, AdapterPlan(saved.method, saved.r, saved.alpha, plan.dropout, saved.modules, extra), saved)
+
+
+def keep_small(model: RWKV, config: RunConfig) -> None:
+    """Puts the matrices of an empty model that --peft won't train into the compute dtype, so that they never stand in fp32 beside the
+    file they are loaded from. PiSSA takes its start from fp32 matrices; which of embedding and head a folder trains shows later."""
+    if config.peft not in ("none", "pissa"):
+        may_train = config.peft != "state" and (config.train_extra or config.peft_load)
+        keep_frozen(model, ("emb.weight", "head.weight") if may_train else ())
+
+
+def load_tuned(model: RWKV, path: str | Path, base: str | Path = "", any_base: bool = False) -> RWKV:
+    """Adds an adapter folder or a state file to a model that is to be run. Refuses one of another base model than the file `base`,
+    from which the model comes, unless any_base."""
+    if Path(path).is_dir():
+        saved = read_adapter(path)
+        check_modules(model, saved)
+        add_adapter(model, AdapterPlan(saved.method, saved.r, saved.alpha, 0.0, saved.modules, tuple(saved.extra)), saved)
+    else:
+        add_states(model, read_states(path, model))
+    if base:
+        check_base(path, base, any_base)
+    return model.requires_grad_(False).eval()
+
+
+def check_modules(model: RWKV, saved: SavedAdapter) -> None:
+    own = {name for name, _ in model.named_modules()}
+    unknown = [name for name in saved.modules if name not in own]
+    if unknown:
+        refuse(f"{saved.path}: an adapter of another model: this one has no {unknown[0]} (layers 0-{model.shape.n_layer - 1})")
+
+
+def _check_given(plan: AdapterPlan, saved: SavedAdapter, given: frozenset[str]) -> None:
+    wrong = [f"--peft {plan.method} (it holds {saved.method})"] if plan.method != saved.method else []
+    for flag, wanted, found in (("lora_r", plan.r, saved.r), ("lora_alpha", plan.alpha, saved.alpha)):
+        if flag in given and wanted != found:
+            wrong.append(f"--{flag} {wanted} (it has {found})")
+    if given & {"lora_targets", "lora_layers"} and set(plan.modules) != set(saved.modules):
+        odd = sorted(set(plan.modules) ^ set(saved.modules))[0]
+        wrong.append(f"--lora_targets and --lora_layers ({odd} is {'not in it' if odd in plan.modules else 'in it'})")
+    if wrong:
+        refuse(f"{saved.path}: contradicts {', '.join(wrong)}")
