@@ -15,11 +15,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
 from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.base.parser import OneLineParser
 from rwkv_dpo.base.script import leave_without, run_script
 from rwkv_dpo.files.atomic import atomic_write
 from rwkv_dpo.files.json_text import as_json
-from rwkv_dpo.run.config import RunConfig
-from rwkv_dpo.run.flags import OneLineParser
+from rwkv_dpo.objective.settings import ObjectiveSettings
 
 try:
     from rwkv_dpo.data.corpus import open_corpus
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     if pairs is not None:
         tell_doubts(pairs, args.pairs, [(tuned or path, run) for (path, tuned), run in zip(columns, origins, strict=True)])
     reports = []
-    for (path, tuned), beta in zip(columns, betas(origins, RunConfig().dpo_beta), strict=True):
+    for (path, tuned), beta in zip(columns, betas(origins, ObjectiveSettings.dpo_beta), strict=True):
         model = load_model(path, device=device, compute_dtype=COMPUTE_DTYPES[args.precision], wkv_backend=args.wkv_backend)
         if tuned:
             load_tuned(model, tuned, path, args.any_base == 1)
@@ -86,7 +86,8 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peft_load", nargs="+", default=[], help="adapter folders or state files on the first checkpoint, a column each")
     parser.add_argument("--any_base", type=int, choices=(0, 1), default=0, help="1: take an adapter of another base model (0)")
     parser.add_argument("--pairs", help="preference pairs (.save), scored by the first checkpoint or any other reference")
-    parser.add_argument("--dpo_beta", type=float, help=f"of the rewards (that of the checkpoint's own run; else {RunConfig().dpo_beta})")
+    beta = ObjectiveSettings.dpo_beta
+    parser.add_argument("--dpo_beta", type=float, help=f"of the rewards (that of the checkpoint's own run; else {beta})")
     parser.add_argument("--data_file", help="corpus, as train.py takes it")
     parser.add_argument("--data_type", default="", help="as train.py takes it (what data_file is)")
     parser.add_argument("--ctx_len", type=int, default=1024, help="window of the corpus perplexity (1024)")

@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
 from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.base.parser import OneLineParser
 from rwkv_dpo.base.script import run_script
-from rwkv_dpo.run.flags import OneLineParser
 
 FORMS = (".pth", ".safetensors")
 

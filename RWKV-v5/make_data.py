@@ -16,9 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
 from rwkv_dpo.base.errors import InputError, refuse
+from rwkv_dpo.base.parser import OneLineParser
 from rwkv_dpo.base.script import leave_without, run_script
 from rwkv_dpo.batches.sampling import item_at, largest_magic_prime
-from rwkv_dpo.run.flags import OneLineParser
 
 try:
     import numpy as np

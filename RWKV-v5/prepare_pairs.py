@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
 from rwkv_dpo.base.errors import InputError, refuse
+from rwkv_dpo.base.parser import OneLineParser
 from rwkv_dpo.base.script import leave_without, run_script
-from rwkv_dpo.run.flags import OneLineParser
 
 try:
     from rwkv_dpo.data.pair_files import write_as_original, write_packed

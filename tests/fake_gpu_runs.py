@@ -25,7 +25,8 @@ sys.path[:0] = [str(ROOT / "RWKV-v5"), str(ROOT / "RWKV-v5/src"), str(ROOT / "te
 import runs  # noqa: E402 (the path above holds it)
 from rwkv_dpo.base.errors import InputError  # noqa: E402 (as above)
 from rwkv_dpo.base.script import run_script  # noqa: E402 (as above)
-from rwkv_dpo.run.config import RunConfig, check  # noqa: E402 (as above)
+from rwkv_dpo.run.rules import check  # noqa: E402 (as above)
+from rwkv_dpo.run.settings import settings_of  # noqa: E402 (as above)
 
 # Where values interact: all pairs of them that are not refused occur together.
 AXES: dict[str, tuple[dict[str, Any], ...]] = {
@@ -73,7 +74,7 @@ def merged(choice: tuple[int, ...]) -> dict[str, Any]:
 
 def is_accepted(flags: dict[str, Any]) -> bool:
     try:
-        check(RunConfig(**{**flags, "load_model": "a", "data_file": "b", "dpo_valid_file": ""}))
+        check(settings_of({**flags, "load_model": "a", "data_file": "b", "dpo_valid_file": ""}))
     except InputError:
         return False
     return True

@@ -22,8 +22,9 @@ import torch  # noqa: E402
 import train  # noqa: E402
 from rwkv_dpo.kernels.wkv5 import cuda  # noqa: E402
 from rwkv_dpo.memory import estimate as memory  # noqa: E402
-from rwkv_dpo.run import dry_run, trainer  # noqa: E402
+from rwkv_dpo.run import dry_run  # noqa: E402
 from rwkv_dpo.run.flags import parse_flags  # noqa: E402
+from rwkv_dpo.run.model import expected_shape  # noqa: E402
 from rwkv_dpo.training import checkpoints, last  # noqa: E402
 
 
@@ -42,8 +43,8 @@ def prepare() -> None:
 
 
 def measure(flags: list[str]) -> dict:
-    config, given = parse_flags(flags)
-    plan, _ = dry_run.plan_of(config, dry_run._model_without_memory(trainer.expected_shape(config, given)))
+    settings, given = parse_flags(flags)
+    plan, _ = dry_run.plan_of(settings, dry_run._model_without_memory(expected_shape(settings, given)))
     train.main(flags)
     return {"measured": torch.cuda.max_memory_allocated(), "estimated": memory.estimate(plan)}
 

@@ -7,7 +7,7 @@ from lives import free_port
 from runs import TINY, flags, write_inputs
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.devices import processes
-from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.devices.settings import DeviceSettings
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +54,19 @@ def test_gpus_that_are_not_there_or_on_a_cpu_are_refused(data, tmp_path, monkeyp
         train.main(flags(data, tmp_path / "out", devices="0,1"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     cuda = torch.device("cuda")
-    processes.check_devices(RunConfig(devices=2, gpu_ids="0,1"), cuda)
+    processes.check_devices(DeviceSettings(devices=2, gpu_ids="0,1"), cuda)
     with pytest.raises(InputError, match="--devices 0,2: GPU 2 is not there; 0 to 1 are accepted"):
-        processes.check_devices(RunConfig(devices=2, gpu_ids="0,2"), cuda)
+        processes.check_devices(DeviceSettings(devices=2, gpu_ids="0,2"), cuda)
     with pytest.raises(InputError, match="--devices 3: this machine has 2"):
-        processes.check_devices(RunConfig(devices=3), cuda)
+        processes.check_devices(DeviceSettings(devices=3), cuda)
 
 
-@pytest.mark.parametrize(("config", "given"), [
-    (RunConfig(devices=2, gpu_ids="1,3", precision="bf16"), [1, 3]), (RunConfig(devices=2, precision="bf16"), 2),
+@pytest.mark.parametrize(("settings", "given"), [
+    (DeviceSettings(devices=2, gpu_ids="1,3", precision="bf16"), [1, 3]), (DeviceSettings(devices=2, precision="bf16"), 2),
 ])  # fmt: skip
-def test_lightning_gets_the_named_gpus(monkeypatch, config, given):
+def test_lightning_gets_the_named_gpus(monkeypatch, settings, given):
     """Lightning itself is not asked: it looks for the GPUs."""
     got = {}
-    monkeypatch.setattr("pytorch_lightning.Trainer", lambda **settings: got.update(settings))
-    processes.build_lightning(config, torch.device("cuda"))
+    monkeypatch.setattr("pytorch_lightning.Trainer", lambda **arguments: got.update(arguments))
+    processes.build_lightning(settings, torch.device("cuda"))
     assert (got["accelerator"], got["devices"]) == ("gpu", given)

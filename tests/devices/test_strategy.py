@@ -8,11 +8,12 @@ import torch
 import train
 from lives import free_port
 from runs import TINY, flags, write_inputs
+from rwkv_dpo.devices.settings import DeviceSettings
 from rwkv_dpo.devices.strategy import bucket_numbers, build_precision
 from rwkv_dpo.run import trainer
-from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.settings.fields import flags_of
 
-STRATEGIES, PRECISIONS = (RunConfig.__dataclass_fields__[name].metadata["choices"] for name in ("strategy", "precision"))
+STRATEGIES, PRECISIONS = (flags_of(DeviceSettings)[name].choices for name in ("strategy", "precision"))
 RUNS = [(strategy, precision) for strategy in ("auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2") for precision in ("fp32", "bf16")]
 RUNS += [("auto", "fp16"), ("ddp", "fp16"), ("deepspeed_stage_2", "fp16")]
 
@@ -20,7 +21,7 @@ RUNS += [("auto", "fp16"), ("ddp", "fp16"), ("deepspeed_stage_2", "fp16")]
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_no_precision_changes_the_types_that_the_model_was_built_with(strategy, precision):
-    plugins = build_precision(RunConfig(strategy=strategy, precision=precision), torch.device("cpu")).get("plugins", [])
+    plugins = build_precision(DeviceSettings(strategy=strategy, precision=precision), torch.device("cpu")).get("plugins", [])
     types = (torch.float32, torch.bfloat16, torch.float16)
     module = torch.nn.ParameterList([torch.zeros(2, dtype=dtype) for dtype in types])
     for plugin in plugins:
@@ -74,9 +75,9 @@ def test_frozen_matrices_keep_the_compute_type_under_every_strategy(lives, tmp_p
 
 
 def test_a_bucket_is_no_larger_than_all_gradients():
-    config = RunConfig(ds_bucket_mb=2)
-    assert bucket_numbers(config, 461_721_600) == 2_000_000
-    assert bucket_numbers(config, 16_515_071) == 2_000_000
+    settings = DeviceSettings(ds_bucket_mb=2)
+    assert bucket_numbers(settings, 461_721_600) == 2_000_000
+    assert bucket_numbers(settings, 16_515_071) == 2_000_000
     # DeepSpeed wants an even number.
-    assert bucket_numbers(config, 1_573) == 1_574
-    assert bucket_numbers(config, 1_572) == 1_572
+    assert bucket_numbers(settings, 1_573) == 1_574
+    assert bucket_numbers(settings, 1_572) == 1_572

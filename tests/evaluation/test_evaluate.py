@@ -14,7 +14,7 @@ from rwkv_dpo.data.pairs import PairSet, content_sha256, pack_pairs
 from rwkv_dpo.evaluation.scoring import evaluate_pairs, score_pairs
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.tuning.settings import TuningSettings
 from rwkv_dpo.tuning.tuning import begin_tuning
 
 
@@ -92,7 +92,7 @@ def test_adapters_and_states_get_a_column_each(tmp_path, capsys):
     want = []
     for method in ("lora", "state"):
         model = random_model(shape, torch.float32)
-        tuning = begin_tuning(model, RunConfig(peft=method), frozenset())
+        tuning = begin_tuning(model, TuningSettings(peft=method), frozenset())
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with torch.no_grad():
             for p in trained.values():

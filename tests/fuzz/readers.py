@@ -136,10 +136,10 @@ def _parse_flags(path: Path) -> None:
     which, *arguments = path.read_bytes().decode(errors="surrogateescape").split("\0")
     try:
         if which == "train":
-            config, _ = parse_flags(arguments)
-            for step in (0, 1, max(config.total_steps - 1, 0)):
-                assert 0 <= lr_at(config.schedule, step, step) < 2**64
-                assert 0 <= weight_decay_at(config.schedule, step) < 2**64
+            settings, _ = parse_flags(arguments)
+            for step in (0, 1, max(settings.length.total_steps - 1, 0)):
+                assert 0 <= lr_at(settings.schedule, step, step) < 2**64
+                assert 0 <= weight_decay_at(settings.schedule, step) < 2**64
         else:
             {"evaluate": evaluate, "make_data": make_data}.get(which, prepare_pairs).parse_flags(arguments)
     except SystemExit as stopped:
@@ -351,9 +351,9 @@ def _gzip(seeds: list[bytes]) -> list[bytes]:
 
 
 def _flag_lines() -> list[bytes]:
-    from rwkv_dpo.run.config import RunConfig
+    from rwkv_dpo.run.settings import RunSettings
 
-    lines = [["train", f"--{name}={value}"] for name, value in vars(RunConfig()).items()]
+    lines = [["train", f"--{name}={value}"] for name, value in RunSettings().as_flags().items()]
     lines += [
         ["train", "--load_model", "x.pth", "--my_pile_stage", "3", "--magic_prime", "101", "--my_exit_tokens", "-5000"],
         ["train", "--help"],

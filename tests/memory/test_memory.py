@@ -12,7 +12,7 @@ from rwkv_dpo.memory.estimate import PARTS, Plan, alternatives, estimate, total
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.objective.objective import objective
 from rwkv_dpo.optimizer.adamw import build_optimizer
-from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.optimizer.settings import OptimizerSettings
 
 SHAPE = ModelShape(n_layer=4, n_embd=256, dim_att=256, dim_ffn=896, vocab_size=8192)
 BACKENDS = {"cpu": cpu.wkv5, "chunked": chunked.wkv5}
@@ -70,7 +70,7 @@ def measured(plan: Plan, window: int, pair_lengths: tuple[int, ...]) -> tuple[Pl
     pairs = [tuple(rng.integers(1, 8192, n) for n in pair_lengths)] * 2 if pair_lengths else []
     batch = collate(windows, pairs, np.zeros((len(pairs), 2)), plan.chunk_ctx)
     ratio = 0.5 if windows and pairs else float(bool(windows))
-    optimizer = build_optimizer(model.named_parameters(), RunConfig(optim=plan.optim), offload=False)
+    optimizer = build_optimizer(model.named_parameters(), OptimizerSettings(optim=plan.optim))
 
     def backward() -> None:
         objective(model, batch, 0.1, ratio)[0].backward()

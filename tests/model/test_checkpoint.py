@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import random_model
 from rwkv_dpo.base.errors import InputError
-from rwkv_dpo.model.checkpoint import check_flags, load_into, load_model, read_weights, save_weights, shape_of, version_of
-from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.model.checkpoint import load_into, load_model, read_weights, save_weights, shape_of, version_of
+from rwkv_dpo.model.shape import ModelShape, check_flags
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import torch
 from rwkv_dpo.optimizer.adamw import build_optimizer, lr_scale, set_rates
-from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.run.settings import settings_of
 
 NAMES = {
     "blocks.0.att.time_decay": (2, 8),
@@ -15,10 +15,10 @@ NAMES = {
 
 
 def rates(**settings):
-    config = RunConfig(lr_init=1e-3, lr_final=1e-3, **settings)
+    run = settings_of({"lr_init": 1e-3, "lr_final": 1e-3, **settings})
     parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in NAMES.items()}
-    optimizer = build_optimizer(parameters.items(), config, offload=False)
-    set_rates(optimizer, config, steps_since_start=0)
+    optimizer = build_optimizer(parameters.items(), run.optimizer)
+    set_rates(optimizer, run.schedule, run.length.first_step, steps_since_start=0)
     by_id = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     return {name: by_id[id(p)] for name, p in parameters.items()}
 

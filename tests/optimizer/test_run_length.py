@@ -1,16 +1,16 @@
 """Runs that would do nothing, and runs whose learning rate doesn't end where it should."""
 
 import re
-from dataclasses import replace
 
 import pytest
 from rwkv_dpo.base.errors import InputError
-from rwkv_dpo.optimizer.length import check_trains, far_end
-from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.optimizer.length import far_end
 from rwkv_dpo.run.flags import parse_flags
+from rwkv_dpo.run.rules import check_trains
+from rwkv_dpo.run.settings import settings_of
 
 # 400 optimizer steps in 4 epochs.
-README_RUN = RunConfig(epoch_steps=2000, epoch_count=4, accumulate_grad_batches=20, micro_bsz=1, ctx_len=4096)
+README_RUN = settings_of({"epoch_steps": 2000, "epoch_count": 4, "accumulate_grad_batches": 20, "micro_bsz": 1, "ctx_len": 4096})
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -23,18 +23,18 @@ def test_a_run_that_would_do_nothing_is_refused(changes, message):
     settings = {"data_file": "x", "epoch_steps": 2000, "accumulate_grad_batches": 20}
     with pytest.raises(InputError, match=message):
         parse_flags([part for name, value in (settings | changes).items() for part in (f"--{name}", str(value))])
-    assert parse_flags(["--my_exit", "0"])[0].total_steps == 1000
+    assert parse_flags(["--my_exit", "0"])[0].length.total_steps == 1000
 
 
 def test_a_stage_without_steps_is_refused():
-    stage = replace(README_RUN, my_pile_stage=3, magic_prime=80963, epoch_count=2, epoch_begin=2)
+    stage = README_RUN.with_flags(my_pile_stage=3, magic_prime=80963, epoch_count=2, epoch_begin=2)
     with pytest.raises(InputError, match="--my_pile_stage 3: out holds the last of its 2 epochs; nothing is left to train"):
         check_trains(stage)
     # An epoch of 100 steps, each of 20 windows of 4,096 tokens.
-    exits = replace(stage, epoch_begin=1, my_exit_tokens=100 * 20 * 4096)
+    exits = stage.with_flags(epoch_begin=1, my_exit_tokens=100 * 20 * 4096)
     with pytest.raises(InputError, match=r"--my_exit_tokens 8192000: nothing would be trained, .* before 1 have taken 100 .* tokens 100"):
         check_trains(exits)
-    check_trains(replace(exits, my_exit_tokens=100 * 20 * 4096 + 1))
+    check_trains(exits.with_flags(my_exit_tokens=100 * 20 * 4096 + 1))
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -52,5 +52,6 @@ def test_a_stage_without_steps_is_refused():
     ({"my_exit_tokens": -4096 * 20 * 30}, r"last of 30 .*--my_exit_tokens -2457600 ends the run before its epochs do"),
 ])  # fmt: skip
 def test_a_run_that_ends_far_from_its_last_rate_is_told_why(changes, message):
-    told = far_end(replace(README_RUN, **changes))
+    settings = README_RUN.with_flags(**changes)
+    told = far_end(settings.epochs, settings.length, settings.schedule)
     assert (re.search(message, told) if message else told == ""), told

@@ -7,8 +7,8 @@ from pathlib import Path
 import make_data
 import pytest
 from rwkv_dpo.base.errors import InputError
-from rwkv_dpo.run.config import RunConfig
 from rwkv_dpo.run.flags import NEUTRAL, build_parser, flag_table, parse_flags
+from rwkv_dpo.run.settings import FLAGS, RunSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,14 +28,14 @@ ORIGINAL: dict[str, object] = {
 
 
 def test_every_flag_of_the_original_is_here_with_its_default():
-    ours = vars(RunConfig()) | {name: accepted[0] for name, accepted in NEUTRAL.items()}
+    ours = RunSettings().as_flags() | {name: accepted[0] for name, accepted in NEUTRAL.items()}
     assert {name: ours.get(name) for name in ORIGINAL} == ORIGINAL
 
 
 def test_given_flags_are_told_from_defaults():
-    config, given = parse_flags(["--n_layer", "6", "--enable_progress_bar", "False", "--pre_ffn", "0"])
-    assert config.n_layer == 6
-    assert config.enable_progress_bar is False
+    settings, given = parse_flags(["--n_layer", "6", "--enable_progress_bar", "False", "--pre_ffn", "0"])
+    assert settings.model.n_layer == 6
+    assert settings.training.enable_progress_bar is False
     assert given == {"n_layer", "enable_progress_bar"}
 
 
@@ -74,7 +74,7 @@ def test_help_shows_every_flag_and_needs_no_torch():
     code = code % str(ROOT / "RWKV-v5" / "train.py") + "except SystemExit: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
-    for name in vars(RunConfig()):
+    for name in FLAGS:
         assert f"--{name}" in done.stdout
 
 
@@ -84,7 +84,7 @@ def test_the_readme_holds_the_flag_table():
 
 def test_the_parser_and_the_settings_have_the_same_names():
     options = {option[2:] for action in build_parser()._actions for option in action.option_strings if option.startswith("--")}
-    assert options - {"help"} == set(vars(RunConfig())) | set(NEUTRAL)
+    assert options - {"help"} == set(FLAGS) | set(NEUTRAL)
 
 
 @pytest.mark.parametrize(("given", "devices", "gpu_ids"), [
@@ -95,8 +95,8 @@ def test_the_parser_and_the_settings_have_the_same_names():
 ], ids=str)  # fmt: skip
 def test_devices_are_a_number_or_auto_or_the_numbers_of_gpus(monkeypatch, given, devices, gpu_ids):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    config, _ = parse_flags([*given, "--data_type", "dummy"])
-    assert (config.devices, config.gpu_ids) == (devices, gpu_ids)
+    settings, _ = parse_flags([*given, "--data_type", "dummy"])
+    assert (settings.devices.devices, settings.devices.gpu_ids) == (devices, gpu_ids)
 
 
 @pytest.mark.parametrize("devices", ["two", "", "0,0", "0,x", "1.5", "-2", "9" * 5000, "0,,1", ","])

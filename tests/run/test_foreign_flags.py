@@ -6,9 +6,11 @@ import inspect
 import pytest
 import pytorch_lightning as pl
 from rwkv_dpo.base.errors import InputError
-from rwkv_dpo.run.config import RunConfig, check
 from rwkv_dpo.run.flags import NEUTRAL, parse_flags
 from rwkv_dpo.run.foreign_flags import FLAGS, REFUSED, VALUES
+from rwkv_dpo.run.rules import check
+from rwkv_dpo.run.settings import FLAGS as OUR_FLAGS
+from rwkv_dpo.run.settings import settings_of
 from rwkv_dpo.training.module import CLIP_NORM
 
 BASE = ["--load_model", "m.pth"]
@@ -47,11 +49,8 @@ BASE = ["--load_model", "m.pth"]
     ("--lr 1e-3 --lr-final=1e-4 --wandb_project p", {"lr_init": 1e-3, "lr_final": 1e-4, "wandb": "p"}),
 ])  # fmt: skip
 def test_what_means_the_same_is_taken(typed, expected):
-    config, given = parse_flags([*BASE, *typed.split()])
-    defaults = RunConfig(load_model="m.pth")
-    for name in ("load_model", *expected):
-        defaults = dataclasses.replace(defaults, **{name: expected.get(name, "m.pth")})
-    assert config == defaults
+    settings, given = parse_flags([*BASE, *typed.split()])
+    assert settings == settings_of({"load_model": "m.pth", **expected})
     assert given == {"load_model", *expected}
 
 
@@ -82,12 +81,12 @@ def test_what_means_another_thing_is_answered_with_what_there_is(typed, message)
 
 
 def test_a_harmless_flag_is_taken_with_a_line(caplog):
-    assert parse_flags([*BASE, "--logging_steps", "10"])[0] == RunConfig(load_model="m.pth")
+    assert parse_flags([*BASE, "--logging_steps", "10"])[0] == settings_of({"load_model": "m.pth"})
     assert caplog.messages == ["--logging_steps 10: taken, and changes nothing; metrics.jsonl has every step"]
 
 
 def test_the_same_flag_twice_under_two_names_with_one_value_is_fine():
-    assert parse_flags([*BASE, "--learning_rate", "1e-4", "--lr_init", "1e-4"])[0].lr_init == 1e-4
+    assert parse_flags([*BASE, "--learning_rate", "1e-4", "--lr_init", "1e-4"])[0].optimizer.lr_init == 1e-4
 
 
 @pytest.mark.parametrize("name", ["gradient_clip_val", "max_grad_norm"])
@@ -95,7 +94,7 @@ def test_the_norm_that_is_accepted_is_the_one_that_is_used(name):
     assert [float(value) for value in FLAGS[name].neutral] == [CLIP_NORM]
 
 
-OURS = {f.name for f in dataclasses.fields(RunConfig)} | NEUTRAL.keys()
+OURS = OUR_FLAGS.keys() | NEUTRAL.keys()
 
 
 def answer(name):
@@ -133,9 +132,9 @@ def test_the_table_names_flags_and_values_that_there_are():
         assert here.same in OURS | {""}
         for meaning in here.values.values():
             flag, _, value = meaning.removeprefix("--").partition(" ")
-            check(dataclasses.replace(RunConfig(load_model="m.pth", data_file="x"), **{flag: int(value) if flag == "dpo" else value}))
+            check(settings_of({"load_model": "m.pth", "data_file": "x", flag: int(value) if flag == "dpo" else value}))
     for flag, spelled in VALUES.items():
         for value in spelled.values():
-            kind = type(getattr(RunConfig(), flag))
-            check(dataclasses.replace(RunConfig(data_file="x", chunk_ctx=16), **{flag: kind(value)}))
+            kind = type(settings_of({}).as_flags()[flag])
+            check(settings_of({"data_file": "x", "chunk_ctx": 16, flag: kind(value)}))
     assert REFUSED.keys() <= OURS

@@ -36,7 +36,7 @@ def load_as_on_a_gpu() -> None:
     from rwkv_dpo.run import trainer
 
     build = trainer.build_loader
-    trainer.build_loader = lambda config, corpus, pairs, rank, on_gpu: build(config, corpus, pairs, rank, on_gpu=True)
+    trainer.build_loader = lambda dataset, epoch_begin, epoch_steps, on_gpu: build(dataset, epoch_begin, epoch_steps, on_gpu=True)
 
 
 @pytest.mark.slow
@@ -53,7 +53,7 @@ def test_a_signal_to_all_processes_of_a_gpu_run_saves_and_ends_well(data, tmp_pa
 
 
 PHASES = {
-    "loading": ("rwkv_dpo.run.pair_files:open_pairs", 1),
+    "loading": ("rwkv_dpo.run.data:open_pairs", 1),
     "scoring the reference": ("rwkv_dpo.training.reference:score_batch", 2),
     "the check before the first step": ("rwkv_dpo.training.reference_check:score_pairs", 1),
 }

@@ -16,8 +16,11 @@ from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.corpus import Corpus, corpus_sha256
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.data.pairs import PairSet, pack_pairs
-from rwkv_dpo.run.config import RunConfig
-from rwkv_dpo.run_folder.identity import Identity, flags_of, identity_of
+from rwkv_dpo.run.data import RunData
+from rwkv_dpo.run.settings import settings_of
+from rwkv_dpo.run.start import identity_of
+from rwkv_dpo.run_folder.identity import Identity
+from rwkv_dpo.settings.fields import Part
 from test_resume import run_until
 
 SHORT = {"epoch_steps": 6, "epoch_count": 1}
@@ -165,13 +168,14 @@ def test_a_file_of_the_run_folder_that_the_run_starts_from_is_not_moved_or_writt
 
 
 def test_folders_of_earlier_versions_are_compared_by_their_flags_and_paths():
-    now = identity_of(RunConfig(dpo_beta=0.1, dpo_train_file="a.save", dpo_general_corpus_ratio=1), None, None, None)
-    before = Identity.from_json({**flags_of(RunConfig(dpo_beta=0.2, dpo_train_file="b.save")).flags})
+    now = identity_of(settings_of({"dpo_beta": 0.1, "dpo_train_file": "a.save", "dpo_general_corpus_ratio": 1}), RunData())
+    before = Identity.from_json(settings_of({"dpo_beta": 0.2, "dpo_train_file": "b.save"}).as_flags())
     assert now.changes_from(before, ()) == [
         "--dpo_train_file a.save (was b.save)", "--dpo_beta 0.1 (was 0.2)", "--dpo_general_corpus_ratio 1 (was 0.0)",
     ]  # fmt: skip
     del before.flags["dpo_beta"]  # of a version that had no such flag
-    assert len(now.changes_from(before, ("dpo_train_file",))) == 1
+    assert len(now.changes_from(before, (), free_flags=("dpo_train_file",))) == 1
+    assert len(now.changes_from(before, {Part.RESULT})) == 0
 
 
 def test_a_corpus_is_known_by_its_tokens_whatever_holds_them(monkeypatch):

@@ -8,7 +8,6 @@ from materialised import Materialised
 from runs import TINY, flags
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.batches.forest import ForestBuilder
-from rwkv_dpo.batches.loader import MicroBatches
 from rwkv_dpo.data.corpus import open_corpus
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.evaluation.scoring import score_pairs
@@ -16,10 +15,13 @@ from rwkv_dpo.files.hashed import file_sha256
 from rwkv_dpo.model.checkpoint import load_model, read_weights, save_weights
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.objective.objective import objective
-from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.run.data import RunData
 from rwkv_dpo.run.flags import parse_flags
-from rwkv_dpo.run.trainer import build_model, resolve_shape
+from rwkv_dpo.run.model import build_model, resolve_shape
+from rwkv_dpo.run.settings import settings_of
+from rwkv_dpo.run.trainer import loader_of
 from rwkv_dpo.tuning.adapter_files import read_adapter
+from rwkv_dpo.tuning.settings import TuningSettings
 from rwkv_dpo.tuning.tuning import begin_tuning, load_tuned
 from test_train import data, run  # noqa: F401  # `data` is a fixture
 
@@ -53,12 +55,12 @@ def logits_of(data, path=None):  # noqa: F811
     ({"peft": "pissa"}, {"emb", "head", "key"}), ({}, {"emb", "head", "key"}),
 ])  # fmt: skip
 def test_matrices_that_do_not_train_are_loaded_without_an_fp32_copy(data, tmp_path, changes, in_fp32):  # noqa: F811
-    config, given = parse_flags(flags(data, tmp_path, precision="bf16", **changes))
-    model = build_model(config, *resolve_shape(config, given), torch.device("cpu"))
+    settings, given = parse_flags(flags(data, tmp_path, precision="bf16", **changes))
+    model = build_model(settings, *resolve_shape(settings, given), torch.device("cpu"))
     matrices = {"emb": model.emb, "head": model.head, "key": model.blocks[1].ffn.key}
     assert {name for name, module in matrices.items() if module.weight.dtype == torch.float32} == in_fp32
     assert model.blocks[1].att.time_decay.dtype == torch.float32
-    begin_tuning(model, config, given)
+    begin_tuning(model, settings.tuning, given)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
@@ -105,10 +107,10 @@ def test_lora_trains_as_a_hand_written_parametrization_does(data, tmp_path):  # 
     run(data, tmp_path, **given)
     got = read_adapter(tmp_path / "adapter-final")
 
-    config, names = parse_flags(flags(data, tmp_path, **given))
-    torch.manual_seed(config.seed)
-    model = build_model(config, TINY, read_weights(data / "model.pth"), torch.device("cpu"))
-    begin_tuning(model, config, names)  # for A's start alone; what follows knows no adapter
+    settings, names = parse_flags(flags(data, tmp_path, **given))
+    torch.manual_seed(settings.general.seed)
+    model = build_model(settings, TINY, read_weights(data / "model.pth"), torch.device("cpu"))
+    begin_tuning(model, settings.tuning, names)  # for A's start alone; what follows knows no adapter
     start = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
     plain = random_model(TINY, torch.float32)
     base = read_weights(data / "model.pth")
@@ -126,11 +128,11 @@ def test_lora_trains_as_a_hand_written_parametrization_does(data, tmp_path):  # 
     vectors = [p for p in start.values() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.99), eps=ADAM_EPS)
-    corpus = open_corpus(str(data / "corpus.bin"), "uint16", TINY.vocab_size, config.ctx_len)
-    batches = MicroBatches(config, corpus, load_pairs(data / "train.save", TINY.vocab_size), 0)
-    for k in range(config.epoch_steps):
+    corpus = open_corpus(str(data / "corpus.bin"), "uint16", TINY.vocab_size, settings.data.ctx_len)
+    batches = loader_of(settings, RunData(corpus, load_pairs(data / "train.save", TINY.vocab_size)), 0, on_gpu=False).dataset
+    for k in range(settings.epochs.epoch_steps):
         optimizer.zero_grad()
-        objective(Materialised(plain, weights()), batches[k], config.dpo_beta, config.ratio)[0].backward()
+        objective(Materialised(plain, weights()), batches[k], settings.objective.dpo_beta, settings.objective.ratio)[0].backward()
         torch.nn.utils.clip_grad_norm_(list(start.values()), 1.0)
         optimizer.step()
     assert set(got.tensors) | set(got.extra) == {name.replace(".default", "") for name in start}
@@ -163,12 +165,12 @@ def test_pissa_is_taken_up_again_from_its_saved_start_to_the_bit(data, tmp_path,
     """Its frozen matrices are W - s B A, by the same product of the same numbers, and rounded to bf16 once."""
     given = {"peft": "pissa", "lora_r": 4, "lora_alpha": 6, "precision": precision}
     run(data, tmp_path, **given, epoch_count=1)
-    config = RunConfig(load_model=str(data / "model.pth"), wkv_backend="chunked", **given)
+    settings = settings_of({"load_model": str(data / "model.pth"), "wkv_backend": "chunked", **given})
 
     def frozen(seed, start=""):
         torch.manual_seed(seed)
-        model = build_model(config, TINY, read_weights(data / "model.pth"), torch.device("cpu"))
-        begin_tuning(model, config, frozenset(), start)
+        model = build_model(settings, TINY, read_weights(data / "model.pth"), torch.device("cpu"))
+        begin_tuning(model, settings.tuning, frozenset(), start)
         return [module.base_layer.weight for block in model.blocks for module in (block.att.key, block.ffn.value)]
 
     # The decomposition of the run, with its seed; what another seed gives shows that the saved start counts.
@@ -235,9 +237,9 @@ def test_bad_input_is_refused_before_anything_is_written(data, tmp_path, changes
 def test_states_and_adapters_of_another_shape_are_refused(data, tmp_path, small):  # noqa: F811
     other = random_model(ModelShape(n_layer=2, n_embd=64, dim_att=64, dim_ffn=96, vocab_size=61, head_size=8), torch.float32)
     for method in ("lora", "state"):
-        config = RunConfig(peft=method)
+        settings = TuningSettings(peft=method)
         model = random_model(other.shape, torch.float32)
-        tuning = begin_tuning(model, config, frozenset())
+        tuning = begin_tuning(model, settings, frozenset())
         tuning.save({name: p for name, p in model.named_parameters() if p.requires_grad}, tmp_path, "0")
         with pytest.raises(InputError, match="another"):
             run(data, tmp_path / "out", peft=method, peft_load=saved_as(tmp_path, method, "0"))

@@ -16,9 +16,10 @@ from conftest import random_model
 from runs import TINY, write_inputs
 from rwkv_dpo.data.pair_files import load_pairs
 from rwkv_dpo.evaluation.scoring import evaluate_pairs
-from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.run.callbacks import next_commands
+from rwkv_dpo.run.settings import settings_of
 from rwkv_dpo.training.halt import Halt
-from rwkv_dpo.training.progress import best_and_last, next_commands
+from rwkv_dpo.training.progress import best_and_last
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +88,11 @@ def test_the_commands_that_the_end_names_can_be_given(data, tmp_path, caplog, ca
 
 
 def test_the_test_set_beside_the_training_pairs_is_what_is_compared_on(tmp_path):
-    config = RunConfig(load_model="base.pth", dpo_train_file=str(tmp_path / "trainset.save"), dpo_valid_file="valid.save")
-    assert "--pairs valid.save" in next_commands(config, tmp_path)[0]
+    given = {"load_model": "base.pth", "dpo_train_file": str(tmp_path / "trainset.save"), "dpo_valid_file": "valid.save"}
+    settings = settings_of({**given, "proj_dir": str(tmp_path)})
+    assert "--pairs valid.save" in next_commands(settings)[0]
     (tmp_path / "testset.save").write_bytes(b"")
-    (command,) = next_commands(config, tmp_path)
+    (command,) = next_commands(settings)
     assert command.endswith(f"evaluate.py --load_model base.pth {tmp_path}/rwkv-final.pth --pairs {tmp_path}/testset.save")
 
 

@@ -19,8 +19,9 @@ from rwkv_dpo.data.pair_files import load_pairs, save_original, save_pairs
 from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.run.config import RunConfig
-from rwkv_dpo.run.trainer import build_model, build_trainer
+from rwkv_dpo.run.model import build_model
+from rwkv_dpo.run.settings import settings_of
+from rwkv_dpo.run.trainer import build_trainer
 
 TRAIN = Path(train.__file__)
 
@@ -148,7 +149,7 @@ def test_tbptt_cuts_gradients_between_chunks_and_leaves_values(data, tmp_path, p
 
 def test_the_model_is_told_what_to_compute_again():
     for grad_cp in ("0", "1", "selective"):
-        model = build_model(RunConfig(grad_cp=grad_cp, wkv_backend="reference"), TINY, None, torch.device("cpu"))
+        model = build_model(settings_of({"grad_cp": grad_cp, "wkv_backend": "reference"}), TINY, None, torch.device("cpu"))
         assert (model.is_lean, all(block.selective for block in model.blocks)) == (grad_cp == "1", grad_cp == "selective")
 
 

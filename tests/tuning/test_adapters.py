@@ -13,9 +13,9 @@ from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.batches.micro_batch import collate
 from rwkv_dpo.model.linear import Linear
 from rwkv_dpo.objective.objective import objective
-from rwkv_dpo.run.config import RunConfig
 from rwkv_dpo.tuning.adapter_files import METHODS, read_adapter
 from rwkv_dpo.tuning.adapters import add_adapter, merged_weights, parse_layers, plan_adapter
+from rwkv_dpo.tuning.settings import TuningSettings
 from rwkv_dpo.tuning.tuning import begin_tuning, load_tuned
 from torch import nn
 
@@ -188,9 +188,9 @@ def test_peft_itself_loads_the_folder_and_merges_it_into_the_same_model(tiny_sha
 def test_an_adapter_goes_on_where_it_was_saved(tiny_shape, method, tmp_path):
     model, adapter = adapted(tiny_shape, method, extra="ln", targets="key", layers="1")
     adapter.save(trained(model), tmp_path, "0")
-    config = RunConfig(peft=method, peft_load=str(tmp_path / "adapter-0"))
+    settings = TuningSettings(peft=method, peft_load=str(tmp_path / "adapter-0"))
     again = random_model(tiny_shape, torch.float32)
-    continued = begin_tuning(again, config, frozenset({"peft"}))
+    continued = begin_tuning(again, settings, frozenset({"peft"}))
     assert trained(again).keys() == trained(model).keys()
     for name, p in trained(again).items():
         assert torch.equal(p, trained(model)[name]), name
@@ -255,9 +255,9 @@ def folder(tiny_shape, tmp_path):
     ({"lora_layers": "1"}, r"\(blocks.0.att.key is in it\)"),
 ], ids=str)  # fmt: skip
 def test_flags_that_contradict_the_folder_are_refused(tiny_shape, folder, flags, message):
-    config = RunConfig(**{"peft": "lora", "peft_load": str(folder), **flags})
+    settings = TuningSettings(**{"peft": "lora", "peft_load": str(folder), **flags})
     with pytest.raises(InputError, match=f"adapter-0: contradicts .*{message}"):
-        begin_tuning(random_model(tiny_shape, torch.float32), config, frozenset(flags))
+        begin_tuning(random_model(tiny_shape, torch.float32), settings, frozenset(flags))
 
 
 def edit_config(**changes):

@@ -9,9 +9,9 @@ import numpy as np
 
 from rwkv_dpo.batches.micro_batch import MicroBatch, collate
 from rwkv_dpo.batches.sampling import LengthOrder, global_index, item_at, magic_prime_start, window_start
+from rwkv_dpo.batches.settings import BatchSettings
 from rwkv_dpo.data.corpus import Corpus
 from rwkv_dpo.data.pairs import PairSet
-from rwkv_dpo.run.config import RunConfig
 
 
 @dataclass
@@ -26,9 +26,15 @@ class Position:
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Micro-batch number k (counted from the first epoch of all) of one rank, whatever came before it."""
+    """Micro-batch number k (counted from the first epoch of all) of one rank, whatever came before it.
 
-    config: RunConfig
+    ctx_len: tokens in a corpus window. seed: of the order of windows and pairs.
+    """
+
+    settings: BatchSettings
+    ctx_len: int
+    seed: int
+    world_size: int
     corpus: Corpus | None
     pairs: PairSet | None
     rank: int
@@ -38,35 +44,35 @@ class MicroBatches:
         starts, rows = self.contents(k, self.rank)
         windows, pairs, ref_logps = [], [], np.zeros((0, 2))
         if self.corpus is not None:
-            windows = [self.corpus.window(start, self.config.ctx_len + 1) for start in starts]
+            windows = [self.corpus.window(start, self.ctx_len + 1) for start in starts]
         if self.pairs is not None:
             pairs, ref_logps = [self.pairs.pair(row) for row in rows], self.pairs.ref_logps[rows]
-        return collate(windows, pairs, ref_logps, self.config.chunk_ctx, self.config.tbptt == 1)
+        return collate(windows, pairs, ref_logps, self.settings.chunk_ctx, self.settings.tbptt == 1)
 
     def contents(self, k: int, rank: int) -> tuple[list[int], list[int]]:
         """What micro-batch k of `rank` holds: first tokens of corpus windows, and rows of the pair file."""
-        c, shift = self.config, self.position.shift
-        samples = [shift + global_index(k, slot, rank, c.world_size, c.micro_bsz) for slot in range(c.micro_bsz)]
+        n, shift = self.settings.micro_bsz, self.position.shift
+        samples = [shift + global_index(k, slot, rank, self.world_size, n) for slot in range(n)]
         starts, rows = [], []
         if self.corpus is not None:
             starts = [self._window_start(self.corpus, i) for i in samples]
         if self.pairs is not None:
-            if c.balance == "tokens":
-                rows = self._length_order.rank_items(k, rank, c.world_size, c.micro_bsz, shift)
+            if self.settings.balance == "tokens":
+                rows = self._length_order.rank_items(k, rank, self.world_size, n, shift)
             else:
-                rows = [item_at(i, len(self.pairs), c.seed) for i in samples]
+                rows = [item_at(i, len(self.pairs), self.seed) for i in samples]
         return starts, rows
 
     @cached_property
     def _length_order(self) -> LengthOrder:
         assert self.pairs is not None
-        return LengthOrder(np.diff(self.pairs.offsets[::3]).tolist(), self.config.seed)
+        return LengthOrder(np.diff(self.pairs.offsets[::3]).tolist(), self.seed)
 
     def _window_start(self, corpus: Corpus, sample: int) -> int:
-        c = self.config
-        if c.magic_prime:
-            return magic_prime_start(sample, c.magic_prime, c.ctx_len) + max(c.my_pile_shift, 0)
-        return window_start(sample, corpus.n_tokens, c.ctx_len, c.seed)
+        prime, shift = self.settings.magic_prime, max(self.settings.my_pile_shift, 0)
+        if prime:
+            return magic_prime_start(sample, prime, self.ctx_len) + shift
+        return window_start(sample, corpus.n_tokens, self.ctx_len, self.seed)
 
 
 class EpochNumbers:
@@ -119,8 +125,7 @@ def _one_ahead(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
             yield batch
 
 
-def build_loader(config: RunConfig, corpus: Corpus | None, pairs: PairSet | None, rank: int, on_gpu: bool) -> Loader:
-    position = Position()
-    numbers = EpochNumbers(config.epoch_begin, config.epoch_steps, position)
+def build_loader(dataset: MicroBatches, epoch_begin: int, epoch_steps: int, on_gpu: bool) -> Loader:
+    """The micro-batches of a run, epoch by epoch, from its first epoch on."""
     # On a CPU preparing ahead would take cores from the training.
-    return Loader(MicroBatches(config, corpus, pairs, rank, position), numbers, is_ahead=on_gpu)
+    return Loader(dataset, EpochNumbers(epoch_begin, epoch_steps, dataset.position), is_ahead=on_gpu)

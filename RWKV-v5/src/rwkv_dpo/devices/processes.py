@@ -9,61 +9,65 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from rwkv_dpo.base.errors import InputError, refuse
 from rwkv_dpo.devices.ranks import Ranks
+from rwkv_dpo.devices.settings import DeviceSettings
 from rwkv_dpo.devices.strategy import build_precision, build_strategy
-from rwkv_dpo.run.config import RunConfig
 
 
-def check_devices(config: RunConfig, device: torch.device) -> None:
+def check_devices(settings: DeviceSettings, device: torch.device) -> None:
     """Refuses GPUs that are not there."""
     if device.type != "cuda":
-        if config.gpu_ids:
-            refuse(f"--devices {config.gpu_ids} names GPUs, and this run is on a CPU; there a number of processes is accepted")
+        if settings.gpu_ids:
+            refuse(f"--devices {settings.gpu_ids} names GPUs, and this run is on a CPU; there a number of processes is accepted")
         return
     n = torch.cuda.device_count()
-    if config.devices > n:
-        refuse(f"--devices {config.devices}: this machine has {n}")
-    beyond = [number for number in gpu_ids(config) if number >= n]
+    if settings.devices > n:
+        refuse(f"--devices {settings.devices}: this machine has {n}")
+    beyond = [number for number in gpu_ids(settings) if number >= n]
     if beyond:
-        refuse(f"--devices {config.gpu_ids}: GPU {beyond[0]} is not there; 0 to {n - 1} are accepted")
+        refuse(f"--devices {settings.gpu_ids}: GPU {beyond[0]} is not there; 0 to {n - 1} are accepted")
 
 
-def gpu_ids(config: RunConfig) -> list[int]:
-    return [int(number) for number in config.gpu_ids.split(",") if number]
+def gpu_ids(settings: DeviceSettings) -> list[int]:
+    """The numbers of the GPUs that were named, none when it was only said how many."""
+    return [int(number) for number in settings.gpu_ids.split(",") if number]
 
 
-def build_lightning(config: RunConfig, device: torch.device, n_trained: int | None = None, **settings: object) -> pl.Trainer:
+def build_lightning(
+    settings: DeviceSettings, device: torch.device, micro_bsz: int = 1, n_trained: int | None = None, **others: object
+) -> pl.Trainer:
     """Lightning's trainer on the run's processes, without anything else that it would bring along. What it refuses is told in a line.
 
-    n_trained: as build_strategy takes it. settings: others of pl.Trainer.
+    micro_bsz, n_trained: as build_strategy takes them. others: arguments of pl.Trainer.
     """
     try:
         return pl.Trainer(
-            accelerator="gpu" if device.type == "cuda" else "cpu", devices=gpu_ids(config) or config.devices, num_nodes=config.num_nodes,
-            strategy=build_strategy(config, device, n_trained), **build_precision(config, device), logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, **settings,  # type: ignore[arg-type]  # as the caller has them
+            accelerator="gpu" if device.type == "cuda" else "cpu", devices=gpu_ids(settings) or settings.devices,
+            num_nodes=settings.num_nodes, strategy=build_strategy(settings, device, micro_bsz, n_trained),
+            **build_precision(settings, device), logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, **others,  # type: ignore[arg-type]  # as the caller has them
         )  # fmt: skip
     except InputError:
         raise
     except (MisconfigurationException, ImportError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{_flags(config)}: Lightning doesn't start that: {reason}{_hint()}") from error
+        raise InputError(f"{_flags(settings)}: Lightning doesn't start that: {reason}{_hint()}") from error
 
 
-def meet(config: RunConfig, device: torch.device) -> Ranks:
+def meet(settings: DeviceSettings, device: torch.device) -> Ranks:
     """The run's processes, as Lightning finds them. Refuses another number of them than the flags say."""
-    probe = build_lightning(config, device)
+    probe = build_lightning(settings, device)
     environment: ClusterEnvironment = probe._accelerator_connector.cluster_environment
     # Lightning's own environment starts processes by the flags.
-    if not isinstance(environment, LightningEnvironment) and environment.world_size() != config.world_size:
+    if not isinstance(environment, LightningEnvironment) and environment.world_size() != settings.world_size:
         refuse(
-            f"{_flags(config)}: that is {_count(config.world_size)}, and {type(environment).__name__.removesuffix('Environment')} "
+            f"{_flags(settings)}: that is {_count(settings.world_size)}, and {type(environment).__name__.removesuffix('Environment')} "
             f"has {environment.world_size()}{_hint()}"
         )
-    return Ranks(environment, config.num_nodes) if config.world_size > 1 else Ranks()
+    return Ranks(environment, settings.num_nodes) if settings.world_size > 1 else Ranks()
 
 
-def _flags(config: RunConfig) -> str:
-    return f"--devices {config.gpu_ids or config.devices} --num_nodes {config.num_nodes} --strategy {config.strategy}"
+def _flags(settings: DeviceSettings) -> str:
+    return f"--devices {settings.gpu_ids or settings.devices} --num_nodes {settings.num_nodes} --strategy {settings.strategy}"
 
 
 def _count(n: int) -> str:

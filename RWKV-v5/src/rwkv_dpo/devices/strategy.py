@@ -11,7 +11,7 @@ from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from typing_extensions import override
 
 from rwkv_dpo.base.errors import refuse
-from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.devices.settings import DeviceSettings
 
 
 class ScaledFloat16(MixedPrecision):
@@ -66,49 +66,50 @@ class CPUDeepSpeedStrategy(DeepSpeedStrategy):
         self._init_deepspeed_distributed()
 
 
-def bucket_numbers(config: RunConfig, n_trained: int | None) -> int:
+def bucket_numbers(settings: DeviceSettings, n_trained: int | None) -> int:
     """Gradients that DeepSpeed sends together, an even number: --ds_bucket_mb millions, and no more than there are. It allocates whole
     buckets, whatever goes in."""
-    wanted = config.ds_bucket_mb * 1_000_000
+    wanted = settings.ds_bucket_mb * 1_000_000
     return wanted if n_trained is None else min(wanted, n_trained + n_trained % 2)
 
 
-def build_precision(config: RunConfig, device: torch.device) -> dict[str, Any]:
+def build_precision(settings: DeviceSettings, device: torch.device) -> dict[str, Any]:
     """fp32, tf32 and bf16 keep fp32 weights and gradients (the model computes in bf16 by itself); fp16 also scales the loss."""
-    if config.strategy.startswith("deepspeed"):
-        return {"plugins": [DeepSpeedAsBuilt("16-mixed" if config.precision == "fp16" else "32-true")]}
-    if config.precision == "fp16":
+    if settings.strategy.startswith("deepspeed"):
+        return {"plugins": [DeepSpeedAsBuilt("16-mixed" if settings.precision == "fp16" else "32-true")]}
+    if settings.precision == "fp16":
         return {"plugins": [ScaledFloat16("16-mixed", device.type)]}
     return {"precision": "32-true"}
 
 
-def uses_ddp(config: RunConfig) -> bool:
-    return config.strategy == "ddp" or (config.strategy == "auto" and config.world_size > 1)
+def uses_ddp(settings: DeviceSettings) -> bool:
+    return settings.strategy == "ddp" or (settings.strategy == "auto" and settings.world_size > 1)
 
 
-def build_strategy(config: RunConfig, device: torch.device, n_trained: int | None = None) -> str | Strategy:
-    """n_trained: numbers that the run trains, where there is a model already."""
-    if config.strategy == "auto" and config.world_size == 1:
+def build_strategy(settings: DeviceSettings, device: torch.device, micro_bsz: int = 1, n_trained: int | None = None) -> str | Strategy:
+    """--strategy as Lightning takes it. micro_bsz: samples in a micro-batch of one process, for DeepSpeed's own figures. n_trained: numbers
+    that the run trains, where there is a model already."""
+    if settings.strategy == "auto" and settings.world_size == 1:
         return "auto"
-    if uses_ddp(config):
+    if uses_ddp(settings):
         # Gradients live in the buckets that are sent, not beside them.
         return DDPStrategy(gradient_as_bucket_view=True)
-    stage, _, offload = config.strategy.removeprefix("deepspeed_stage_").partition("_")
-    bucket = bucket_numbers(config, n_trained)
-    settings: dict[str, Any] = {
-        "stage": int(stage), "logging_batch_size_per_gpu": config.micro_bsz,
+    stage, _, offload = settings.strategy.removeprefix("deepspeed_stage_").partition("_")
+    bucket = bucket_numbers(settings, n_trained)
+    zero: dict[str, Any] = {
+        "stage": int(stage), "logging_batch_size_per_gpu": micro_bsz,
         "offload_optimizer": bool(offload), "offload_parameters": bool(offload) and stage == "3",
         "allgather_bucket_size": bucket, "reduce_bucket_size": bucket,
         # One process sends nothing that could overlap, and would pay for a second bucket.
-        "overlap_comm": config.world_size > 1,
+        "overlap_comm": settings.world_size > 1,
     }  # fmt: skip
     if device.type == "cuda":
-        return DeepSpeedStrategy(**settings)
+        return DeepSpeedStrategy(**zero)
     # DeepSpeed asks for its accelerator by this variable alone.
     os.environ["DS_ACCELERATOR"] = "cpu"
-    if config.precision == "fp16":
+    if settings.precision == "fp16":
         from deepspeed.accelerator import get_accelerator
 
         if not get_accelerator().is_fp16_supported():
-            refuse(f"--precision fp16: DeepSpeed can't compute in it on this CPU; --strategy {config.strategy} takes fp32 and bf16")
-    return CPUDeepSpeedStrategy(process_group_backend="gloo", **settings)
+            refuse(f"--precision fp16: DeepSpeed can't compute in it on this CPU; --strategy {settings.strategy} takes fp32 and bf16")
+    return CPUDeepSpeedStrategy(process_group_backend="gloo", **zero)

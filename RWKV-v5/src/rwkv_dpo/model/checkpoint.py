@@ -17,7 +17,7 @@ from rwkv_dpo.kernels.wkv5 import WKV5, choose_backend
 from rwkv_dpo.model import v5
 from rwkv_dpo.model.checkpoint_names import official_weights, with_tied_head
 from rwkv_dpo.model.rwkv import RWKV, Mixes
-from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.model.shape import SHAPE_FLAGS, ModelShape
 
 Weights = Mapping[str, Tensor]
 
@@ -30,11 +30,6 @@ _SIGNS = (
     ("blocks.0.att.time_first", "4"),
 )
 _MIXES: dict[str, Mixes] = {"5": v5.MIXES}
-# Which flag sets which number of a ModelShape.
-SHAPE_FLAGS = {
-    "n_layer": "n_layer", "n_embd": "n_embd", "dim_att": "dim_att", "dim_ffn": "dim_ffn", "vocab_size": "vocab_size",
-    "head_size": "head_size_a",
-}  # fmt: skip
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -134,17 +129,6 @@ def shape_of(weights: Weights, path: str | Path) -> ModelShape:
     if empty := [field for field in SHAPE_FLAGS if getattr(shape, field) < 1]:
         refuse(f"{path}: its weights have no numbers ({', '.join(empty)} 0)")
     return shape
-
-
-def check_flags(shape: ModelShape, wanted: Mapping[str, int], path: str | Path) -> None:
-    """Refuses numbers of `wanted` (by ModelShape field) that contradict the checkpoint, naming their flags."""
-    wrong = [
-        f"--{SHAPE_FLAGS[field]} {value} (the file has {getattr(shape, field)})"
-        for field, value in wanted.items()
-        if value != getattr(shape, field)
-    ]
-    if wrong:
-        refuse(f"{path}: contradicts {', '.join(wrong)}")
 
 
 def empty_model(shape: ModelShape, version: str, wkv: WKV5, compute_dtype: torch.dtype, grad_cp: str = "0", dropout: float = 0.0) -> RWKV:

@@ -9,6 +9,7 @@ import torch
 from rwkv_dpo.base.errors import refuse
 from rwkv_dpo.data.pair_files import open_pairs
 from rwkv_dpo.data.pairs import PairSet
+from rwkv_dpo.data.settings import DataSettings
 from rwkv_dpo.devices.device import COMPUTE_DTYPES
 from rwkv_dpo.devices.strategy import uses_ddp
 from rwkv_dpo.kernels.wkv5 import reference
@@ -17,21 +18,22 @@ from rwkv_dpo.model.checkpoint import empty_model
 from rwkv_dpo.model.linear import Linear
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.run.settings import RunSettings
 from rwkv_dpo.tuning.adapter_files import read_adapter
-from rwkv_dpo.tuning.adapters import plan_adapter
+from rwkv_dpo.tuning.settings import TuningSettings
+from rwkv_dpo.tuning.tuning import plan_of as adapter_of
 
 log = logging.getLogger(__name__)
 
 LORA_RANK = 32
 
 
-def dry_run(config: RunConfig, shape: ModelShape) -> str:
+def dry_run(settings: RunSettings, shape: ModelShape) -> str:
     """The report: parameters, the largest micro-batch, estimated peak memory by part, and what each memory flag would save."""
     if shape.vocab_size < 1:
         refuse("--vocab_size is needed for --dry_run 1 without --load_model")
     model = _model_without_memory(shape)
-    plan, batch = plan_of(config, model)
+    plan, batch = plan_of(settings, model)
     n_lora = sum(LORA_RANK * sum(m.weight.shape) for m in model.modules() if isinstance(m, Linear))
     n_state = shape.n_layer * shape.dim_att * shape.head_size
     parts, peak = estimate(plan), total(plan)
@@ -39,7 +41,7 @@ def dry_run(config: RunConfig, shape: ModelShape) -> str:
         f"RWKV-5 L{shape.n_layer} D{shape.n_embd} vocabulary {shape.vocab_size:,}: {plan.n_parameters:,} parameters, "
         f"{plan.n_trainable:,} of them trained",
         f"largest micro-batch: {batch}; {plan.n_tokens:,} tokens, {plan.n_rows:,} of them scored",
-        f"estimated peak memory on {'each' if config.world_size > 1 else 'the'} {'GPU' if plan.on_gpu else 'CPU process'}, GB",
+        f"estimated peak memory on {'each' if plan.world_size > 1 else 'the'} {'GPU' if plan.on_gpu else 'CPU process'}, GB",
         *(f"  {name:<12}{parts[name] / 1e9:8.2f}" for name in PARTS),
         f"  {'together':<12}{peak / 1e9:8.2f}" + ("" if plan.on_gpu else "   (and about 0.5 for Python and the libraries)"),
         "with one flag changed, GB",
@@ -50,47 +52,51 @@ def dry_run(config: RunConfig, shape: ModelShape) -> str:
     return "\n".join(lines)
 
 
-def plan_of(config: RunConfig, model: RWKV) -> tuple[Plan, str]:
+def plan_of(settings: RunSettings, model: RWKV) -> tuple[Plan, str]:
     """The run as `memory.estimate` takes it, and its largest micro-batch in words."""
-    c, n_weights = config, sum(p.numel() for p in model.parameters())
-    n_added, extra = _tuned(c, model)
-    n_trainable = n_weights if c.peft == "none" else n_added + sum(model.get_parameter(name).numel() for name in extra)
-    compute_bytes = COMPUTE_DTYPES[c.precision].itemsize
-    windows = c.micro_bsz if c.uses_corpus else 0
-    pair_sizes, pair_words = _largest_pairs(c) if c.uses_pairs else (np.zeros((0, 2), dtype=np.int64), "")
-    on_gpu = c.accelerator in ("gpu", "cuda") or (c.accelerator == "auto" and torch.cuda.is_available())
-    zero_stage = int(c.strategy.split("_")[2]) if c.strategy.startswith("deepspeed") else 0
-    words = [f"{windows} x {c.ctx_len:,} tokens of corpus"] if windows else []
+    devices, optim, micro_bsz, ctx_len = settings.devices, settings.optimizer.optim, settings.batches.micro_bsz, settings.data.ctx_len
+    peft, strategy = settings.tuning.peft, settings.devices.strategy
+    n_weights = sum(p.numel() for p in model.parameters())
+    n_added, extra = _tuned(settings.tuning, model)
+    n_trainable = n_weights if peft == "none" else n_added + sum(model.get_parameter(name).numel() for name in extra)
+    compute_bytes = COMPUTE_DTYPES[devices.precision].itemsize
+    windows = micro_bsz if settings.objective.uses_corpus else 0
+    pair_sizes, pair_words = np.zeros((0, 2), dtype=np.int64), ""
+    if settings.objective.uses_pairs:
+        pair_sizes, pair_words = _largest_pairs(settings.data, micro_bsz)
+    on_gpu = devices.accelerator in ("gpu", "cuda") or (devices.accelerator == "auto" and torch.cuda.is_available())
+    zero_stage = int(strategy.split("_")[2]) if strategy.startswith("deepspeed") else 0
+    words = [f"{windows} x {ctx_len:,} tokens of corpus"] if windows else []
     plan = Plan(
         shape=model.shape, n_parameters=n_weights + n_added, n_trainable=n_trainable,
-        trains_head=c.peft == "none" or "head.weight" in extra, frozen_bytes=compute_bytes,
-        compute_bytes=compute_bytes, optim=c.optim, grad_cp=c.grad_cp, chunk_ctx=c.chunk_ctx,
-        n_tokens=windows * c.ctx_len + int(pair_sizes[:, 0].sum()), n_rows=windows * c.ctx_len + int(pair_sizes[:, 1].sum()),
+        trains_head=peft == "none" or "head.weight" in extra, frozen_bytes=compute_bytes,
+        compute_bytes=compute_bytes, optim=optim, grad_cp=settings.model.grad_cp, chunk_ctx=settings.batches.chunk_ctx,
+        n_tokens=windows * ctx_len + int(pair_sizes[:, 0].sum()), n_rows=windows * ctx_len + int(pair_sizes[:, 1].sum()),
         n_segments=windows + 3 * len(pair_sizes),
-        accumulates=c.accumulate_grad_batches > 1,
-        on_gpu=on_gpu, wkv_backend=c.wkv_backend if c.wkv_backend != "auto" else "cuda" if on_gpu else "cpu",
-        keeps_heap=not on_gpu and c.cpu_malloc == 1, trained_bytes=2 if zero_stage and c.precision == "fp16" else 4,
-        ddp=uses_ddp(c), zero_stage=zero_stage, offload="offload" in c.strategy, n_bucket=c.ds_bucket_mb * 1_000_000,
-        world_size=c.world_size, file_bytes=0 if on_gpu else _file_bytes(c.load_model, n_weights),
+        accumulates=settings.length.accumulated > 1,
+        on_gpu=on_gpu, wkv_backend=devices.wkv_backend if devices.wkv_backend != "auto" else "cuda" if on_gpu else "cpu",
+        keeps_heap=not on_gpu and devices.cpu_malloc == 1, trained_bytes=2 if zero_stage and devices.precision == "fp16" else 4,
+        ddp=uses_ddp(devices), zero_stage=zero_stage, offload="offload" in strategy, n_bucket=devices.ds_bucket_mb * 1_000_000,
+        world_size=devices.world_size, file_bytes=0 if on_gpu else _file_bytes(settings.model.load_model, n_weights),
     )  # fmt: skip
     return plan, " and ".join(words + ([pair_words] if pair_words else []))
 
 
-def _tuned(config: RunConfig, model: RWKV) -> tuple[int, tuple[str, ...]]:
+def _tuned(settings: TuningSettings, model: RWKV) -> tuple[int, tuple[str, ...]]:
     """How many numbers --peft adds to the model, and the weights that it trains beside them."""
-    c, shape = config, model.shape
-    if c.peft == "none":
+    shape = model.shape
+    if settings.peft == "none":
         return 0, ()
-    if c.peft == "state":
+    if settings.peft == "state":
         return shape.n_layer * shape.dim_att * shape.head_size, ()
-    if c.peft_load and not Path(c.peft_load).exists():
-        log.warning("--peft_load %s is not there: its rank and its targets are taken from the flags", c.peft_load)
-    elif c.peft_load:
-        saved = read_adapter(c.peft_load)
+    if settings.peft_load and not Path(settings.peft_load).exists():
+        log.warning("--peft_load %s is not there: its rank and its targets are taken from the flags", settings.peft_load)
+    elif settings.peft_load:
+        saved = read_adapter(settings.peft_load)
         return sum(x.numel() for x in saved.split()[0].values()), tuple(saved.extra)
-    plan = plan_adapter(model, c.peft, c.lora_r, c.lora_alpha, c.lora_dropout, c.lora_targets, c.lora_layers, c.train_extra)
+    plan = adapter_of(model, settings)
     sides = [model.get_parameter(f"{name}.weight").shape for name in plan.modules]
-    n_magnitudes = sum(n_out for n_out, _ in sides) if c.peft == "dora" else 0
+    n_magnitudes = sum(n_out for n_out, _ in sides) if settings.peft == "dora" else 0
     return plan.r * sum(map(sum, sides)) + n_magnitudes, plan.extra
 
 
@@ -101,14 +107,13 @@ def _file_bytes(checkpoint: str, n_weights: int) -> int:
     return Path(checkpoint).stat().st_size if Path(checkpoint).exists() else 2 * n_weights
 
 
-def _largest_pairs(config: RunConfig) -> tuple[np.ndarray, str]:
-    """Tokens and scored rows [micro_bsz, 2] of the pairs that make the largest micro-batch, and what they are in words."""
-    n = config.micro_bsz
-    if not Path(config.dpo_train_file).is_file():
-        log.warning("--dpo_train_file %s is not there: pairs are taken to be --ctx_len long, half of it answers", config.dpo_train_file)
-        half = max(config.ctx_len // 2, 1)
+def _largest_pairs(settings: DataSettings, n: int) -> tuple[np.ndarray, str]:
+    """Tokens and scored rows [n, 2] of the n pairs that make the largest micro-batch, and what they are in words."""
+    if not Path(settings.dpo_train_file).is_file():
+        log.warning("--dpo_train_file %s is not there: pairs are taken to be --ctx_len long, half of it answers", settings.dpo_train_file)
+        half = max(settings.ctx_len // 2, 1)
         return np.tile([half + 2 * half, 2 * half], (n, 1)), f"{n} made-up pairs of {half} + {half} or {half} tokens"
-    sizes = _pair_sizes(open_pairs("dpo_train_file", config.dpo_train_file))
+    sizes = _pair_sizes(open_pairs("dpo_train_file", settings.dpo_train_file))
     longest = sizes[np.argsort(sizes[:, 0], kind="stable")[::-1]]
     # Fewer pairs than a micro-batch holds come several times.
     return np.resize(longest, (n, 2)), f"the {n} longest of {len(sizes):,} pairs"

@@ -2,44 +2,84 @@
 
 import logging
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_dpo.base.errors import refuse
-from rwkv_dpo.data.corpus import Corpus
+from rwkv_dpo.data.corpus import corpus_sha256
+from rwkv_dpo.data.pairs import content_sha256
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.optimizer.state import trainable
-from rwkv_dpo.run.config import PILE_EPOCH_WINDOWS, RunConfig
-from rwkv_dpo.run_folder.contents import cut_logs, is_finished, newest_epoch, prepare_folder, save_vocabulary, saved_name
-from rwkv_dpo.run_folder.identity import Identity
+from rwkv_dpo.run.data import RunData
+from rwkv_dpo.run.rules import PILE_EPOCH_WINDOWS, check_trains
+from rwkv_dpo.run.settings import PARTS, RunSettings
+from rwkv_dpo.run_folder.contents import cut_logs, is_finished, newest_epoch, prepare_folder, read_identity, save_vocabulary, saved_name
+from rwkv_dpo.run_folder.identity import Identity, path_sha256
 from rwkv_dpo.run_folder.lock import RunLock
-from rwkv_dpo.run_folder.resume import Saved, check_fits, choose, goes_on_here, interrupted_stage, last_folder
+from rwkv_dpo.run_folder.resume import Saved, check_fits, checkpoints_in, choose, goes_on_here
+from rwkv_dpo.settings.fields import Part
 from rwkv_dpo.tuning.tuning import Tuning
 
 log = logging.getLogger(__name__)
 
 
-def plan_stage(config: RunConfig) -> RunConfig:
+def plan_stage(settings: RunSettings) -> RunSettings:
     """RWKV-LM's staged pre-training spelled out: epochs of 40,320 windows; stages 2 and 3 continue from the newest checkpoint."""
-    if not config.my_pile_stage:
-        return config
-    steps = PILE_EPOCH_WINDOWS // (config.micro_bsz * config.world_size)
-    config = replace(config, epoch_count=max(config.magic_prime // PILE_EPOCH_WINDOWS, 1), epoch_steps=steps)
-    if steps % config.accumulate_grad_batches:
-        refuse(f"--accumulate_grad_batches {config.accumulate_grad_batches}: with --my_pile_stage it has to divide {steps}")
-    if config.my_pile_stage == 1:
-        return config
-    if begun := interrupted_stage(config):
-        return begun
-    folder = Path(config.proj_dir)
+    stage, accumulated = settings.general.my_pile_stage, settings.epochs.accumulate_grad_batches
+    if not stage:
+        return settings
+    steps = PILE_EPOCH_WINDOWS // settings.length.samples
+    settings = settings.with_flags(epoch_count=max(settings.batches.magic_prime // PILE_EPOCH_WINDOWS, 1), epoch_steps=steps)
+    if steps % accumulated:
+        refuse(f"--accumulate_grad_batches {accumulated}: with --my_pile_stage it has to divide {steps}")
+    if stage == 1:
+        return settings
+    settings = _interrupted_stage(settings) or _next_stage(settings)
+    check_trains(settings)
+    return settings
+
+
+def _interrupted_stage(settings: RunSettings) -> RunSettings | None:
+    """With the epoch and the weights with which an interrupted run of these settings had begun."""
+    if settings.folder.resume != "auto" or not checkpoints_in(settings.folder.last):
+        return None
+    before = read_identity(settings.folder.path)
+    if before is None:
+        return None
+    begun = {name: before.flags[name] for name in ("load_model", "epoch_begin", "warmup_steps") if name in before.flags}
+    # The files are not opened yet: they are compared when they are.
+    now = Identity(settings.as_flags(), {}, PARTS)
+    if now.changes_from(before, {Part.INCIDENTAL, Part.LAYOUT}, free_flags=begun):
+        return None
+    return settings.with_flags(**begun)
+
+
+def _next_stage(settings: RunSettings) -> RunSettings:
+    stage, folder, warmup = settings.general.my_pile_stage, settings.folder.path, settings.optimizer.warmup_steps
     newest = newest_epoch(folder)
     if newest is None:
-        refuse(f"--my_pile_stage {config.my_pile_stage}: {folder} holds no rwkv-*.pth; --my_pile_stage 1 makes rwkv-init.pth")
+        refuse(f"--my_pile_stage {stage}: {folder} holds no rwkv-*.pth; --my_pile_stage 1 makes rwkv-init.pth")
     if newest == -1:
-        return replace(config, load_model=str(folder / "rwkv-init.pth"), epoch_begin=0)
-    warmup = config.warmup_steps if config.warmup_steps >= 0 else {2: 10, 3: 30}[config.my_pile_stage]
-    return replace(config, load_model=str(folder / f"rwkv-{newest}.pth"), epoch_begin=newest + 1, warmup_steps=warmup)
+        return settings.with_flags(load_model=str(folder / "rwkv-init.pth"), epoch_begin=0)
+    warmup = warmup if warmup >= 0 else {2: 10, 3: 30}[stage]
+    return settings.with_flags(load_model=str(folder / f"rwkv-{newest}.pth"), epoch_begin=newest + 1, warmup_steps=warmup)
+
+
+def identity_of(settings: RunSettings, data: RunData) -> Identity:
+    """Reads the checkpoint once, and of a large corpus a sample."""
+    load_model, peft_load = settings.model.load_model, settings.tuning.peft_load
+    with_scores = settings.objective.dpo_ref == "file"
+    content = {
+        "load_model": path_sha256(load_model) if load_model and settings.general.my_pile_stage != 1 else "",
+        "peft_load": path_sha256(peft_load) if peft_load else "",
+        "data_file": corpus_sha256(data.corpus) if data.corpus else "",
+        "dpo_train_file": content_sha256(data.pairs, with_scores) if data.pairs is not None else "",
+        "dpo_valid_file": content_sha256(data.valid, with_scores) if data.valid is not None else "",
+        # Beside what is in the files: by these evaluate.py knows which pairs were held out from the run.
+        **{name: str(data.pairs.header.get(name, "")) if data.pairs is not None else "" for name in ("source_id", "preparation_id")},
+    }
+    return Identity(settings.as_flags(), content, PARTS)
 
 
 @dataclass(frozen=True)
@@ -51,28 +91,29 @@ class Start:
     resumes: Path | None = None
 
 
-def find_start(config: RunConfig, identity: Identity, lock: RunLock) -> Start:
+def find_start(settings: RunSettings, identity: Identity, lock: RunLock) -> Start:
     """Looks into the run folder, and leaves it as it is. Refuses a folder in which another run is at work."""
-    folder = Path(config.proj_dir)
-    if folder.is_dir():
+    folder, final = settings.folder, saved_name(settings.tuning.peft, "final")
+    if folder.path.is_dir():
         lock.take()
-    if config.resume == "auto" and not config.overwrite and is_finished(config, identity):
-        shutil.rmtree(last_folder(config), ignore_errors=True)
-        return Start(identity, f"{folder} holds the end of this run ({saved_name(config, 'final')}); --resume none trains it again")
-    return Start(identity, resumes=choose(config, identity))
+    if folder.resume == "auto" and not folder.overwrite and is_finished(folder.path / final, identity, settings.length.total_steps):
+        shutil.rmtree(folder.last, ignore_errors=True)
+        return Start(identity, f"{folder.path} holds the end of this run ({final}); --resume none trains it again")
+    return Start(identity, resumes=choose(folder, identity, settings.length, settings.continues))
 
 
 def begin_folder(
-    config: RunConfig, start: Start, lock: RunLock, saved: Saved | None, model: RWKV, is_new: bool, corpus: Corpus | None,
+    settings: RunSettings, start: Start, lock: RunLock, saved: Saved | None, model: RWKV, is_new: bool, data: RunData,
     tuning: Tuning | None,
 ) -> None:  # fmt: skip
     """What a run writes before its first step. saved: the checkpoint that it goes on from; is_new: the model has initial weights. Where
     --peft starts is saved too: it is the reference, and what PiSSA took out of the matrices."""
     if saved is not None:
         check_fits(saved, dict(trainable(model)))
-    folder = Path(config.proj_dir)
-    prepare_folder(config, start.identity, lock, resumes=goes_on_here(config, start.resumes))
-    if saved is not None and goes_on_here(config, start.resumes):
+    folder, corpus = settings.folder.path, data.corpus
+    resumes = goes_on_here(settings.folder, start.resumes)
+    prepare_folder(settings.folder, start.identity, lock, resumes, settings.continues)
+    if saved is not None and resumes:
         cut_logs(folder, saved.progress.logs)
     if is_new:
         save_weights(model.state_dict(), folder / "rwkv-init.pth")

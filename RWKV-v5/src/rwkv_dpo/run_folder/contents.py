@@ -10,21 +10,13 @@ from rwkv_dpo.base.errors import InputError, refuse
 from rwkv_dpo.files.atomic import atomic_write, sweep
 from rwkv_dpo.files.hashed import hash_of
 from rwkv_dpo.files.json_text import as_json
-from rwkv_dpo.run.config import RunConfig
-from rwkv_dpo.run_folder.identity import FILES, Identity
+from rwkv_dpo.run_folder.identity import Identity
 from rwkv_dpo.run_folder.lock import RunLock
+from rwkv_dpo.run_folder.settings import FolderSettings
+from rwkv_dpo.settings.fields import Part
 
 log = logging.getLogger(__name__)
 
-# Settings that leave a run's result as it is.
-INCIDENTAL = (
-    "proj_dir", "overwrite", "wandb", "enable_progress_bar", "cpu_malloc", "wkv_backend", "accelerator", "resume", "save_every",
-    "keep", "max_bad_steps", "any_base", "gpu_ids",
-)  # fmt: skip
-# Settings that a continuation of a run changes.
-CONTINUATION = ("load_model", "epoch_begin", "epoch_count", "my_pile_stage", "my_exit", "warmup_steps", "peft_load")
-# Settings that a resumed run may change: how the work is shared out, and into how many samples it is cut.
-LAYOUT = ("devices", "num_nodes", "strategy", "ds_bucket_mb", "grad_cp", "chunk_ctx", "micro_bsz", "accumulate_grad_batches", "epoch_steps")
 # What grows with the run.
 LOGS = ("metrics.jsonl", "valid.jsonl", "train_log.txt")
 # What a run writes under these names, a run that begins anew would write again.
@@ -36,17 +28,13 @@ _OF_A_RUN = re.compile(
 _START, _KEYED = re.compile(r"rwkv-init\.pth(\.sha256)?|vocab\.json"), re.compile(r"reference\..*")
 
 
-def continues(config: RunConfig) -> bool:
-    """Whether the run goes on with the epochs of an earlier one, from its weights."""
-    return config.epoch_begin > 0 or config.my_pile_stage >= 2
-
-
-def prepare_folder(config: RunConfig, identity: Identity, lock: RunLock, resumes: bool) -> None:
+def prepare_folder(settings: FolderSettings, identity: Identity, lock: RunLock, resumes: bool, continues: bool) -> None:
     """Makes the folder, takes it, and writes config.json; refuses a folder that can't be written, or that holds another run.
 
-    What a run that begins anew would write again is set aside together, in earlier-N; nothing is lost.
+    What a run that begins anew would write again is set aside together, in earlier-N; nothing is lost. resumes: the run goes on from a
+    checkpoint of its own; continues: with the epochs of an earlier one.
     """
-    folder = Path(config.proj_dir)
+    folder = settings.path
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -55,27 +43,26 @@ def prepare_folder(config: RunConfig, identity: Identity, lock: RunLock, resumes
         refuse(f"--proj_dir {folder}: can't be written to")
     lock.take()
     before = read_identity(folder)
-    free = INCIDENTAL + (LAYOUT if resumes else CONTINUATION if continues(config) else ())
+    free = {Part.INCIDENTAL, Part.LAYOUT if resumes else Part.CONTINUATION if continues else Part.INCIDENTAL}
     changed = identity.changes_from(before, free) if before else []
-    if changed and not config.overwrite:
+    if changed and not settings.overwrite:
         refuse(f"--proj_dir {folder} holds a run with other settings: {', '.join(changed[:5])}; --overwrite 1 goes on all the same")
     for place in (folder, folder / "last"):
         sweep(place)
     if not resumes:
-        _set_aside(config, identity, is_again=before is not None and not changed and config.resume == "auto")
+        is_again = before is not None and not changed and settings.resume == "auto"
+        _set_aside(folder, identity, re.compile("last") if continues else _OF_A_RUN, is_again)
     with atomic_write(folder / "config.json") as file:
         file.write(as_json(identity.as_json(), indent=1).encode())
 
 
-def _set_aside(config: RunConfig, identity: Identity, is_again: bool) -> None:
-    """Moves what earlier runs wrote into a folder of its own; of a run that goes on with another's epochs, `last` alone.
+def _set_aside(folder: Path, identity: Identity, names: re.Pattern[str], is_again: bool) -> None:
+    """Moves what earlier runs wrote under such names into a folder of its own.
 
     is_again: the same run was interrupted before it had saved anything. Its reference scores stay.
     """
-    folder = Path(config.proj_dir)
-    names = re.compile("last") if continues(config) else _OF_A_RUN
     moved = [path for path in folder.iterdir() if names.fullmatch(path.name) and not (is_again and _KEYED.fullmatch(path.name))]
-    read = {Path(str(identity.flags[flag])).resolve() for flag in FILES if identity.flags[flag]}
+    read = identity.paths
     for path in moved:
         if path.resolve() in read and not _START.fullmatch(path.name):
             refuse(f"{path}: this run starts from it and would write over it; name another --proj_dir")
@@ -91,26 +78,24 @@ def _set_aside(config: RunConfig, identity: Identity, is_again: bool) -> None:
     log.info("what an earlier run wrote is now in %s", earlier)
 
 
-def saved_name(config: RunConfig, label: str) -> str:
-    """What a run calls the weights that it saves: an epoch's by its number, what it writes last by "final"."""
-    return {"none": f"rwkv-{label}.pth", "state": f"state-{label}.pth"}.get(config.peft, f"adapter-{label}")
+def saved_name(peft: str, label: str) -> str:
+    """What a run with that --peft calls the weights that it saves: an epoch's by its number, what it writes last by "final"."""
+    return {"none": f"rwkv-{label}.pth", "state": f"state-{label}.pth"}.get(peft, f"adapter-{label}")
 
 
-def save_end(config: RunConfig, identity: Identity, step: int) -> None:
-    """Writes, beside what a run wrote last, whose end it is."""
-    path = Path(config.proj_dir) / saved_name(config, "final")
+def save_end(path: Path, identity: Identity, step: int) -> None:
+    """Writes, beside what a run wrote last, at `path`, whose end it is."""
     end = {**identity.as_json(), "step": step, "sha256": hash_of(path)}
     with atomic_write(path.with_suffix(".json")) as file:
         file.write(as_json(end, indent=1).encode())
 
 
-def is_finished(config: RunConfig, identity: Identity) -> bool:
-    """Whether the folder holds the end of this run."""
-    path = Path(config.proj_dir) / saved_name(config, "final")
+def is_finished(path: Path, identity: Identity, total_steps: int) -> bool:
+    """Whether `path` is what this run writes last, after so many optimizer steps."""
     end = _read_json(path.with_suffix(".json"))
     if end is None or not path.exists() or end.pop("sha256", "") != hash_of(path):
         return False
-    return end.pop("step", 0) == config.total_steps and not identity.changes_from(Identity.from_json(end), INCIDENTAL)
+    return end.pop("step", 0) == total_steps and not identity.changes_from(Identity.from_json(end), {Part.INCIDENTAL})
 
 
 def log_sizes(folder: Path) -> dict[str, int]:

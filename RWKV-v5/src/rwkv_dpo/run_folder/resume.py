@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from torch import Tensor
 from rwkv_dpo.base.errors import InputError, refuse
 from rwkv_dpo.files.hashed import fault_of, hashed_write, remove_hashed
 from rwkv_dpo.files.torch_files import check_stored, load_torch
-from rwkv_dpo.run.config import RunConfig
-from rwkv_dpo.run_folder.contents import CONTINUATION, INCIDENTAL, LAYOUT, continues, read_identity
-from rwkv_dpo.run_folder.identity import Identity, flags_of
+from rwkv_dpo.optimizer.length import RunLength
+from rwkv_dpo.run_folder.contents import read_identity
+from rwkv_dpo.run_folder.identity import Identity
+from rwkv_dpo.run_folder.settings import FolderSettings
+from rwkv_dpo.settings.fields import Part
 
 log = logging.getLogger(__name__)
 _FORM = 2
@@ -49,10 +51,6 @@ class Saved:
     optimizer: dict[str, dict[str, Any]]
     generators: list[dict[str, Tensor]]
     scaler: dict[str, Any]
-
-
-def last_folder(config: RunConfig) -> Path:
-    return Path(config.proj_dir) / "last"
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -113,35 +111,36 @@ def check_fits(saved: Saved, trained: Mapping[str, Tensor]) -> None:
                 refuse(f"{saved.path}: the optimizer's {key} of {name} is {tuple(value.shape)}; the weight is {weight}")
 
 
-def choose(config: RunConfig, identity: Identity) -> Path | None:
-    """The checkpoint that --resume means, None to begin anew. Refuses one that is not whole, or of another run."""
-    if config.resume == "none":
+def choose(settings: FolderSettings, identity: Identity, length: RunLength, continues: bool) -> Path | None:
+    """The checkpoint that --resume means, None to begin anew. Refuses one that is not whole, or of another run. continues: this run goes on
+    with the epochs of an earlier one, and may leave behind what is left of that."""
+    if settings.resume == "none":
         return None
-    if config.resume != "auto":
-        path = Path(config.resume)
+    if settings.resume != "auto":
+        path = Path(settings.resume)
         if path.is_dir():
             path = next(iter(checkpoints_in(path)), path)
         if not path.is_file():
-            refuse(f"--resume {config.resume}: no such checkpoint; auto, none, or a step-N.pth are accepted")
+            refuse(f"--resume {settings.resume}: no such checkpoint; auto, none, or a step-N.pth are accepted")
         if fault := fault_of(path):
             refuse(f"--resume {path}: {fault}")
-        _check(load(path), config, identity)
+        _check(load(path), settings, identity, length)
         return path
-    paths = checkpoints_in(last_folder(config))
-    if not paths or _is_other_run(config, identity):
+    paths = checkpoints_in(settings.last)
+    if not paths or _is_other_run(settings, identity, continues):
         return None
     for path in paths:
         fault = fault_of(path)
         if not fault:
-            _check(load(path), config, identity)
+            _check(load(path), settings, identity, length)
             return path
         log.warning("%s %s; the one before is used", path, fault)
-    refuse(f"{last_folder(config)}: none of its checkpoints is whole ({paths[0].name} {fault_of(paths[0])}); --resume none begins anew")
+    refuse(f"{settings.last}: none of its checkpoints is whole ({paths[0].name} {fault_of(paths[0])}); --resume none begins anew")
 
 
-def goes_on_here(config: RunConfig, path: Path | None) -> bool:
+def goes_on_here(settings: FolderSettings, path: Path | None) -> bool:
     """Whether a checkpoint to go on from is of the run folder's own last/."""
-    return path is not None and path.resolve().parent == last_folder(config).resolve()
+    return path is not None and path.resolve().parent == settings.last.resolve()
 
 
 def start_of(saved: Saved | None) -> str:
@@ -151,38 +150,24 @@ def start_of(saved: Saved | None) -> str:
     return str(saved.path.parent.parent / "adapter-init")
 
 
-def _is_other_run(config: RunConfig, identity: Identity) -> bool:
+def _is_other_run(settings: FolderSettings, identity: Identity, continues: bool) -> bool:
     """Whether the folder holds an interrupted run that this one is allowed to leave behind."""
-    before = read_identity(Path(config.proj_dir))
-    if before is None or not identity.changes_from(before, INCIDENTAL + LAYOUT):
+    before = read_identity(settings.path)
+    if before is None or not identity.changes_from(before, {Part.INCIDENTAL, Part.LAYOUT}):
         return False
-    return bool(config.overwrite) or (continues(config) and not identity.changes_from(before, INCIDENTAL + CONTINUATION))
+    return bool(settings.overwrite) or (continues and not identity.changes_from(before, {Part.INCIDENTAL, Part.CONTINUATION}))
 
 
-def _check(saved: Saved, config: RunConfig, identity: Identity) -> None:
+def _check(saved: Saved, settings: FolderSettings, identity: Identity, length: RunLength) -> None:
     before = Identity.from_json(saved.progress.identity)
-    changed = identity.changes_from(before, INCIDENTAL + LAYOUT)
-    if changed and not config.overwrite:
+    changed = identity.changes_from(before, {Part.INCIDENTAL, Part.LAYOUT})
+    if changed and not settings.overwrite:
         refuse(f"{saved.path} is of a run with other settings: {', '.join(changed[:5])}; --resume none begins anew")
     steps = before.flags["epoch_steps"] // before.flags["accumulate_grad_batches"]
-    if steps != config.steps_per_epoch:
+    if steps != length.steps_per_epoch:
         refuse(
-            f"--epoch_steps {config.epoch_steps}: {saved.path} counts {steps} optimizer steps in an epoch; "
-            f"{steps * config.accumulate_grad_batches} is accepted"
+            f"--epoch_steps {length.epoch_steps}: {saved.path} counts {steps} optimizer steps in an epoch; "
+            f"{steps * length.accumulated} is accepted"
         )
-    if saved.progress.step >= config.total_steps:
-        refuse(f"{saved.path} has done {saved.progress.step} steps; with these settings the run ends at {config.total_steps}")
-
-
-def interrupted_stage(config: RunConfig) -> RunConfig | None:
-    """Staged pre-training takes its epoch and weights from the folder; those with which an interrupted run had begun."""
-    if config.resume != "auto" or not checkpoints_in(last_folder(config)):
-        return None
-    before = read_identity(Path(config.proj_dir))
-    if before is None:
-        return None
-    begun = {name: before.flags[name] for name in ("load_model", "epoch_begin", "warmup_steps") if name in before.flags}
-    # The files are not opened yet: they are compared when they are.
-    if flags_of(config).changes_from(before, (*INCIDENTAL, *LAYOUT, *begun)):
-        return None
-    return replace(config, **begun)
+    if saved.progress.step >= length.total_steps:
+        refuse(f"{saved.path} has done {saved.progress.step} steps; with these settings the run ends at {length.total_steps}")

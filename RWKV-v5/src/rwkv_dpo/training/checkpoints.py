@@ -9,9 +9,10 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 
 from rwkv_dpo.files.hashed import link_hashed
 from rwkv_dpo.model.checkpoint import save_weights
-from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.optimizer.length import RunLength
 from rwkv_dpo.run_folder.contents import save_end, saved_name
 from rwkv_dpo.run_folder.identity import Identity
+from rwkv_dpo.run_folder.settings import FolderSettings
 from rwkv_dpo.training.guard import not_finite
 from rwkv_dpo.training.halt import Halted
 from rwkv_dpo.training.metrics import MetricsLog
@@ -24,30 +25,34 @@ class Checkpoints(pl.Callback):
     end the run: fp32, official names. With --peft, what it trains alone: adapter-{epoch} or state-{epoch}.pth. Beside the final one,
     whose end it is. Weights that are not finite are never saved, and end the run."""
 
-    def __init__(self, config: RunConfig, folder: Path, metrics: MetricsLog, tuning: Tuning | None, identity: Identity) -> None:
-        self.config, self.folder, self.metrics, self.tuning, self.identity = config, folder, metrics, tuning, identity
+    def __init__(
+        self, settings: FolderSettings, length: RunLength, max_bad_steps: int, peft: str, metrics: MetricsLog, tuning: Tuning | None,
+        identity: Identity,
+    ) -> None:  # fmt: skip
+        self.folder, self.epoch_save, self.length, self.max_bad_steps = settings.path, settings.epoch_save, length, max_bad_steps
+        self.peft, self.metrics, self.tuning, self.identity = peft, metrics, tuning, identity
         self.halt = metrics.halt
         self.newest, self.saved_at = Path(), -1  # what was saved last, and the step it is of
         self.written: list[Path] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         n, bad_step = self.metrics.bad_in_a_row, self.metrics.bad_step
-        if n >= self.config.max_bad_steps:
+        if n >= self.max_bad_steps:
             path = self._save(trainer, module, "last-good")
             raise Halted("", f"stopped at {bad_step}, after {n} such steps in a row (--max_bad_steps); weights before them: {path}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        c, epoch = self.config, trainer.current_epoch
-        is_last = c.epoch_begin + epoch + 1 >= c.last_epoch
-        if is_last or (c.epoch_save and epoch % c.epoch_save == 0):
-            self._save(trainer, module, str(c.epoch_begin + epoch))
+        epoch = trainer.current_epoch
+        is_last = epoch + 1 >= self.length.n_epochs
+        if is_last or (self.epoch_save and epoch % self.epoch_save == 0):
+            self._save(trainer, module, str(self.length.epoch_begin + epoch))
 
     def on_train_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        self._save(trainer, module, "final")
-        self.halt.write(trainer, lambda: save_end(self.config, self.identity, trainer.global_step))
+        path = self._save(trainer, module, "final")
+        self.halt.write(trainer, lambda: save_end(path, self.identity, trainer.global_step))
 
     def _save(self, trainer: pl.Trainer, module: DPOModule, label: str) -> Path:
-        weights, path = full_weights(trainer, module), self.folder / saved_name(self.config, label)
+        weights, path = full_weights(trainer, module), self.folder / saved_name(self.peft, label)
         if name := not_finite(weights):
             bad_step = f" (bad steps, the last of them {self.metrics.bad_step})" if self.metrics.bad_step else ""
             self.halt.fault = f"{path}: not written: {name} is not finite{bad_step}"

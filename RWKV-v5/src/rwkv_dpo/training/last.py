@@ -11,14 +11,15 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from rwkv_dpo.batches.loader import EpochNumbers, MicroBatches
+from rwkv_dpo.optimizer.length import RunLength
 from rwkv_dpo.optimizer.state import OptimizerState, read_state, set_sharded, trainable, write_state
-from rwkv_dpo.run.config import RunConfig
 from rwkv_dpo.run_folder.contents import log_sizes
 from rwkv_dpo.run_folder.identity import Identity
-from rwkv_dpo.run_folder.resume import Progress, Saved, last_folder, save
+from rwkv_dpo.run_folder.resume import Progress, Saved, save
+from rwkv_dpo.run_folder.settings import FolderSettings
 from rwkv_dpo.training.checkpoints import full_weights
 from rwkv_dpo.training.guard import not_finite
-from rwkv_dpo.training.halt import Halt, Halted
+from rwkv_dpo.training.halt import Halted
 from rwkv_dpo.training.metrics import MetricsLog
 from rwkv_dpo.training.module import DPOModule
 
@@ -41,8 +42,13 @@ class LastCheckpoints(pl.Callback):
     saved: what to go on from; known to rank 0 alone, which hands it to the others.
     """
 
-    def __init__(self, config: RunConfig, metrics: MetricsLog, halt: Halt, saved: Saved | None, identity: Identity) -> None:
-        self.config, self.metrics, self.halt, self.saved, self.identity = config, metrics, halt, saved, identity
+    def __init__(
+        self, settings: FolderSettings, length: RunLength, seed: int, has_scaler: bool, metrics: MetricsLog, saved: Saved | None,
+        identity: Identity,
+    ) -> None:  # fmt: skip
+        """seed: the run's. has_scaler: the loss is scaled (fp16)."""
+        self.settings, self.length, self.seed, self.has_scaler = settings, length, seed, has_scaler
+        self.metrics, self.halt, self.saved, self.identity = metrics, metrics.halt, saved, identity
         self.resumes = False
 
     def setup(self, trainer: pl.Trainer, module: DPOModule, stage: str) -> None:  # type: ignore[override]
@@ -58,16 +64,16 @@ class LastCheckpoints(pl.Callback):
                 parameter.copy_(_from_rank_0(trainer, saved.weights[name] if saved else None, parameter))
 
     def _go_on_from(self, trainer: pl.Trainer, progress: Progress) -> None:
-        c, metrics = self.config, self.metrics
-        epoch, steps = divmod(progress.step, c.steps_per_epoch)
+        length, metrics = self.length, self.metrics
+        epoch, steps = divmod(progress.step, length.steps_per_epoch)
         loader: Any = trainer.fit_loop._data_source.instance
         dataset, numbers = loader.dataset, loader.sampler
         assert isinstance(dataset, MicroBatches)
         assert isinstance(numbers, EpochNumbers)
-        first = (c.epoch_begin + epoch) * c.epoch_steps + steps * c.accumulate_grad_batches
+        first = (length.epoch_begin + epoch) * length.epoch_steps + steps * length.accumulated
         position = dataset.position
-        position.epoch, position.batch = epoch, steps * c.accumulate_grad_batches
-        position.shift = progress.samples - first * c.micro_bsz * c.world_size
+        position.epoch, position.batch = epoch, steps * length.accumulated
+        position.shift = progress.samples - first * length.samples
         numbers.set_epoch(epoch)
         _set_counters(trainer, epoch, position.batch, progress.step)
         metrics.pairs_seen, metrics.epoch_losses = progress.pairs_seen, list(progress.epoch_losses)
@@ -89,10 +95,10 @@ class LastCheckpoints(pl.Callback):
             self._set_master_weights(trainer, module)
         if scaler:
             _set_loss_scale(trainer, scaler)
-        _set_generators(generators, trainer.global_rank, self.config.seed + trainer.global_step)
+        _set_generators(generators, trainer.global_rank, self.seed + trainer.global_step)
         if saved is not None:
             self._tell_last_good(saved.path)
-            log.info("going on after step %d of %d, from %s", trainer.global_step, self.config.total_steps, saved.path)
+            log.info("going on after step %d of %d, from %s", trainer.global_step, self.length.total_steps, saved.path)
         self.saved = None
 
     def _set_master_weights(self, trainer: pl.Trainer, module: DPOModule) -> None:
@@ -103,17 +109,17 @@ class LastCheckpoints(pl.Callback):
             set_sharded(parameter, _from_rank_0(trainer, saved.weights[name] if saved else None, like))
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        step, c = trainer.global_step, self.config
-        if self.metrics.losses or step == c.total_steps or step % c.steps_per_epoch == 0:
+        step, every = trainer.global_step, self.settings.save_every
+        if self.metrics.losses or step == self.length.total_steps or step % self.length.steps_per_epoch == 0:
             return  # in the middle of a step, or the end of the epoch comes next
         if self.metrics.stops:
             self._save(trainer, module)
             self._stop(trainer)
-        elif c.save_every and step % c.save_every == 0:
+        elif every and step % every == 0:
             self._save(trainer, module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        if trainer.global_step == self.config.total_steps:
+        if trainer.global_step == self.length.total_steps:
             return  # what is left to do is rwkv-final.pth
         self.metrics.epoch_losses = []
         self._save(trainer, module)
@@ -122,11 +128,11 @@ class LastCheckpoints(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         if trainer.is_global_zero:
-            shutil.rmtree(last_folder(self.config), ignore_errors=True)
+            shutil.rmtree(self.settings.last, ignore_errors=True)
 
     def _stop(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step
-        raise Halted(f"stopped after step {step} of {self.config.total_steps}; the same command goes on (--resume auto)")
+        raise Halted(f"stopped after step {step} of {self.length.total_steps}; the same command goes on (--resume auto)")
 
     def _save(self, trainer: pl.Trainer, module: DPOModule) -> None:
         weights, names = full_weights(trainer, module), [name for name, _ in trainable(module.model)]
@@ -138,22 +144,22 @@ class LastCheckpoints(pl.Callback):
             "weights": {name: weights[name].detach().cpu() for name in names},
             "optimizer": read_state(trainer, module.model),
             "generators": _all_generators(trainer),
-            "scaler": _loss_scale(trainer) if self.config.precision == "fp16" else {},
+            "scaler": _loss_scale(trainer) if self.has_scaler else {},
         }
 
         def write() -> None:
-            self._tell_last_good(save(last_folder(self.config), self._progress(trainer), parts, self.config.keep))
+            self._tell_last_good(save(self.settings.last, self._progress(trainer), parts, self.settings.keep))
 
         self.halt.write(trainer, write)
 
     def _progress(self, trainer: pl.Trainer) -> Progress:
-        c, metrics, step = self.config, self.metrics, trainer.global_step
+        length, metrics, step = self.length, self.metrics, trainer.global_step
         dataset: Any = trainer.train_dataloader.dataset  # type: ignore[union-attr]
-        first = c.epoch_begin * c.epoch_steps + step * c.accumulate_grad_batches
+        first = length.epoch_begin * length.epoch_steps + step * length.accumulated
         return Progress(
-            identity=self.identity.as_json(), step=step, samples=dataset.position.shift + first * c.micro_bsz * c.world_size,
+            identity=self.identity.as_json(), step=step, samples=dataset.position.shift + first * length.samples,
             pairs_seen=metrics.pairs_seen, epoch_losses=metrics.epoch_losses, skipped_steps=metrics.skipped_steps,
-            bad_in_a_row=metrics.bad_in_a_row, logs=log_sizes(Path(c.proj_dir)),
+            bad_in_a_row=metrics.bad_in_a_row, logs=log_sizes(self.settings.path),
         )  # fmt: skip
 
     def _tell_last_good(self, path: Path) -> None:

@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy
 
 from rwkv_dpo.files.json_text import as_json
-from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.optimizer.length import RunLength
 from rwkv_dpo.training.guard import is_bad, name_samples
 from rwkv_dpo.training.halt import Halt
 from rwkv_dpo.training.module import DPOModule
@@ -26,9 +27,11 @@ class MetricsLog(pl.Callback):
     """One JSON line an optimizer step, averaged over the pairs, or the windows' tokens, of its micro-batches on all ranks; and the
     original's train_log.txt, a line an epoch."""
 
-    def __init__(self, config: RunConfig, folder: Path, halt: Halt) -> None:
-        self.config, self.folder, self.halt = config, folder, halt
-        self.pairs_seen = config.epoch_begin * config.epoch_steps * config.micro_bsz * config.world_size * config.uses_pairs
+    def __init__(self, length: RunLength, uses_pairs: bool, flags: Mapping[str, Any], folder: Path, halt: Halt) -> None:
+        """flags: of the run, for the head of train_log.txt."""
+        self.length, self.flags, self.folder, self.halt = length, flags, folder, halt
+        self.pairs_at_once = length.samples * uses_pairs  # in a micro-batch on all devices
+        self.pairs_seen = length.epoch_begin * length.epoch_steps * self.pairs_at_once
         self.sums: dict[str, torch.Tensor] = {}  # by metric: the weighted sum and the sum of the weights
         self.losses: list[tuple[int, torch.Tensor]] = []  # of this rank's micro-batches, by their numbers
         self.n_tokens = self.steps_done = self.skipped_steps = self.bad_in_a_row = 0
@@ -39,7 +42,7 @@ class MetricsLog(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            self.halt.append(self.folder / "train_log.txt", f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{self.config}\n")
+            self.halt.append(self.folder / "train_log.txt", f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{dict(self.flags)}\n")
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.steps_done, self.clock = trainer.global_step, time.perf_counter()
@@ -52,7 +55,7 @@ class MetricsLog(pl.Callback):
         for name, value in module.metrics.items():
             weight = {"loss": 1, "loss_general": batch.step.n_window_rows}.get(name, batch.step.n_pairs)
             self.sums[name] = self.sums.get(name, 0) + weight * torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])
-        first = (self.config.epoch_begin + trainer.current_epoch) * self.config.epoch_steps
+        first = (self.length.epoch_begin + trainer.current_epoch) * self.length.epoch_steps
         self.losses.append((first + batch_idx, module.metrics["loss"]))
         self.n_tokens += module.n_tokens
         self.record = {}
@@ -62,7 +65,7 @@ class MetricsLog(pl.Callback):
         self._end_of_step(trainer, module)
 
     def _end_of_step(self, trainer: pl.Trainer, module: DPOModule) -> None:
-        c = self.config
+        length = self.length
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             module.grad_norm = torch.as_tensor(trainer.strategy.deepspeed_engine.get_global_grad_norm() or 0.0)
         names = list(self.sums)
@@ -76,15 +79,15 @@ class MetricsLog(pl.Callback):
         self.stops = signals > 0
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        self.pairs_seen += len(self.losses) * c.micro_bsz * c.world_size * c.uses_pairs
+        self.pairs_seen += len(self.losses) * self.pairs_at_once
         loss, grad_norm = means[names.index("loss")], float(module.grad_norm)
         bad = is_bad(trainer, loss, grad_norm)
         self.skipped_steps, self.bad_in_a_row = self.skipped_steps + bad, self.bad_in_a_row + 1 if bad else 0
         record = {
-            "step": c.epoch_begin * c.steps_per_epoch + self.steps_done,
-            "epoch": c.epoch_begin + trainer.current_epoch,
-            **{name: _finite(mean) for name, mean in zip(names, means, strict=True)},
-            "grad_norm": _finite(grad_norm),
+            "step": length.epoch_begin * length.steps_per_epoch + self.steps_done,
+            "epoch": length.epoch_begin + trainer.current_epoch,
+            **{name: finite(mean) for name, mean in zip(names, means, strict=True)},
+            "grad_norm": finite(grad_norm),
             "lr": module.lr,
             "weight_decay": module.weight_decay,
             "tokens": int(tokens),
@@ -112,7 +115,7 @@ class MetricsLog(pl.Callback):
         if trainer.is_global_zero and self.epoch_losses:
             loss, epoch = float(np.mean(self.epoch_losses)), trainer.current_epoch
             numbers = f"{loss:.6f} {math.exp(min(loss, 700)):.4f} {module.lr:.8f}"
-            line = f"{self.config.epoch_begin + epoch} {numbers} {datetime.datetime.now()} {epoch}\n"
+            line = f"{self.length.epoch_begin + epoch} {numbers} {datetime.datetime.now()} {epoch}\n"
             self.halt.append(self.folder / "train_log.txt", line)
 
 
@@ -134,6 +137,6 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def _finite(value: float) -> float | None:
-    """JSON knows no NaN."""
+def finite(value: float) -> float | None:
+    """The value, None where it isn't finite: JSON knows no NaN."""
     return value if math.isfinite(value) else None

@@ -1,5 +1,6 @@
 """The Lightning module: hands micro-batches to the objective, sets rates, clips gradients."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,20 +11,26 @@ from torch import Tensor
 from rwkv_dpo.batches.micro_batch import MicroBatch
 from rwkv_dpo.model.rwkv import RWKV, Block
 from rwkv_dpo.objective.objective import objective
-from rwkv_dpo.optimizer.adamw import build_optimizer, set_rates
-from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.objective.settings import ObjectiveSettings
+from rwkv_dpo.optimizer.adamw import set_rates
+from rwkv_dpo.optimizer.schedule import Schedule
 from rwkv_dpo.training.guard import poisoned, skip_unless_finite
 
 CLIP_NORM = 1.0
+BuildOptimizer = Callable[[list[tuple[str, torch.nn.Parameter]]], torch.optim.Optimizer]
 
 
 class DPOModule(pl.LightningModule):
     """What the callbacks read after a step: `metrics` of the last micro-batch, `grad_norm` before clipping, `lr` and
     `weight_decay` of the last optimizer step."""
 
-    def __init__(self, model: RWKV, config: RunConfig) -> None:
+    def __init__(
+        self, model: RWKV, settings: ObjectiveSettings, schedule: Schedule, first_step: int, build_optimizer: BuildOptimizer
+    ) -> None:
+        """first_step: of the schedule, at which the run begins. build_optimizer: makes the optimizer of the parameters that train."""
         super().__init__()
-        self.model, self.config = model, config
+        self.model, self.settings, self.schedule, self.first_step = model, settings, schedule, first_step
+        self.build_optimizer = build_optimizer
         self.metrics: dict[str, Tensor] = {}
         self.n_tokens = 0
         self.grad_norm = torch.zeros(())
@@ -37,17 +44,15 @@ class DPOModule(pl.LightningModule):
             set_z3_leaf_modules(self.model, [Block])
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
-        loss, self.metrics = objective(self.model, batch, self.config.dpo_beta, self.config.ratio)
+        loss, self.metrics = objective(self.model, batch, self.settings.dpo_beta, self.settings.ratio)
         self.n_tokens = batch.step.forest.tokens.numel()
         return poisoned(loss)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        offload = isinstance(self.trainer.strategy, DeepSpeedStrategy) and "offload" in self.config.strategy
-        trained = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        return build_optimizer(trained, self.config, offload)
+        return self.build_optimizer([(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad])
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        self.lr, self.weight_decay = set_rates(optimizer, self.config, self.trainer.global_step)
+        self.lr, self.weight_decay = set_rates(optimizer, self.schedule, self.first_step, self.trainer.global_step)
         optimizer.step(closure=optimizer_closure)
         if not isinstance(self.trainer.strategy, DeepSpeedStrategy):
             # Lightning would drop the gradients after the next forward pass, whose activations they needn't stand beside.

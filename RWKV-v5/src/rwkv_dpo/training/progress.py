@@ -4,8 +4,6 @@ import contextlib
 import datetime
 import json
 import logging
-import os
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -15,8 +13,6 @@ import pytorch_lightning as pl
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from rwkv_dpo.run.config import RunConfig
-from rwkv_dpo.run_folder.contents import saved_name
 from rwkv_dpo.training.checkpoints import Checkpoints
 from rwkv_dpo.training.metrics import MetricsLog
 from rwkv_dpo.training.module import DPOModule
@@ -36,8 +32,8 @@ class RunBar(pl.Callback):
     """A bar over the optimizer steps of the whole run, those before a resumption included: rate and remaining time are of this life and
     of all that is left. On rank 0. Comes after the callback whose records it shows."""
 
-    def __init__(self, config: RunConfig, metrics: MetricsLog) -> None:
-        self.config, self.metrics = config, metrics
+    def __init__(self, total_steps: int, metrics: MetricsLog) -> None:
+        self.total_steps, self.metrics = total_steps, metrics
         self.shown = contextlib.ExitStack()
         self.bar: tqdm | None = None
 
@@ -46,7 +42,7 @@ class RunBar(pl.Callback):
             return
         pause = _PAUSE_S if sys.stderr.isatty() else _PAUSE_IN_FILE_S
         bar = tqdm(
-            total=self.config.total_steps, initial=trainer.global_step, desc="training", unit="step", mininterval=pause,
+            total=self.total_steps, initial=trainer.global_step, desc="training", unit="step", mininterval=pause,
             dynamic_ncols=True,
         )  # fmt: skip
         self.bar = self.shown.enter_context(bar)
@@ -69,8 +65,8 @@ class RunBar(pl.Callback):
 class Summary(pl.Callback):
     """The last lines of a run that ends well: time, files, best and last held-out figures, and the next command. Comes last."""
 
-    def __init__(self, config: RunConfig, folder: Path, checkpoints: Checkpoints) -> None:
-        self.config, self.folder, self.checkpoints = config, folder, checkpoints
+    def __init__(self, folder: Path, checkpoints: Checkpoints, next_commands: list[str]) -> None:
+        self.folder, self.checkpoints, self.next_commands = folder, checkpoints, next_commands
 
     def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         self.first, self.clock = trainer.global_step + 1, time.perf_counter()
@@ -84,7 +80,7 @@ class Summary(pl.Callback):
         log.info("wrote %s", ", ".join(map(str, [*_some(self.checkpoints.written), *logs])))
         if held_out := best_and_last(self.folder / "valid.jsonl"):
             log.info("%s", held_out)
-        for command in next_commands(self.config, self.folder):
+        for command in self.next_commands:
             log.info("next: %s", command)
 
 
@@ -106,27 +102,3 @@ def best_and_last(valid: Path) -> str:
 
 def _figures(record: dict[str, Any]) -> str:
     return f"DPO loss {record['loss_dpo']:.4f}, accuracy {record['rewards/accuracies']:.3f}, margin {record['rewards/margins']:.4f}"
-
-
-def next_commands(config: RunConfig, folder: Path) -> list[str]:
-    """How to compare what was trained with what it began from, and how to make a checkpoint of an adapter."""
-    c, final = config, str(folder / saved_name(config, "final"))
-    base = c.load_model if c.load_model not in ("", "0") else ""
-    trained = [base, "--peft_load", final] if c.peft != "none" else [base, final] if base else [final]
-    data = []
-    if c.uses_pairs:
-        held_out = Path(c.dpo_train_file).with_name("testset.save")
-        data += ["--pairs", str(held_out) if held_out.exists() else c.dpo_valid_file or c.dpo_train_file]
-    if c.uses_corpus and c.data_type != "dummy":
-        data += ["--data_file", c.data_file, "--data_type", c.data_type, "--ctx_len", str(c.ctx_len)]
-    commands = [_command("evaluate.py", "--load_model", *trained, *data)]
-    if c.peft not in ("none", "state"):
-        commands.append(_command("export.py", "--load_model", base, "--peft_load", final, "--out", str(folder / "merged.pth")))
-    return commands
-
-
-def _command(script: str, *arguments: str) -> str:
-    path = Path(__file__).resolve().parents[3] / script
-    here = os.path.relpath(path)
-    # The shorter name of the two, and one that a shell takes for a program.
-    return shlex.join([str(path) if here.startswith("../..") else os.path.join(".", here), *arguments])

@@ -13,7 +13,6 @@ import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
-from rwkv_dpo.base.errors import refuse
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.data.pairs import PairSet, join_pairs, pairs_sha256
 from rwkv_dpo.evaluation.reference import JOURNAL, discard_journal
@@ -21,7 +20,6 @@ from rwkv_dpo.evaluation.scoring import score_batch, scoring_batches
 from rwkv_dpo.files.journal import Journal, open_journal
 from rwkv_dpo.files.json_text import as_json
 from rwkv_dpo.model.rwkv import RWKV
-from rwkv_dpo.run.config import RunConfig
 from rwkv_dpo.training.halt import Halt
 from rwkv_dpo.training.module import DPOModule
 
@@ -39,8 +37,13 @@ class StartIsReference(pl.Callback):
     reference.journal, and the same run goes on from it.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, sets: Sequence[PairSet], halt: Halt) -> None:
-        self.config, self.folder, self.sets, self.halt = config, folder, sets, halt
+    def __init__(
+        self, sets: Sequence[PairSet], precision: str, batch_tokens: int, wkv_backend: str, continues: bool, folder: Path, halt: Halt,
+        shows_bar: bool,
+    ) -> None:  # fmt: skip
+        """batch_tokens: scored at once. continues: the run goes on with the epochs of an earlier one."""
+        self.sets, self.precision, self.batch_tokens, self.wkv_backend = sets, precision, batch_tokens, wkv_backend
+        self.continues, self.folder, self.halt, self.shows_bar = continues, folder, halt, shows_bar
         self.path = folder / REFERENCE_FILE
 
     def setup(self, trainer: pl.Trainer, module: DPOModule, stage: str) -> None:  # type: ignore[override]
@@ -50,7 +53,7 @@ class StartIsReference(pl.Callback):
         kept: list[np.ndarray | None] = []
 
         def look() -> None:
-            key.update(pairs_sha256=pairs_sha256(pairs), reference_precision=self.config.precision)
+            key.update(pairs_sha256=pairs_sha256(pairs), reference_precision=self.precision)
             key["weights_sha256"] = weights_sha256(module.model)
             kept.append(self._kept(key))
 
@@ -68,11 +71,11 @@ class StartIsReference(pl.Callback):
 
     def _kept(self, key: dict[str, str]) -> np.ndarray | None:
         if not self.path.exists():
-            if self.config.epoch_begin:
+            if self.continues:
                 log.warning("%s is not there: the reference is the model that this run continues from", self.path)
             return None
         kept = load_pairs(self.path)
-        free = ("weights_sha256",) if self.config.epoch_begin else ()
+        free = ("weights_sha256",) if self.continues else ()
         if any(kept.header.get(name) != value for name, value in key.items() if name not in free):
             return None
         log.info("reference log-probabilities of %d pairs from %s", len(kept), self.path)
@@ -86,10 +89,9 @@ class StartIsReference(pl.Callback):
     def _scored(self, trainer: pl.Trainer, model: RWKV, pairs: PairSet, key: dict[str, str]) -> np.ndarray:
         device, home = trainer.strategy.root_device, model.head.weight.device
         model.to(device).eval()
-        batch_tokens = self.config.chunk_ctx or 2 * self.config.ctx_len
-        batches = scoring_batches(pairs, batch_tokens)
-        settings = [sorted(key.items()), device.type, batch_tokens, self.config.wkv_backend]
-        is_quiet = not (self.config.enable_progress_bar and trainer.is_global_zero)
+        batches = scoring_batches(pairs, self.batch_tokens)
+        settings = [sorted(key.items()), device.type, self.batch_tokens, self.wkv_backend]
+        is_quiet = not (self.shows_bar and trainer.is_global_zero)
         with (
             self._journal(trainer, hashlib.sha256(as_json(settings).encode()).digest()) as journal,
             tqdm(total=len(pairs), unit="pair", desc="reference", disable=is_quiet) as bar,
@@ -102,7 +104,7 @@ class StartIsReference(pl.Callback):
             while len(records) < len(batches):
                 # In order of length, so that it is about the same work for every rank.
                 together = batches[len(records) : len(records) + trainer.world_size]
-                scores = self._scores_of(trainer, model, pairs, together, batch_tokens)
+                scores = self._scores_of(trainer, model, pairs, together)
                 self.halt.write(trainer, functools.partial(_append, journal, scores))
                 records += scores
                 bar.update(sum(map(len, together)))
@@ -112,13 +114,11 @@ class StartIsReference(pl.Callback):
             ref_logps[rows] = np.frombuffer(record, "<f8").reshape(-1, 2)
         return ref_logps
 
-    def _scores_of(
-        self, trainer: pl.Trainer, model: RWKV, pairs: PairSet, batches: list[np.ndarray], batch_tokens: int
-    ) -> list[bytes]:
+    def _scores_of(self, trainer: pl.Trainer, model: RWKV, pairs: PairSet, batches: list[np.ndarray]) -> list[bytes]:
         """Records of up to world_size batches, of which each rank scores one."""
         scores, rank = [np.zeros((len(rows), 2)) for rows in batches], trainer.global_rank
         if rank < len(batches):
-            scores[rank] = score_batch(model, pairs, batches[rank], batch_tokens)
+            scores[rank] = score_batch(model, pairs, batches[rank], self.batch_tokens)
         mine = torch.from_numpy(np.concatenate(scores)).to(trainer.strategy.root_device)
         everyones = trainer.strategy.reduce(mine, reduce_op="sum").cpu().numpy().astype("<f8")
         return [part.tobytes() for part in np.split(everyones, np.cumsum([len(rows) for rows in batches])[:-1])]
@@ -145,34 +145,3 @@ def weights_sha256(model: torch.nn.Module) -> str:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def tell_differences(config: RunConfig, files: dict[str, PairSet | None], loaded_sha256: str) -> None:
-    """A warning for each pair file (by the flag that names it) that was cut to another --ctx_len, or, with --dpo_ref file, scored by
-    another checkpoint than --load_model, whose sha256 is given ("" without one)."""
-    for flag, pairs in files.items():
-        if pairs is None:
-            continue
-        name = f"--{flag} {getattr(config, flag)}"
-        ctx_len = pairs.header.get("ctx_len", config.ctx_len)
-        if ctx_len != config.ctx_len:
-            log.warning("%s was cut to a ctx_len of %s, training has --ctx_len %d; pairs stay as they are", name, ctx_len, config.ctx_len)
-        scored_by = pairs.header.get("reference_sha256")
-        # A continued run has learned since, and its reference has not.
-        if not scored_by or config.dpo_ref != "file" or config.epoch_begin:
-            continue
-        if scored_by != loaded_sha256:
-            start = f"--load_model {config.load_model} ({loaded_sha256[:12]}...)" if config.load_model else "initial weights"
-            log.warning(
-                "%s was scored by another file (sha256 %.12s...) than training starts from, %s; --dpo_ref recompute takes the starting "
-                "model as the reference", name, scored_by, start,
-            )  # fmt: skip
-
-
-def check_scored(config: RunConfig, flag: str, pairs: PairSet) -> None:
-    """InputError for pairs without reference log-probabilities, unless the run computes them."""
-    if config.dpo_ref == "file" and not pairs.is_scored:
-        refuse(
-            f"--{flag} {getattr(config, flag)}: its pairs have no reference log-probabilities; prepare_pairs.py computes them, "
-            "and so does --dpo_ref recompute, with the model that training starts from"
-        )

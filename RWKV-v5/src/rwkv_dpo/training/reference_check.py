@@ -12,7 +12,6 @@ from rwkv_dpo.data.pairs import PairSet
 from rwkv_dpo.devices.device import COMPUTE_DTYPES
 from rwkv_dpo.evaluation.scoring import score_pairs
 from rwkv_dpo.model.rwkv import RWKV
-from rwkv_dpo.run.config import RunConfig
 from rwkv_dpo.training.module import DPOModule
 
 log = logging.getLogger(__name__)
@@ -30,23 +29,24 @@ FACTOR = 4
 class ReferenceCheck(pl.Callback):
     """Compares in the precision in which the reference was computed, whatever the run's is: in fp32 where that isn't known."""
 
-    def __init__(self, config: RunConfig, pairs: PairSet) -> None:
-        self.config, self.pairs = config, pairs
+    def __init__(self, pairs: PairSet, precision: str, is_recomputed: bool, batch_tokens: int) -> None:
+        """precision: the run's. is_recomputed: the reference is the model as training starts. batch_tokens: scored at once."""
+        self.pairs, self.precision, self.is_recomputed, self.batch_tokens = pairs, precision, is_recomputed, batch_tokens
 
     def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         if trainer.global_step:
             return  # resumed: the weights have moved on
         # Not before: --dpo_ref recompute has filled the log-probabilities in since.
-        c, model, pairs = self.config, module.model, shortest(self.pairs)
-        made_in = c.precision if c.dpo_ref == "recompute" else str(pairs.header.get("reference_precision", ""))
+        model, pairs = module.model, shortest(self.pairs)
+        made_in = self.precision if self.is_recomputed else str(pairs.header.get("reference_precision", ""))
         in_halves = [name for name in ("fp16", "bf16") if any(p.dtype == COMPUTE_DTYPES[name] for p in model.parameters())]
         # Who scored the original's files hasn't said in what; bf16 is the coarsest.
         rounded_in = [made_in if made_in in COMPUTE_DTYPES else "bf16", *in_halves]
         compared_in = made_in if made_in in COMPUTE_DTYPES else "fp32"
         logps = {}
-        for name in dict.fromkeys(("fp32", compared_in, *rounded_in, c.precision)):
+        for name in dict.fromkeys(("fp32", compared_in, *rounded_in, self.precision)):
             with _computing_in(model, name):
-                logps[name] = score_pairs(model, pairs, c.chunk_ctx or 4096)
+                logps[name] = score_pairs(model, pairs, self.batch_tokens)
         if not trainer.is_global_zero:
             return
         with np.errstate(invalid="ignore"):
@@ -54,7 +54,8 @@ class ReferenceCheck(pl.Callback):
             mean = float(np.abs(difference[:, 0] - difference[:, 1]).mean())
             rounding = {name: float(np.sqrt(((logps[name] - logps["fp32"]) ** 2).sum(1).mean())) for name in logps}
         expected = max(FP32_ROUNDING, *(FACTOR * rounding[name] for name in rounded_in))
-        in_steps = f"; training sees them in {c.precision}, with {rounding[c.precision]:.1g} nats of it" if rounding[c.precision] else ""
+        of_steps = rounding[self.precision]
+        in_steps = f"; training sees them in {self.precision}, with {of_steps:.1g} nats of it" if of_steps else ""
         log.info(
             "step 0: mean |margin| of %d short pairs %.2e nats (in %s; rounding explains up to %.1g%s)",
             len(pairs), mean, compared_in, expected, in_steps,

@@ -1,5 +1,6 @@
 """What a run measures on held-out pairs."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +10,34 @@ from tqdm import tqdm
 from rwkv_dpo.data.pairs import PairSet
 from rwkv_dpo.evaluation.scoring import evaluate_pairs
 from rwkv_dpo.files.json_text import as_json
-from rwkv_dpo.run.config import RunConfig
+from rwkv_dpo.optimizer.length import RunLength
 from rwkv_dpo.training.halt import Halt
-from rwkv_dpo.training.metrics import _finite, log
+from rwkv_dpo.training.metrics import finite
 from rwkv_dpo.training.module import DPOModule
+
+log = logging.getLogger(__name__)
 
 
 class ValidPairs(pl.Callback):
     """Loss, accuracy and margins on held-out pairs at the end of every epoch: a printed line and a line of valid.jsonl."""
 
-    def __init__(self, config: RunConfig, folder: Path, pairs: PairSet, halt: Halt) -> None:
-        self.config, self.folder, self.pairs, self.halt = config, folder, pairs, halt
+    def __init__(
+        self, pairs: PairSet, beta: float, batch_tokens: int, length: RunLength, folder: Path, halt: Halt, shows_bar: bool
+    ) -> None:
+        """batch_tokens: scored at once."""
+        self.pairs, self.beta, self.batch_tokens, self.length = pairs, beta, batch_tokens, length
+        self.folder, self.halt, self.shows_bar = folder, halt, shows_bar
         self.record: dict[str, Any] = {}  # of the last epoch
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        c, shows = self.config, self.config.enable_progress_bar and trainer.is_global_zero
+        length, shows = self.length, self.shows_bar and trainer.is_global_zero
         module.model.eval()
         with tqdm(total=len(self.pairs), unit="pair", desc="held-out", leave=False, disable=None if shows else True) as bar:
-            metrics = evaluate_pairs(module.model, self.pairs, c.dpo_beta, c.chunk_ctx or 2 * c.ctx_len, bar.update)
+            metrics = evaluate_pairs(module.model, self.pairs, self.beta, self.batch_tokens, bar.update)
         module.model.train()
-        epoch, step = c.epoch_begin + trainer.current_epoch, c.epoch_begin * c.steps_per_epoch + trainer.global_step
-        figures = {name: _finite(value) for name, value in metrics.items()}
+        epoch = length.epoch_begin + trainer.current_epoch
+        step = length.epoch_begin * length.steps_per_epoch + trainer.global_step
+        figures = {name: finite(value) for name, value in metrics.items()}
         self.record = {"epoch": epoch, "step": step, "pairs": len(self.pairs), **figures}
         if not trainer.is_global_zero:
             return

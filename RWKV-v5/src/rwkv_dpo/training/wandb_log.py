@@ -4,15 +4,13 @@ import datetime
 import logging
 import os
 import secrets
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
 from rwkv_dpo.files.atomic import atomic_write
-from rwkv_dpo.run.config import RunConfig
 from rwkv_dpo.training.metrics import MetricsLog
 from rwkv_dpo.training.module import DPOModule
 from rwkv_dpo.training.validation import ValidPairs
@@ -29,8 +27,8 @@ class WandbLog(pl.Callback):
     """A record of metrics.jsonl at every step, and what is new in valid.jsonl under valid/..., from rank 0. Comes after the callbacks
     whose records it passes on. wandb's own settings (WANDB_MODE and the like) are left to the user."""
 
-    def __init__(self, config: RunConfig, folder: Path, metrics: MetricsLog, valid: ValidPairs | None) -> None:
-        self.config, self.folder, self.metrics, self.valid = config, folder, metrics, valid
+    def __init__(self, project: str, flags: Mapping[str, Any], folder: Path, metrics: MetricsLog, valid: ValidPairs | None) -> None:
+        self.project, self.flags, self.folder, self.metrics, self.valid = project, flags, folder, metrics, valid
         self.run: Any = None
 
     def on_fit_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
@@ -76,8 +74,8 @@ class WandbLog(pl.Callback):
         if mode == "disabled":
             return None
         shape = module.model.shape
-        name = f"L{shape.n_layer} D{shape.n_embd} ctx{self.config.ctx_len} {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}"
-        settings: dict[str, Any] = {"project": self.config.wandb, "config": asdict(self.config), "dir": self.folder, "save_code": False}
+        name = f"L{shape.n_layer} D{shape.n_embd} ctx{self.flags['ctx_len']} {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}"
+        settings: dict[str, Any] = {"project": self.project, "config": dict(self.flags), "dir": self.folder, "save_code": False}
         settings |= {} if "WANDB_NAME" in os.environ else {"name": name}
         settings |= {} if "WANDB_RUN_ID" in os.environ else {"id": self._run_id()}
         if mode not in ("offline", "dryrun"):

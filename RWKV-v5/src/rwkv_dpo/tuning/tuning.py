@@ -5,36 +5,37 @@ from pathlib import Path
 
 from rwkv_dpo.base.errors import refuse
 from rwkv_dpo.model.rwkv import RWKV
-from rwkv_dpo.run.config import RunConfig
 from rwkv_dpo.tuning.adapter_files import SavedAdapter, read_adapter
 from rwkv_dpo.tuning.adapters import Adapter, AdapterPlan, add_adapter, keep_frozen, plan_adapter
 from rwkv_dpo.tuning.base import check_base
+from rwkv_dpo.tuning.settings import TuningSettings
 from rwkv_dpo.tuning.states import States, add_states, read_states
 
 Tuning = Adapter | States
 
 
-def begin_tuning(model: RWKV, config: RunConfig, given: frozenset[str], start: str = "", base_sha256: str = "") -> Tuning | None:
+def begin_tuning(
+    model: RWKV, settings: TuningSettings, given: frozenset[str], start: str = "", base: str = "", base_sha256: str = ""
+) -> Tuning | None:
     """Adds to the model what --peft trains, at its start, and freezes the rest. None with --peft none.
 
     Where training goes on from a file (--peft_load, or `start` before it), the file decides; given flags must agree. A run that is
     taken up again gives what it saved as its start: PiSSA's matrices come from there, not from another decomposition.
-    base_sha256: of --load_model, "" where that isn't known.
+    base, base_sha256: the file with the model's weights, and what is in it; "" where that isn't known.
     """
-    if config.peft == "none":
+    if settings.peft == "none":
         return None
-    start = start or config.peft_load
-    tuning = _begin(model, config, given, start)
+    start = start or settings.peft_load
+    tuning = _begin(model, settings, given, start)
     if start and base_sha256:
-        check_base(start, config.load_model, config.any_base == 1, base_sha256)
+        check_base(start, base, settings.any_base == 1, base_sha256)
     return replace(tuning, base_sha256=base_sha256)
 
 
-def _begin(model: RWKV, config: RunConfig, given: frozenset[str], start: str) -> Tuning:
-    if config.peft == "state":
+def _begin(model: RWKV, settings: TuningSettings, given: frozenset[str], start: str) -> Tuning:
+    if settings.peft == "state":
         return add_states(model, read_states(start, model) if start else None)
-    c = config
-    plan = plan_adapter(model, c.peft, c.lora_r, c.lora_alpha, c.lora_dropout, c.lora_targets, c.lora_layers, c.train_extra)
+    plan = plan_of(model, settings)
     if not start:
         return add_adapter(model, plan)
     saved = read_adapter(start)
@@ -44,11 +45,17 @@ def _begin(model: RWKV, config: RunConfig, given: frozenset[str], start: str) ->
     return add_adapter(model, AdapterPlan(saved.method, saved.r, saved.alpha, plan.dropout, saved.modules, extra), saved)
 
 
-def keep_small(model: RWKV, config: RunConfig) -> None:
+def plan_of(model: RWKV, settings: TuningSettings) -> AdapterPlan:
+    """The adapter that flags ask for."""
+    s = settings
+    return plan_adapter(model, s.peft, s.lora_r, s.lora_alpha, s.lora_dropout, s.lora_targets, s.lora_layers, s.train_extra)
+
+
+def keep_small(model: RWKV, settings: TuningSettings) -> None:
     """Puts the matrices of an empty model that --peft won't train into the compute dtype, so that they never stand in fp32 beside the
     file they are loaded from. PiSSA takes its start from fp32 matrices; which of embedding and head a folder trains shows later."""
-    if config.peft not in ("none", "pissa"):
-        may_train = config.peft != "state" and (config.train_extra or config.peft_load)
+    if settings.peft not in ("none", "pissa"):
+        may_train = settings.peft != "state" and (settings.train_extra or settings.peft_load)
         keep_frozen(model, ("emb.weight", "head.weight") if may_train else ())
 
 

@@ -1,0 +1,24 @@
+"""What a run reads."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rwkv_dpo.settings.fields import AT_LEAST_ONE, flag
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Corpus and pair files."""
+
+    TITLE: ClassVar[str] = "data"
+
+    data_file: str = flag(
+        "", "general corpus, tokens or text; not needed with --dpo 1 --dpo_general_corpus_ratio 0", names_file=True
+    )
+    data_type: str = flag(
+        "utf-8", "what data_file is; when not given, what the file shows itself to be",
+        choices=("utf-8", "utf-16le", "numpy", "binidx", "dummy", "uint16"),
+    )  # fmt: skip
+    ctx_len: int = flag(1024, "tokens in a corpus window", AT_LEAST_ONE)
+    dpo_train_file: str = flag("trainset.save", "preference pairs to train on", names_file=True)
+    dpo_valid_file: str = flag("", "preference pairs to evaluate at the end of every epoch; empty: none", names_file=True)

@@ -1,0 +1,40 @@
+"""Which model a run trains, and how its blocks are computed."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rwkv_dpo.settings.fields import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, SWITCH, Accepts, Part, flag
+
+_HEAD_SIZES = Accepts(lambda n: n % 8 == 0 and n <= 128, "multiples of 8 up to 128 are accepted")
+_VERSIONS = Accepts(
+    lambda name: name == "x052" or not name.startswith("x0"), "that model version isn't supported; accepted are '' (RWKV-5), r3r4, x052"
+)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The checkpoint to start from, or the shape of a new model."""
+
+    TITLE: ClassVar[str] = "model"
+
+    load_model: str = flag(
+        "", "checkpoint (.pth) to start from; empty: make initial weights and save them as rwkv-init.pth",
+        part=Part.CONTINUATION, names_file=True,
+    )  # fmt: skip
+    load_partial: int = flag(0, "1: weights that the checkpoint lacks keep their initial values", SWITCH)
+    my_testing: str = flag("", "model version as RWKV-LM spells it", _VERSIONS, choices=("", "r3r4", "x052"))
+    n_layer: int = flag(6, "layers (taken from the checkpoint when one is loaded)", AT_LEAST_ONE)
+    n_embd: int = flag(512, "width (from the checkpoint, likewise)", AT_LEAST_ONE)
+    dim_att: int = flag(0, "width of the time mix; 0: n_embd", NOT_NEGATIVE)
+    dim_ffn: int = flag(0, "width of the channel mix; 0: 3.5 * n_embd rounded down to a multiple of 32", NOT_NEGATIVE)
+    vocab_size: int = flag(
+        0, "vocabulary; 0: from the checkpoint, else the characters of the text; 65536: the World's, and text goes through its tokenizer",
+        NOT_NEGATIVE,
+    )  # fmt: skip
+    head_size_a: int = flag(64, "size of a head, a multiple of 8 up to 128", AT_LEAST_ONE, _HEAD_SIZES)
+    head_size_divisor: int = flag(8, "what the group norm divides its input by", AT_LEAST_ONE)
+    dropout: float = flag(0.0, "dropout after every half block", BELOW_ONE)
+    grad_cp: str = flag(
+        "0", "1: recompute each block in the backward pass (least memory, a third more time); selective: only what is cheap (a quarter "
+        "less memory, a few per cent more time)", choices=("0", "1", "selective"), part=Part.LAYOUT,
+    )  # fmt: skip

@@ -1,0 +1,79 @@
+"""The callbacks of a run, in the order in which they need one another, and the commands that its last lines name."""
+
+import os
+import shlex
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from rwkv_dpo.run.data import RunData
+from rwkv_dpo.run.settings import RunSettings
+from rwkv_dpo.run_folder.contents import saved_name
+from rwkv_dpo.run_folder.identity import Identity
+from rwkv_dpo.run_folder.resume import Saved
+from rwkv_dpo.training.checkpoints import Checkpoints
+from rwkv_dpo.training.halt import Halt, StopOnSignal
+from rwkv_dpo.training.last import LastCheckpoints, WeightsOfRankZero
+from rwkv_dpo.training.metrics import MetricsLog
+from rwkv_dpo.training.progress import RunBar, Summary
+from rwkv_dpo.training.reference import StartIsReference
+from rwkv_dpo.training.reference_check import ReferenceCheck
+from rwkv_dpo.training.validation import ValidPairs
+from rwkv_dpo.training.wandb_log import WandbLog
+from rwkv_dpo.tuning.tuning import Tuning
+
+
+def build_callbacks(
+    settings: RunSettings, data: RunData, identity: Identity, saved: Saved | None, tuning: Tuning | None
+) -> list[pl.Callback]:
+    """saved: the checkpoint that the run goes on from."""
+    s, halt, flags = settings, Halt(), settings.as_flags()
+    folder, length, chunk_ctx = s.folder.path, s.length, s.batches.chunk_ctx
+    scored_at_once, shows_bar = chunk_ctx or 2 * s.data.ctx_len, s.training.enable_progress_bar
+    metrics = MetricsLog(length, s.objective.uses_pairs, flags, folder, halt)
+    checkpoints = Checkpoints(s.folder, length, s.training.max_bad_steps, s.tuning.peft, metrics, tuning, identity)
+    callbacks: list[pl.Callback] = [WeightsOfRankZero()] if s.general.is_staged else []
+    callbacks += [metrics, checkpoints]
+    is_recomputed = s.objective.dpo_ref == "recompute"
+    if data.pair_files and is_recomputed:
+        callbacks.append(StartIsReference(
+            list(data.pair_files.values()), s.devices.precision, scored_at_once, s.devices.wkv_backend, length.epoch_begin > 0, folder,
+            halt, shows_bar,
+        ))  # fmt: skip
+    if data.pairs is not None:
+        callbacks.append(ReferenceCheck(data.pairs, s.devices.precision, is_recomputed, chunk_ctx or 4096))
+    held_out = None
+    if data.valid is not None:
+        held_out = ValidPairs(data.valid, s.objective.dpo_beta, scored_at_once, length, folder, halt, shows_bar)
+        callbacks.append(held_out)
+    if s.training.wandb:
+        callbacks.append(WandbLog(s.training.wandb, flags, folder, metrics, held_out))
+    if shows_bar:
+        callbacks.append(RunBar(length.total_steps, metrics))
+    last = LastCheckpoints(s.folder, length, s.general.seed, s.devices.precision == "fp16", metrics, saved, identity)
+    return [*callbacks, last, StopOnSignal(halt), Summary(folder, checkpoints, next_commands(settings))]
+
+
+def next_commands(settings: RunSettings) -> list[str]:
+    """How to compare what was trained with what it began from, and how to make a checkpoint of an adapter."""
+    peft, files, folder = settings.tuning.peft, settings.data, settings.folder.path
+    base = settings.model.load_model if settings.model.load_model not in ("", "0") else ""
+    final = str(folder / saved_name(peft, "final"))
+    trained = [base, "--peft_load", final] if peft != "none" else [base, final] if base else [final]
+    data = []
+    if settings.objective.uses_pairs:
+        held_out = Path(files.dpo_train_file).with_name("testset.save")
+        data += ["--pairs", str(held_out) if held_out.exists() else files.dpo_valid_file or files.dpo_train_file]
+    if settings.objective.uses_corpus and files.data_type != "dummy":
+        data += ["--data_file", files.data_file, "--data_type", files.data_type, "--ctx_len", str(files.ctx_len)]
+    commands = [_command("evaluate.py", "--load_model", *trained, *data)]
+    if peft not in ("none", "state"):
+        commands.append(_command("export.py", "--load_model", base, "--peft_load", final, "--out", str(folder / "merged.pth")))
+    return commands
+
+
+def _command(script: str, *arguments: str) -> str:
+    path = Path(__file__).resolve().parents[3] / script
+    here = os.path.relpath(path)
+    # The shorter name of the two, and one that a shell takes for a program.
+    return shlex.join([str(path) if here.startswith("../..") else os.path.join(".", here), *arguments])

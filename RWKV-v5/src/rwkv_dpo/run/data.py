@@ -1,0 +1,115 @@
+"""What a run reads: corpus and pair files, opened, checked against one another, and what there is to be told of them at its start."""
+
+import logging
+from dataclasses import dataclass
+
+from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.batches.sampling import check_magic_prime
+from rwkv_dpo.data.corpus import Corpus, open_corpus
+from rwkv_dpo.data.corpus_names import name_corpus
+from rwkv_dpo.data.held_out import check_held_out
+from rwkv_dpo.data.pair_files import open_pairs
+from rwkv_dpo.data.pairs import PairSet
+from rwkv_dpo.data.tokenizer import NAME as WORLD_TOKENIZER
+from rwkv_dpo.run.settings import RunSettings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads, each None where it doesn't. valid: held-out pairs."""
+
+    corpus: Corpus | None = None
+    pairs: PairSet | None = None
+    valid: PairSet | None = None
+
+    @property
+    def pair_files(self) -> dict[str, PairSet]:
+        """The pair sets by the flags that name them."""
+        named = {"dpo_train_file": self.pairs, "dpo_valid_file": self.valid}
+        return {flag: pairs for flag, pairs in named.items() if pairs is not None}
+
+
+def tell_corpus(settings: RunSettings, given: frozenset[str]) -> RunSettings:
+    """--data_type is what the file is, where it was not given."""
+    if not settings.objective.uses_corpus:
+        return settings
+    data = settings.data
+    data_file, data_type = name_corpus(data.data_file, data.data_type if "data_type" in given else "")
+    return settings.with_flags(data_file=data_file, data_type=data_type)
+
+
+def open_data(settings: RunSettings, vocab_size: int) -> RunData:
+    """Corpus, training pairs and held-out pairs, as far as the run uses them. vocab_size 0: not known yet. Raises InputError."""
+    d, batches, load_model = settings.data, settings.batches, settings.model.load_model
+    corpus = open_corpus(d.data_file, d.data_type, vocab_size, d.ctx_len, load_model) if settings.objective.uses_corpus else None
+    if corpus is not None and batches.magic_prime:
+        check_magic_prime(batches.magic_prime, corpus.n_tokens, d.ctx_len, batches.my_pile_shift)
+    vocab_size = vocab_size or (corpus.vocab_size if corpus else 0)
+    is_scored_here = settings.objective.dpo_ref == "recompute"
+
+    def opened(flag: str, path: str) -> PairSet:
+        pairs = open_pairs(flag, path, vocab_size or None)
+        if not (is_scored_here or pairs.is_scored):
+            refuse(
+                f"--{flag} {path}: its pairs have no reference log-probabilities; prepare_pairs.py computes them, and so does --dpo_ref "
+                "recompute, with the model that training starts from"
+            )
+        return pairs
+
+    pairs = opened("dpo_train_file", d.dpo_train_file) if settings.objective.uses_pairs else None
+    data = RunData(corpus, pairs, opened("dpo_valid_file", d.dpo_valid_file) if d.dpo_valid_file else None)
+    if corpus is not None and corpus.characters:
+        _refuse_world_pairs(settings, corpus, data)
+    return data
+
+
+def _refuse_world_pairs(settings: RunSettings, corpus: Corpus, data: RunData) -> None:
+    for flag, pairs in data.pair_files.items():
+        if pairs.header.get("tokenizer") == WORLD_TOKENIZER:
+            refuse(
+                f"--{flag} {getattr(settings.data, flag)}: its tokens are the World tokenizer's, and {corpus.source} becomes "
+                f"{corpus.how}; --vocab_size 65536 reads both alike"
+            )
+
+
+def doubts(settings: RunSettings, data: RunData) -> list[str]:
+    """What to warn of before the run begins. InputError for held-out pairs that are none."""
+    lines, files = [], settings.data
+    micro_bsz, world_size = settings.batches.micro_bsz, settings.devices.world_size
+    if data.pairs is not None and settings.length.samples > len(data.pairs):
+        lines.append(
+            f"--micro_bsz {micro_bsz}{f' on {world_size} devices' if world_size > 1 else ''}: a micro-batch has more pairs than the "
+            f"{len(data.pairs)} of {files.dpo_train_file}, so that some count in it several times"
+        )
+    if data.pairs is not None and data.valid is not None:
+        names = (f"--{flag} {getattr(files, flag)}" for flag in ("dpo_valid_file", "dpo_train_file"))
+        lines.append(check_held_out(data.valid, data.pairs, *names))
+    return [line for line in lines if line]
+
+
+def tell_differences(settings: RunSettings, pair_files: dict[str, PairSet], loaded_sha256: str) -> None:
+    """A warning for each pair file that was cut to another --ctx_len, or, with --dpo_ref file, scored by another checkpoint than
+    --load_model, whose sha256 is given ("" without one)."""
+    ctx_len, load_model = settings.data.ctx_len, settings.model.load_model
+    for flag, pairs in pair_files.items():
+        name = f"--{flag} {getattr(settings.data, flag)}"
+        cut_to = pairs.header.get("ctx_len", ctx_len)
+        if cut_to != ctx_len:
+            log.warning("%s was cut to a ctx_len of %s, training has --ctx_len %d; pairs stay as they are", name, cut_to, ctx_len)
+        scored_by = pairs.header.get("reference_sha256")
+        # A continued run has learned since, and its reference has not.
+        if not scored_by or settings.objective.dpo_ref != "file" or settings.epochs.epoch_begin:
+            continue
+        if scored_by != loaded_sha256:
+            start = f"--load_model {load_model} ({loaded_sha256[:12]}...)" if load_model else "initial weights"
+            log.warning(
+                "%s was scored by another file (sha256 %.12s...) than training starts from, %s; --dpo_ref recompute takes the starting "
+                "model as the reference", name, scored_by, start,
+            )  # fmt: skip
+
+
+def with_vocabulary(settings: RunSettings, data: RunData) -> int:
+    """The vocabulary of a model that is made for a corpus, 0 without one."""
+    return settings.model.vocab_size or (data.corpus.vocab_size if data.corpus is not None else 0)

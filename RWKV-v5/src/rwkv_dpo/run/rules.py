@@ -1,0 +1,137 @@
+"""The rules between settings: what is refused although each value by itself is accepted."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.run.settings import RunSettings
+from rwkv_dpo.tuning.settings import ADAPTER_FLAGS, TuningSettings
+
+# RWKV-LM's staged pre-training counts epochs of this many windows.
+PILE_EPOCH_WINDOWS = 40320
+
+
+class Rule(NamedTuple):
+    """broken: whether settings break it. words: the refusal."""
+
+    broken: Callable[[RunSettings], object]
+    words: Callable[[RunSettings], str]
+
+
+def check(settings: RunSettings) -> None:
+    """Refuses settings that make no sense, alone or together, by the flag's name. Raises InputError."""
+    settings.check_values()
+    for rule in RULES:
+        if rule.broken(settings):
+            refuse(rule.words(settings))
+    check_adapter_flags(settings.tuning)
+
+
+def check_adapter_flags(tuning: TuningSettings) -> None:
+    """Refuses flags of an adapter where none is trained."""
+    if tuning.peft in ("none", "state"):
+        for name in ADAPTER_FLAGS:
+            if getattr(tuning, name) != getattr(TuningSettings, name):
+                refuse(f"--{name} {getattr(tuning, name)}: --peft {tuning.peft} has no adapter; --peft lora, dora, pissa and rslora have")
+
+
+def check_trains(s: RunSettings) -> None:
+    """Refuses a run of no steps. With staged pre-training they are known once its folder has been looked at."""
+    length, epochs = s.length, s.epochs
+    if length.total_steps:
+        return
+    if epochs.my_exit < length.epoch_begin:
+        refuse(f"--my_exit {epochs.my_exit}: nothing would be trained, since the run begins with epoch {length.epoch_begin}")
+    if not length.n_epochs:
+        refuse(
+            f"--my_pile_stage {s.general.my_pile_stage}: {s.folder.path} holds the last of its {epochs.epoch_count} epochs; nothing is "
+            "left to train"
+        )
+    refuse(
+        f"--my_exit_tokens {epochs.my_exit_tokens}: nothing would be trained, since the epochs before {length.epoch_begin} have taken "
+        f"{length.first_step} optimizer steps, and these tokens {length.exit_steps}"
+    )
+
+
+def _whole_steps(s: RunSettings) -> str:
+    e = s.epochs
+    below = e.epoch_steps // e.accumulate_grad_batches * e.accumulate_grad_batches
+    return (
+        f"--epoch_steps {e.epoch_steps} is not a multiple of --accumulate_grad_batches {e.accumulate_grad_batches}: "
+        f"the last optimizer step of an epoch would weigh less; {below or e.accumulate_grad_batches} would do"
+    )
+
+
+def _beside_a_whole_model(s: RunSettings) -> str:
+    name, value = ("my_pile_stage", s.general.my_pile_stage) if s.general.my_pile_stage else ("load_partial", s.model.load_partial)
+    return f"--{name} {value}: --peft {s.tuning.peft} trains beside the weights of a whole checkpoint"
+
+
+RULES = (
+    Rule(
+        lambda s: s.objective.dpo and not s.objective.dpo_beta > 0,
+        lambda s: f"--dpo_beta {s.objective.dpo_beta}: more than 0 is accepted",
+    ),
+    Rule(lambda s: s.epochs.epoch_steps % s.epochs.accumulate_grad_batches, _whole_steps),
+    Rule(
+        lambda s: s.objective.uses_corpus and not s.data.data_file and s.data.data_type != "dummy",
+        lambda s: "--data_file is needed for the language-model loss (--dpo 0, or --dpo_general_corpus_ratio above 0)",
+    ),
+    Rule(
+        lambda s: s.objective.uses_pairs and not s.data.dpo_train_file,
+        lambda s: "--dpo_train_file is needed with --dpo 1 and --dpo_general_corpus_ratio below 1",
+    ),
+    Rule(
+        lambda s: s.general.my_pile_stage == 1 and s.model.load_model not in ("", "0"),
+        lambda s: f"--load_model {s.model.load_model}: --my_pile_stage 1 makes initial weights; leave it out",
+    ),
+    Rule(
+        lambda s: s.batches.my_pile_shift > 0 and not s.batches.magic_prime,
+        lambda s: f"--my_pile_shift {s.batches.my_pile_shift} shifts the windows of --magic_prime, which is not given",
+    ),
+    Rule(
+        lambda s: s.general.my_pile_stage and not s.batches.magic_prime,
+        lambda s: f"--my_pile_stage {s.general.my_pile_stage} needs --magic_prime",
+    ),
+    Rule(
+        lambda s: s.general.my_pile_stage and PILE_EPOCH_WINDOWS % (s.batches.micro_bsz * s.devices.world_size),
+        lambda s: f"--micro_bsz {s.batches.micro_bsz} on {s.devices.world_size} devices: --my_pile_stage needs a product that divides "
+                  f"{PILE_EPOCH_WINDOWS}",
+    ),
+    Rule(
+        lambda s: s.optimizer.optim != "adamw" and "offload" in s.devices.strategy,
+        lambda s: f"--optim {s.optimizer.optim}: --strategy {s.devices.strategy} takes adamw only, whose state it keeps in host memory",
+    ),
+    Rule(
+        lambda s: s.devices.strategy.startswith("deepspeed") and s.devices.precision == "tf32" and s.devices.accelerator == "cpu",
+        lambda s: "--precision tf32 means nothing on a CPU with DeepSpeed; fp32, bf16 are accepted",
+    ),
+    Rule(
+        lambda s: s.batches.chunk_ctx and s.devices.strategy.startswith("deepspeed_stage_3"),
+        lambda s: f"--chunk_ctx {s.batches.chunk_ctx}: not with --strategy {s.devices.strategy}, which shares out the weights; ddp, "
+                  "deepspeed_stage_2 do",
+    ),
+    Rule(
+        lambda s: s.batches.tbptt and not s.batches.chunk_ctx,
+        lambda s: "--tbptt 1 cuts gradients between chunks: it needs --chunk_ctx",
+    ),
+    Rule(
+        lambda s: s.tuning.peft == "none" and s.tuning.peft_load,
+        lambda s: f"--peft_load {s.tuning.peft_load} needs the --peft that it was trained with",
+    ),
+    Rule(
+        lambda s: s.tuning.peft != "none" and s.model.load_model in ("", "0"),
+        lambda s: f"--peft {s.tuning.peft} needs --load_model: the weights that stay as they are",
+    ),
+    Rule(lambda s: s.tuning.peft != "none" and (s.general.my_pile_stage or s.model.load_partial), _beside_a_whole_model),
+    Rule(
+        lambda s: s.tuning.peft == "pissa" and max(s.optimizer.weight_decay, s.optimizer.weight_decay_final) > 0,
+        lambda s: "--weight_decay with --peft pissa would shrink the model's own main directions; 0 is accepted",
+    ),
+    Rule(
+        # It gathers a module's weights for the backward pass only where the module's input has a gradient.
+        lambda s: s.tuning.peft != "none" and s.devices.strategy.startswith("deepspeed_stage_3"),
+        lambda s: f"--strategy {s.devices.strategy}: DeepSpeed doesn't share out weights that --peft freezes; stages 1 and 2, and ddp, "
+                  "are accepted",
+    ),
+)  # fmt: skip
