@@ -24,8 +24,8 @@ try:
     import numpy as np
     from rwkv_dpo.data.binidx import read_binidx, write_binidx
     from rwkv_dpo.data.documents import open_documents
-    from rwkv_dpo.data.files import stop
     from rwkv_dpo.data.spool import Spool, open_spool
+    from rwkv_dpo.data.text_files import stop
     from rwkv_dpo.data.tokenizer import DOCUMENT_END, WorldTokenizer
 except ModuleNotFoundError as error:
     leave_without(error)

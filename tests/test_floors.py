@@ -1,75 +1,77 @@
-"""The floors of the house: a module imports only from lower floors, or its own folder."""
+"""The house: rooms one above the other, each with what its first lines say, settings only where they are read."""
 
 import ast
-import sys
+import dataclasses
+import importlib
 from pathlib import Path
 
 import pytest
+from rooms import MODULES, PACKAGE, ROOMS, allowed, drawing, imported, outside, room_of
+from rwkv_dpo.run.settings import ROOMS as SETTINGS
 
-PACKAGE = Path(__file__).resolve().parents[1] / "RWKV-v5" / "src" / "rwkv_dpo"
-
-# As in CONTRIBUTING.md. Folders count as one place.
-FLOORS = [
-    {
-        "errors", "signals", "locks", "atomic", "file_kinds", "pickles", "torch_archives", "schedule", "sampling", "config", "losses",
-        "foreign_flags", "run_length", "packages", "json_text",
-    },
-    {"flags", "wkv", "linear_logprobs", "data", "forest", "chunks", "device"},
-    {"model", "chunked_step", "objective"},
-    {"training", "evaluation"},
-]
-FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-# Within a floor these look at one another in one direction.
-WITHIN = {
-    ("errors", "packages"), ("errors", "signals"), ("config", "schedule"), ("config", "errors"), ("sampling", "errors"),
-    ("atomic", "errors"), ("atomic", "locks"), ("torch_archives", "pickles"), ("file_kinds", "errors"), ("foreign_flags", "errors"),
-    ("run_length", "config"), ("run_length", "errors"), ("run_length", "schedule"),
-    ("forest", "data"), ("chunks", "forest"), ("chunked_step", "model"), ("objective", "model"), ("objective", "chunked_step"),
-    ("training", "evaluation"),
-}  # fmt: skip
-STANDARD_ONLY = FLOORS[0] - {"losses"}
-MODULES = sorted(PACKAGE.rglob("*.py"))
+NAMES = [str(path.relative_to(PACKAGE)) for path in MODULES]
+LONGEST, SHORTEST = 250, 30
+# Shorter ones, and why they stand alone.
+SHORT = {"data/settings.py": "a room's settings"}
 
 
-def place(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def test_every_module_is_in_a_room_and_every_room_says_what_it_is():
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(ROOMS)
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py"}
+    for room in ROOMS:
+        text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text())) or ""
+        assert "May import: " in text, room
+        assert "Must not enter: " in text, room
 
 
-def imports(path: Path) -> list[str]:
-    names = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-    return names
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_may_import_rooms_below_it_alone(room):
+    assert allowed(room) & set(ROOMS) <= set(ROOMS[: ROOMS.index(room)])
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_point_down(path):
-    here = place(path)
-    if here == "__init__":
-        assert imports(path) == []
-        return
-    for name in imports(path):
-        if name.startswith("rwkv_dpo."):
-            there = name.split(".")[1]
-            assert there == here or FLOOR[there] < FLOOR[here] or (here, there) in WITHIN, f"{here} imports {there}"
-        elif name.startswith(("pytorch_lightning", "deepspeed", "wandb")):
-            assert FLOOR[here] == 3, f"{here} imports {name}"
-        elif here in STANDARD_ONLY:
-            assert name.split(".")[0] in sys.stdlib_module_names, f"{here} imports {name}"
+@pytest.mark.parametrize("path", MODULES, ids=NAMES)
+def test_a_module_imports_what_its_room_may(path):
+    assert outside(path) <= allowed(room_of(path))
 
 
-def test_every_module_has_a_floor_and_every_name_exists():
-    assert {place(path) for path in MODULES} - {"__init__"} == set(FLOOR)
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_nothing_that_it_does_not_do(room):
+    assert allowed(room) == set().union(*(outside(path) for path in MODULES if room_of(path) == room))
 
 
-def test_modules_stay_readable():
-    assert all(len(path.read_text().splitlines()) <= 300 for path in MODULES)
+@pytest.mark.parametrize("path", MODULES, ids=NAMES)
+def test_settings_are_read_in_their_own_room_alone(path):
+    """run/ composes them and hands values on."""
+    taken = {name.split(".")[1] for name in imported(path) if name.startswith("rwkv_dpo.") and name.split(".")[2:3] == ["settings"]}
+    assert room_of(path) == "run" or taken <= {room_of(path)}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_flag_is_read_in_its_room_or_handed_on_by_the_assembler():
+    read: dict[str, set[str]] = {}
+    for path in MODULES:
+        if path.name != "settings.py":
+            names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+            read.setdefault(room_of(path), set()).update(names)
+    for settings in SETTINGS.values():
+        room = settings.__module__.split(".")[1]
+        derived = (Path(importlib.import_module(settings.__module__).__file__ or "")).read_text()
+        for field in dataclasses.fields(settings):
+            is_read = field.name in read[room] | read["run"] or f"self.{field.name}" in derived
+            assert is_read or field.name == "my_testing", f"--{field.name} of {settings.__module__}"
+
+
+def test_the_drawing_is_current():
+    assert drawing() in (PACKAGE.parents[2] / "CONTRIBUTING.md").read_text(), "python tests/rooms.py draws it"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=NAMES)
+def test_modules_stay_readable(path):
+    n, name = len(path.read_text().splitlines()), str(path.relative_to(PACKAGE))
+    assert n <= LONGEST
+    assert n >= SHORTEST or path.name == "__init__.py" or name in SHORT
+
+
+@pytest.mark.parametrize("path", MODULES, ids=NAMES)
 def test_what_windows_lacks_is_imported_in_a_try(path):
     """So that every module can be imported there."""
     posix_only = {"fcntl", "grp", "posix", "pwd", "resource", "termios"}

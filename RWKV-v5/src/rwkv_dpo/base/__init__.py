@@ -1,4 +1,5 @@
-"""What any command needs before it does anything: faults in one line, signals, missing packages.
+"""What any command needs before it does anything: its command line, faults in one line, signals.
 
-May import: the standard library. Must not enter: anything that knows of files, models or flags.
+May import: nothing.
+Must not enter: anything that knows of files, models or settings.
 """

@@ -129,17 +129,3 @@ class ForestBuilder:
             )
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-

@@ -11,8 +11,8 @@ import numpy as np
 from rwkv_dpo.base.errors import InputError, reading, refuse
 from rwkv_dpo.data.binidx import read_binidx
 from rwkv_dpo.data.documents import TEXT_ENDINGS
-from rwkv_dpo.data.files import ending
 from rwkv_dpo.data.text_corpus import character_tokens, check_size, documents_of, holds_documents, vocabulary_of, world_tokens
+from rwkv_dpo.data.text_files import ending
 from rwkv_dpo.data.tokenizer import VOCAB_SIZE as WORLD_SIZE
 from rwkv_dpo.files.kinds import Kind, refuse_others
 

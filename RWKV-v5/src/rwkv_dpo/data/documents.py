@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rwkv_dpo.base.errors import InputError, refuse
-from rwkv_dpo.data.files import ROW_ENDINGS, OnFault, Row, ending, expand, open_lines, open_rows, read_text, stop, text_field
+from rwkv_dpo.data.files import expand, open_rows, text_field
 from rwkv_dpo.data.hub import is_hub_id, open_hub_rows
+from rwkv_dpo.data.text_files import ROW_ENDINGS, OnFault, Row, ending, open_lines, read_text, stop
 
 TEXT_ENDINGS = (".txt", *ROW_ENDINGS)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rwkv_dpo.base.errors import InputError
-from rwkv_dpo.data.files import Row, ending
+from rwkv_dpo.data.text_files import Row, ending
 
 
 def is_hub_id(source: str | Path, file_endings: tuple[str, ...]) -> bool:

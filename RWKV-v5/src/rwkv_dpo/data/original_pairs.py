@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from rwkv_dpo.base.errors import InputError, refuse
-from rwkv_dpo.data.pickled_numbers import Numbers, load_numbers
+from rwkv_dpo.data.pickled_numbers import load_numbers
+from rwkv_dpo.data.stored_numbers import Numbers
 
 _SHAPE = "(prompt_tokens, chosen_tokens, rejected_tokens, chosen_ref_logp, rejected_ref_logp)"
 # A token takes a byte or more. Rows may share a list, as those of one prompt do, but not so that a small file fills the memory: a token

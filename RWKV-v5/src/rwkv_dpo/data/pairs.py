@@ -90,18 +90,6 @@ def join_pairs(sets: Sequence[PairSet]) -> PairSet:
     )
 
 
-
-
-
-
-
-
-
-
-
-
-
-
 def check_pairs(pairs: PairSet, source: str, vocab_size: int | None = None) -> None:
     """Refuse, by row counted from 1: an empty prompt or answer, equal answers, a negative token or one >= vocab_size, a
     log-probability that is not finite (unless the whole set is unscored)."""
@@ -134,12 +122,6 @@ def _refuse_first_token(source: str, pairs: PairSet, is_fault: np.ndarray, what:
     refuse(f"{source}: row {row + 1}: token {pairs.tokens[position]} {what}")
 
 
-
-
-
-
-
-
 def cut_pair(
     prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, ctx_len: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int, int]:
@@ -153,8 +135,6 @@ def cut_pair(
     room = ctx_len - n_prompt
     kept = prompt[len(prompt) - n_prompt :], chosen[:room], rejected[:room]
     return *kept, len(prompt) - n_prompt, len(chosen) - len(kept[1]), len(rejected) - len(kept[2])
-
-
 
 
 def content_sha256(pairs: PairSet, with_scores: bool) -> str:

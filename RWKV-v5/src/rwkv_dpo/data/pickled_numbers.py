@@ -5,7 +5,6 @@ of; nothing is made of that before `Numbers.array` is called, so that a small fi
 """
 
 import io
-import math
 import mmap
 import pickle
 import pickletools
@@ -13,9 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rwkv_dpo.base.errors import InputError, reading, refuse
+from rwkv_dpo.data.stored_numbers import BFLOAT16, Array, Dtype, Storage, Tensor, Text, array_of, no_bytes, scalar, tensor_v3, to_bytes
 from rwkv_dpo.files.pickles import scan_pickle
 from rwkv_dpo.files.torch_archives import Content, is_archive, open_archive
 
@@ -25,7 +23,6 @@ _OPCODES = frozenset(
     for opcode in pickletools.opcodes
     if opcode.name not in ("SETITEM", "SETITEMS", "DICT", "ADDITEMS", "FROZENSET", "EXT1", "EXT2", "EXT4")
 )
-_MAX_DIMENSIONS = 8
 
 
 def load_numbers(path: Path) -> Any:
@@ -56,47 +53,7 @@ def _load_archive(content: Content) -> Any:
     return loaded
 
 
-class Numbers:
-    """`n` numbers of a tensor or an array in the file."""
-
-    def __init__(self, shape: Any) -> None:
-        self.shape = _dimensions(shape)
-        self.n = math.prod(self.shape)
-
-    def array(self) -> np.ndarray:
-        """[n]. ValueError when it has more than one dimension that is not 1, or its numbers are not in the file or no numbers."""
-        if sum(size != 1 for size in self.shape) > 1:
-            raise ValueError(f"a tensor or an array of the shape {list(self.shape)}; expected one dimension")
-        return self._array()
-
-    def _array(self) -> np.ndarray:
-        raise NotImplementedError
-
-
-def _dimensions(numbers: Any) -> tuple[int, ...]:
-    is_sound = isinstance(numbers, tuple) and len(numbers) <= _MAX_DIMENSIONS
-    if not is_sound or not all(isinstance(n, int) and 0 <= n < 2**63 for n in numbers):
-        raise ValueError("a tensor or an array without a shape")
-    return numbers
-
-
-class _Storage:
-    """The numbers that tensors are parts of. kind: numpy's name of their type without the byte order, or bfloat16."""
-
-    __slots__ = ("content", "kind", "order")
-
-    def __init__(self, kind: str) -> None:
-        self.kind, self.content, self.order = kind, memoryview(b""), "<"
-
-    @property
-    def itemsize(self) -> int:
-        return np.dtype(_RAW.get(self.kind, self.kind)).itemsize
-
-    def opened(self) -> "_Storage":
-        return self
-
-
-class _PackedStorage:
+class _PackedStorage(Storage):
     """A storage as pickle.dump has it: what torch.save makes of it alone."""
 
     __slots__ = ("_loaded", "_packed")
@@ -104,93 +61,9 @@ class _PackedStorage:
     def __init__(self, packed: Any) -> None:
         self._packed, self._loaded = packed, None
 
-    def opened(self) -> _Storage:
-        self._loaded = self._loaded or _load_archive(_to_bytes(self._packed))
-        return self._loaded if isinstance(self._loaded, _Storage) else refuse("a tensor without a storage")
-
-
-class _Tensor(Numbers):
-    def __init__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_unused: object, kind: str = "") -> None:
-        super().__init__(shape)
-        self.offset, *self.strides = _dimensions((offset, *_dimensions(strides)))
-        if not isinstance(storage, _Storage | _PackedStorage) or len(self.strides) != len(self.shape):
-            raise ValueError("a tensor without a storage")
-        self.storage, self.kind = storage, kind
-
-    def _array(self) -> np.ndarray:
-        storage = self.storage.opened()
-        kind = self.kind or storage.kind
-        stored = np.frombuffer(storage.content, storage.order + _RAW.get(kind, kind))
-        step = max((stride for size, stride in zip(self.shape, self.strides, strict=True) if size != 1), default=1)
-        end = self.offset + max(self.n - 1, 0) * step + 1
-        if end > len(stored) and self.n:
-            raise ValueError("a tensor that is larger than what it is stored in")
-        part = stored[self.offset : end : step] if step else np.repeat(stored[self.offset : end], self.n)
-        part = part[: self.n]
-        return (part.astype(np.uint32) << 16).view(np.float32) if kind == _BFLOAT16 else part
-
-
-class _Array(Numbers):
-    """numpy's ndarray: made empty, then given its state."""
-
-    def __init__(self, *_unused: object) -> None:
-        super().__init__((0,))
-        self.kind, self.content = "", b""
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, dtype, _, self.content = state
-        super().__init__(shape)
-        self.kind = dtype.full_name
-
-    def _array(self) -> np.ndarray:
-        return np.frombuffer(_to_bytes(self.content, self.n * np.dtype(self.kind).itemsize), self.kind)
-
-
-def _array_of(content: Any, dtype: Any, shape: Any, *_unused: object) -> _Array:
-    array = _Array()
-    array.__setstate__((0, shape, dtype, False, content))
-    return array
-
-
-class _Dtype:
-    """numpy's dtype: remembers its name and whether it is stored the other way round."""
-
-    def __init__(self, name: Any, *_unused: object) -> None:
-        self.name, self.order = name, "<"
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.order = ">" if state[1] == ">" else "<"
-
-    @property
-    def full_name(self) -> str:
-        return self.order + self.name if self.name[0] in "iuf" else refuse(f"carries a numpy {self.name}; expected numbers")
-
-
-class _Text:
-    """Bytes, as protocols below 3 have them: a text whose characters are their numbers."""
-
-    __slots__ = ("text",)
-
-    def __init__(self, text: Any, _encoding: object) -> None:
-        self.text = text
-
-
-def _to_bytes(content: Any, n: int | None = None) -> bytes:
-    """ValueError unless they are n."""
-    held = content.text if isinstance(content, _Text) else content
-    if n is not None and len(held) != n:
-        raise ValueError("an array with other than the numbers of its shape")
-    return held.encode("latin1") if isinstance(held, str) else bytes(held)
-
-
-def _no_bytes(*arguments: object) -> bytes:
-    """How protocol 2 spells b""."""
-    return refuse("carries code (bytes of a number)") if arguments else b""
-
-
-def _scalar(dtype: _Dtype, content: Any) -> int | float:
-    """A number of numpy."""
-    return np.frombuffer(_to_bytes(content, np.dtype(dtype.full_name).itemsize), dtype.full_name)[0].item()
+    def opened(self) -> Storage:
+        self._loaded = self._loaded or _load_archive(to_bytes(self._packed))
+        return self._loaded if type(self._loaded) is Storage else refuse("a tensor without a storage")
 
 
 class _Named:
@@ -208,34 +81,28 @@ class _Named:
         raise InputError("carries code (state for what it names)")
 
 
-def _tensor_v3(storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *_unused: object) -> _Tensor:
-    return _Tensor(storage, offset, shape, strides, kind=dtype)
-
-
-_BFLOAT16 = "bfloat16"
-_RAW = {_BFLOAT16: "u2"}
 _STORAGES = {
-    "DoubleStorage": "f8", "FloatStorage": "f4", "HalfStorage": "f2", "BFloat16Storage": _BFLOAT16, "LongStorage": "i8",
+    "DoubleStorage": "f8", "FloatStorage": "f4", "HalfStorage": "f2", "BFloat16Storage": BFLOAT16, "LongStorage": "i8",
     "IntStorage": "i4", "ShortStorage": "i2", "CharStorage": "i1", "ByteStorage": "u1", "UntypedStorage": "u1",
 }  # fmt: skip
 _NAMES: dict[tuple[str, str], Any] = {
-    ("torch._utils", "_rebuild_tensor"): _Named(_Tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): _Named(_Tensor),
-    ("torch._utils", "_rebuild_tensor_v3"): _Named(_tensor_v3),
+    ("torch._utils", "_rebuild_tensor"): _Named(Tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): _Named(Tensor),
+    ("torch._utils", "_rebuild_tensor_v3"): _Named(tensor_v3),
     ("torch._utils", "_rebuild_parameter"): _Named(lambda tensor, *_unused: tensor),
     ("torch.storage", "_load_from_bytes"): _Named(_PackedStorage),
     ("collections", "OrderedDict"): _Named(lambda *_unused: None),  # a tensor's hooks
-    ("_codecs", "encode"): _Named(_Text),
-    **{(module, "bytes"): _Named(_no_bytes) for module in ("builtins", "__builtin__")},
-    ("numpy", "dtype"): _Named(_Dtype),
-    ("numpy", "ndarray"): _Named(_Array),
+    ("_codecs", "encode"): _Named(Text),
+    **{(module, "bytes"): _Named(no_bytes) for module in ("builtins", "__builtin__")},
+    ("numpy", "dtype"): _Named(Dtype),
+    ("numpy", "ndarray"): _Named(Array),
     **{(module, name): kind for module in ("torch", "torch.storage", "torch.cuda") for name, kind in _STORAGES.items()},
     **{("torch", f"uint{8 * size}"): f"u{size}" for size in (2, 4, 8)},
     **{
         (f"numpy.{core}.{module}", name): _Named(make)
         for core in ("core", "_core")
         for module, name, make in (
-            ("multiarray", "scalar", _scalar), ("multiarray", "_reconstruct", _Array), ("numeric", "_frombuffer", _array_of),
+            ("multiarray", "scalar", scalar), ("multiarray", "_reconstruct", Array), ("numeric", "_frombuffer", array_of),
         )
     },
 }  # fmt: skip
@@ -246,18 +113,18 @@ class _Unpickler(pickle.Unpickler):
 
     def __init__(self, file: Any) -> None:
         super().__init__(file)
-        self.storages: dict[str, _Storage] = {}
+        self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _NAMES:
             raise InputError(f"carries code ({module}.{name}); a pair file holds only lists, tuples and numbers, also in tensors")
         return _NAMES[module, name]
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: Any) -> Storage:
         what, kind, key, _where, _n, *view = pid
         if what != "storage" or kind not in _STORAGES.values() or not isinstance(key, str) or view not in ([], [None]):
             raise ValueError("a tensor without a storage")
-        storage = self.storages.setdefault(key, _Storage(kind))
+        storage = self.storages.setdefault(key, Storage(kind))
         if storage.kind != kind:
             raise ValueError(f"storage {key} is of two kinds")
         return storage

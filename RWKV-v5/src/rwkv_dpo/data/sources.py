@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rwkv_dpo.base.errors import InputError, refuse
-from rwkv_dpo.data.files import ROW_ENDINGS, Row, expand, open_rows, stop
+from rwkv_dpo.data.files import expand, open_rows
 from rwkv_dpo.data.forms import FORMS, Dropped, Preference, to_preference
 from rwkv_dpo.data.hub import is_hub_id, open_hub_rows
+from rwkv_dpo.data.text_files import ROW_ENDINGS, Row, stop
 
 FORMATS = ("auto", *FORMS)
 ON_ERROR = ("stop", "skip")

@@ -10,8 +10,9 @@ import numpy as np
 
 from rwkv_dpo.base.errors import reading, refuse
 from rwkv_dpo.data.documents import TEXT_ENDINGS, open_documents
-from rwkv_dpo.data.files import ROW_ENDINGS, ending, expand
+from rwkv_dpo.data.files import expand
 from rwkv_dpo.data.spool import encode_blocks
+from rwkv_dpo.data.text_files import ROW_ENDINGS, ending
 
 # More text than this takes long seconds and gigabytes at every start of a run, on every process.
 MAX_TEXT = 64 << 20

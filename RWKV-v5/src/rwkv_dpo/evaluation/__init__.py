@@ -1,4 +1,5 @@
-"""What a model makes of data without training: log-probabilities, accuracy, generated text, reference scores.
+"""What a model makes of data without training: log-probabilities, accuracy, text, reference scores.
 
-May import: all rooms up to objective. Must not enter: optimizers, Lightning.
+May import: base, files, data, batches, kernels, devices, model, objective, numpy, torch.
+Must not enter: optimizers, Lightning.
 """

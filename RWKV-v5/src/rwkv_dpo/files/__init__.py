@@ -1,4 +1,5 @@
 """Reading and writing files safely: atomic writes, hashes, locks, logs, pickles that execute nothing, tensors of other programs.
 
-May import: base, torch. Must not enter: what the files mean (pairs, corpora, checkpoints have rooms of their own).
+May import: base, torch, safetensors.
+Must not enter: what the files mean: pairs, corpora and checkpoints have rooms of their own.
 """

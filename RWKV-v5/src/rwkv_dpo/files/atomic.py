@@ -16,8 +16,6 @@ from rwkv_dpo.files.locks import try_lock
 _REMAINS = re.compile(r"\.(?P<name>.+)\.(?:[0-9a-f]{16}|[0-9]+)\.(?P<end>part|old)")
 
 
-
-
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Yield a binary file beside `path` that takes its name when the block ends well, and is removed when it does not.
@@ -44,24 +42,6 @@ def write_together(writers: Mapping[Path, Callable[[BinaryIO], None]]) -> None:
                 write(files[path])
                 files[path].flush()
                 os.fsync(files[path].fileno())
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 @contextlib.contextmanager

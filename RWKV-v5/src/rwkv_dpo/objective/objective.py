@@ -75,13 +75,3 @@ def pair_metrics(logps: Tensor, ref_logps: Tensor, terms: DPOTerms) -> dict[str,
     return {name: value.mean() for name, value in values.items()}
 
 
-
-
-
-
-
-
-
-
-
-

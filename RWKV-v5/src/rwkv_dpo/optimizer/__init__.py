@@ -1,4 +1,5 @@
-"""How weights move: AdamW and its states, learning rates by step, and how many steps a run has.
+"""How weights move, and how long: AdamW, learning rates by step, the number of steps.
 
-May import: base, settings, torch. Must not enter: models, losses, Lightning.
+May import: base, settings, torch, deepspeed, bitsandbytes.
+Must not enter: models, losses, Lightning.
 """

@@ -31,7 +31,7 @@ def build_callbacks(
     folder, length, chunk_ctx = s.folder.path, s.length, s.batches.chunk_ctx
     scored_at_once, shows_bar = chunk_ctx or 2 * s.data.ctx_len, s.training.enable_progress_bar
     metrics = MetricsLog(length, s.objective.uses_pairs, flags, folder, halt)
-    checkpoints = Checkpoints(s.folder, length, s.training.max_bad_steps, s.tuning.peft, metrics, tuning, identity)
+    checkpoints = Checkpoints(folder, s.saving.epoch_save, s.training.max_bad_steps, length, s.tuning.peft, metrics, tuning, identity)
     callbacks: list[pl.Callback] = [WeightsOfRankZero()] if s.general.is_staged else []
     callbacks += [metrics, checkpoints]
     is_recomputed = s.objective.dpo_ref == "recompute"
@@ -50,7 +50,7 @@ def build_callbacks(
         callbacks.append(WandbLog(s.training.wandb, flags, folder, metrics, held_out))
     if shows_bar:
         callbacks.append(RunBar(length.total_steps, metrics))
-    last = LastCheckpoints(s.folder, length, s.general.seed, s.devices.precision == "fp16", metrics, saved, identity)
+    last = LastCheckpoints(s.saving, folder, length, s.general.seed, s.devices.precision == "fp16", metrics, saved, identity)
     return [*callbacks, last, StopOnSignal(halt), Summary(folder, checkpoints, next_commands(settings))]
 
 

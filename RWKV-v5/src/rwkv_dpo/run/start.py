@@ -10,15 +10,15 @@ from rwkv_dpo.data.corpus import corpus_sha256
 from rwkv_dpo.data.pairs import content_sha256
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.rwkv import RWKV
-from rwkv_dpo.optimizer.state import trainable
 from rwkv_dpo.run.data import RunData
 from rwkv_dpo.run.rules import PILE_EPOCH_WINDOWS, check_trains
 from rwkv_dpo.run.settings import PARTS, RunSettings
 from rwkv_dpo.run_folder.contents import cut_logs, is_finished, newest_epoch, prepare_folder, read_identity, save_vocabulary, saved_name
 from rwkv_dpo.run_folder.identity import Identity, path_sha256
 from rwkv_dpo.run_folder.lock import RunLock
-from rwkv_dpo.run_folder.resume import Saved, check_fits, checkpoints_in, choose, goes_on_here
+from rwkv_dpo.run_folder.resume import Saved, check_fits, checkpoints_in, choose, goes_on_here, last_of
 from rwkv_dpo.settings.fields import Part
+from rwkv_dpo.training.optimizer_state import trainable
 from rwkv_dpo.tuning.tuning import Tuning
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def plan_stage(settings: RunSettings) -> RunSettings:
 
 def _interrupted_stage(settings: RunSettings) -> RunSettings | None:
     """With the epoch and the weights with which an interrupted run of these settings had begun."""
-    if settings.folder.resume != "auto" or not checkpoints_in(settings.folder.last):
+    if settings.folder.resume != "auto" or not checkpoints_in(last_of(settings.folder.path)):
         return None
     before = read_identity(settings.folder.path)
     if before is None:
@@ -97,7 +97,7 @@ def find_start(settings: RunSettings, identity: Identity, lock: RunLock) -> Star
     if folder.path.is_dir():
         lock.take()
     if folder.resume == "auto" and not folder.overwrite and is_finished(folder.path / final, identity, settings.length.total_steps):
-        shutil.rmtree(folder.last, ignore_errors=True)
+        shutil.rmtree(last_of(folder.path), ignore_errors=True)
         return Start(identity, f"{folder.path} holds the end of this run ({final}); --resume none trains it again")
     return Start(identity, resumes=choose(folder, identity, settings.length, settings.continues))
 

@@ -17,7 +17,6 @@ from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.optimizer.adamw import build_optimizer, check_optim
 from rwkv_dpo.optimizer.length import far_end
-from rwkv_dpo.optimizer.state import trainable
 from rwkv_dpo.run.callbacks import build_callbacks
 from rwkv_dpo.run.data import RunData, doubts, open_data, tell_corpus, tell_differences
 from rwkv_dpo.run.dry_run import dry_run
@@ -28,6 +27,7 @@ from rwkv_dpo.run_folder.lock import RunLock
 from rwkv_dpo.run_folder.resume import Saved, load, start_of
 from rwkv_dpo.training.halt import Halted
 from rwkv_dpo.training.module import CLIP_NORM, DPOModule
+from rwkv_dpo.training.optimizer_state import trainable
 from rwkv_dpo.tuning.tuning import Tuning, begin_tuning
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def fit(run: Prepared, device: torch.device) -> None:
     callbacks = build_callbacks(settings, run.data, run.start.identity, run.saved, run.tuning)
     trainer = build_trainer(settings, model, device, callbacks)
     module = DPOModule(
-        model, settings.objective, settings.schedule, settings.length.first_step,
+        model, settings.objective.dpo_beta, settings.objective.ratio, settings.schedule, settings.length.first_step,
         functools.partial(
             build_optimizer, settings=settings.optimizer, pile_stage=settings.general.my_pile_stage, seed=settings.general.seed,
             offload="offload" in settings.devices.strategy,

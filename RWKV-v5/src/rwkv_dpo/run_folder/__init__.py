@@ -1,4 +1,5 @@
 """--proj_dir: whose run it is, what it holds, who has it, and from what a run goes on.
 
-May import: base, files, settings, data. Must not enter: models, Lightning.
+May import: base, files, settings, optimizer, torch.
+Must not enter: models, Lightning.
 """

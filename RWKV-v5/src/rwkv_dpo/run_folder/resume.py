@@ -53,6 +53,11 @@ class Saved:
     scaler: dict[str, Any]
 
 
+def last_of(folder: Path) -> Path:
+    """Where a run folder keeps the checkpoints that its run goes on from."""
+    return folder / "last"
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
     """Newest first."""
     steps = {int(m[1]): path for path in folder.glob("step-*.pth") if (m := re.fullmatch(r"step-(\d+)\.pth", path.name))}
@@ -126,7 +131,7 @@ def choose(settings: FolderSettings, identity: Identity, length: RunLength, cont
             refuse(f"--resume {path}: {fault}")
         _check(load(path), settings, identity, length)
         return path
-    paths = checkpoints_in(settings.last)
+    paths = checkpoints_in(last_of(settings.path))
     if not paths or _is_other_run(settings, identity, continues):
         return None
     for path in paths:
@@ -135,12 +140,12 @@ def choose(settings: FolderSettings, identity: Identity, length: RunLength, cont
             _check(load(path), settings, identity, length)
             return path
         log.warning("%s %s; the one before is used", path, fault)
-    refuse(f"{settings.last}: none of its checkpoints is whole ({paths[0].name} {fault_of(paths[0])}); --resume none begins anew")
+    refuse(f"{last_of(settings.path)}: none of its checkpoints is whole ({paths[0].name} {fault_of(paths[0])}); --resume none begins anew")
 
 
 def goes_on_here(settings: FolderSettings, path: Path | None) -> bool:
     """Whether a checkpoint to go on from is of the run folder's own last/."""
-    return path is not None and path.resolve().parent == settings.last.resolve()
+    return path is not None and path.resolve().parent == last_of(settings.path).resolve()
 
 
 def start_of(saved: Saved | None) -> str:

@@ -1,4 +1,5 @@
-"""How a room declares its settings: a flag's help, choices, range, and what it means to a run's identity.
+"""How a room declares its settings: a flag's help, what it accepts, and what it is to a run's identity.
 
-May import: base. Must not enter: any setting. Each stands in the `settings.py` of the room that reads it.
+May import: base.
+Must not enter: any setting: each stands in the settings.py of the room that reads it.
 """

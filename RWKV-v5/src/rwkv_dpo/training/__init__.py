@@ -1,4 +1,6 @@
 """The Lightning module and what happens around its steps: logs, checkpoints, held-out pairs, bad steps, ends.
 
-May import: all rooms before it, Lightning, wandb. Must not enter: flags, and how a run is put together.
+May import: base, files, settings, data, batches, devices, model, tuning, objective, evaluation, optimizer, run_folder, numpy, torch,
+pytorch_lightning, deepspeed, tqdm, wandb.
+Must not enter: the command line, and how a run is put together.
 """

@@ -12,7 +12,6 @@ from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.optimizer.length import RunLength
 from rwkv_dpo.run_folder.contents import save_end, saved_name
 from rwkv_dpo.run_folder.identity import Identity
-from rwkv_dpo.run_folder.settings import FolderSettings
 from rwkv_dpo.training.guard import not_finite
 from rwkv_dpo.training.halt import Halted
 from rwkv_dpo.training.metrics import MetricsLog
@@ -26,10 +25,10 @@ class Checkpoints(pl.Callback):
     whose end it is. Weights that are not finite are never saved, and end the run."""
 
     def __init__(
-        self, settings: FolderSettings, length: RunLength, max_bad_steps: int, peft: str, metrics: MetricsLog, tuning: Tuning | None,
+        self, folder: Path, epoch_save: int, max_bad_steps: int, length: RunLength, peft: str, metrics: MetricsLog, tuning: Tuning | None,
         identity: Identity,
     ) -> None:  # fmt: skip
-        self.folder, self.epoch_save, self.length, self.max_bad_steps = settings.path, settings.epoch_save, length, max_bad_steps
+        self.folder, self.epoch_save, self.max_bad_steps, self.length = folder, epoch_save, max_bad_steps, length
         self.peft, self.metrics, self.tuning, self.identity = peft, metrics, tuning, identity
         self.halt = metrics.halt
         self.newest, self.saved_at = Path(), -1  # what was saved last, and the step it is of

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from rwkv_dpo.batches.loader import EpochNumbers, MicroBatches
 from rwkv_dpo.optimizer.length import RunLength
-from rwkv_dpo.optimizer.state import OptimizerState, read_state, set_sharded, trainable, write_state
 from rwkv_dpo.run_folder.contents import log_sizes
 from rwkv_dpo.run_folder.identity import Identity
-from rwkv_dpo.run_folder.resume import Progress, Saved, save
-from rwkv_dpo.run_folder.settings import FolderSettings
+from rwkv_dpo.run_folder.resume import Progress, Saved, last_of, save
 from rwkv_dpo.training.checkpoints import full_weights
 from rwkv_dpo.training.guard import not_finite
 from rwkv_dpo.training.halt import Halted
 from rwkv_dpo.training.metrics import MetricsLog
 from rwkv_dpo.training.module import DPOModule
+from rwkv_dpo.training.optimizer_state import OptimizerState, read_state, set_sharded, trainable, write_state
+from rwkv_dpo.training.settings import SavingSettings
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +43,11 @@ class LastCheckpoints(pl.Callback):
     """
 
     def __init__(
-        self, settings: FolderSettings, length: RunLength, seed: int, has_scaler: bool, metrics: MetricsLog, saved: Saved | None,
-        identity: Identity,
+        self, settings: SavingSettings, folder: Path, length: RunLength, seed: int, has_scaler: bool, metrics: MetricsLog,
+        saved: Saved | None, identity: Identity,
     ) -> None:  # fmt: skip
         """seed: the run's. has_scaler: the loss is scaled (fp16)."""
-        self.settings, self.length, self.seed, self.has_scaler = settings, length, seed, has_scaler
+        self.settings, self.folder, self.length, self.seed, self.has_scaler = settings, folder, length, seed, has_scaler
         self.metrics, self.halt, self.saved, self.identity = metrics, metrics.halt, saved, identity
         self.resumes = False
 
@@ -128,7 +128,7 @@ class LastCheckpoints(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         if trainer.is_global_zero:
-            shutil.rmtree(self.settings.last, ignore_errors=True)
+            shutil.rmtree(last_of(self.folder), ignore_errors=True)
 
     def _stop(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step
@@ -148,7 +148,7 @@ class LastCheckpoints(pl.Callback):
         }
 
         def write() -> None:
-            self._tell_last_good(save(self.settings.last, self._progress(trainer), parts, self.settings.keep))
+            self._tell_last_good(save(last_of(self.folder), self._progress(trainer), parts, self.settings.keep))
 
         self.halt.write(trainer, write)
 
@@ -159,7 +159,7 @@ class LastCheckpoints(pl.Callback):
         return Progress(
             identity=self.identity.as_json(), step=step, samples=dataset.position.shift + first * length.samples,
             pairs_seen=metrics.pairs_seen, epoch_losses=metrics.epoch_losses, skipped_steps=metrics.skipped_steps,
-            bad_in_a_row=metrics.bad_in_a_row, logs=log_sizes(self.settings.path),
+            bad_in_a_row=metrics.bad_in_a_row, logs=log_sizes(self.folder),
         )  # fmt: skip
 
     def _tell_last_good(self, path: Path) -> None:

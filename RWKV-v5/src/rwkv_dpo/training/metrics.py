@@ -119,12 +119,6 @@ class MetricsLog(pl.Callback):
             self.halt.append(self.folder / "train_log.txt", line)
 
 
-
-
-
-
-
-
 def peak_memory_gb(device: torch.device) -> float:
     """Most memory held so far: the GPU allocator's, or the process's resident set; 0 where the system doesn't say."""
     if device.type == "cuda":

@@ -11,7 +11,6 @@ from torch import Tensor
 from rwkv_dpo.batches.micro_batch import MicroBatch
 from rwkv_dpo.model.rwkv import RWKV, Block
 from rwkv_dpo.objective.objective import objective
-from rwkv_dpo.objective.settings import ObjectiveSettings
 from rwkv_dpo.optimizer.adamw import set_rates
 from rwkv_dpo.optimizer.schedule import Schedule
 from rwkv_dpo.training.guard import poisoned, skip_unless_finite
@@ -25,11 +24,12 @@ class DPOModule(pl.LightningModule):
     `weight_decay` of the last optimizer step."""
 
     def __init__(
-        self, model: RWKV, settings: ObjectiveSettings, schedule: Schedule, first_step: int, build_optimizer: BuildOptimizer
+        self, model: RWKV, beta: float, ratio: float, schedule: Schedule, first_step: int, build_optimizer: BuildOptimizer
     ) -> None:
-        """first_step: of the schedule, at which the run begins. build_optimizer: makes the optimizer of the parameters that train."""
+        """beta, ratio: of the objective. first_step: of the schedule, at which the run begins.
+        build_optimizer: makes the optimizer of the parameters that train."""
         super().__init__()
-        self.model, self.settings, self.schedule, self.first_step = model, settings, schedule, first_step
+        self.model, self.beta, self.ratio, self.schedule, self.first_step = model, beta, ratio, schedule, first_step
         self.build_optimizer = build_optimizer
         self.metrics: dict[str, Tensor] = {}
         self.n_tokens = 0
@@ -44,7 +44,7 @@ class DPOModule(pl.LightningModule):
             set_z3_leaf_modules(self.model, [Block])
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
-        loss, self.metrics = objective(self.model, batch, self.settings.dpo_beta, self.settings.ratio)
+        loss, self.metrics = objective(self.model, batch, self.beta, self.ratio)
         self.n_tokens = batch.step.forest.tokens.numel()
         return poisoned(loss)
 

@@ -1,4 +1,5 @@
 """What --peft trains in place of all weights: adapters and states, their files, merging them into a checkpoint.
 
-May import: base, files, settings, batches, model, peft. Must not enter: losses, and what trains.
+May import: base, files, settings, batches, model, torch, peft.
+Must not enter: losses, and what trains.
 """
