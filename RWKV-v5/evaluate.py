@@ -32,6 +32,7 @@ except ModuleNotFoundError as error:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs the script. Raises InputError."""
     args = parse_flags(arguments)
     # Here, not above: --help and a mistyped flag need no PyTorch.
     from rwkv_dpo.devices.device import COMPUTE_DTYPES, pick_device, set_up
@@ -81,6 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
+    """The checked command line. Raises InputError."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load_model", nargs="+", required=True, help="checkpoints, a column each")
     parser.add_argument("--peft_load", nargs="+", default=[], help="adapter folders or state files on the first checkpoint, a column each")
@@ -128,6 +130,7 @@ ROWS = {
 
 
 def check_reads_prompts(checkpoint: str) -> None:
+    """Refuses a checkpoint whose vocabulary is smaller than the tokenizer's."""
     from rwkv_dpo.model.checkpoint import read_checkpoint, shape_of
 
     vocab_size = shape_of(read_checkpoint(checkpoint), checkpoint).vocab_size

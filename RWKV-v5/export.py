@@ -22,6 +22,7 @@ FORMS = (".pth", ".safetensors")
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs the script. Raises InputError."""
     args = parse_flags(arguments)
     if args.out.suffix not in FORMS:
         refuse(f"--out {args.out}: names that end in {' or '.join(FORMS)} are accepted")
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line. Raises InputError."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load_model", required=True, help="checkpoint, .pth or .safetensors")
     parser.add_argument("--peft_load", default="", help="adapter folder to merge, or state file to convert")

@@ -32,6 +32,7 @@ except ModuleNotFoundError as error:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs the script. Raises InputError."""
     args = parse_flags(arguments)
     skip = Skip()
     on_fault = stop if args.on_error == "stop" else skip
@@ -49,6 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
+    """The checked command line. Raises InputError."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = ".txt, .jsonl, .json, .parquet or .csv, each also as .gz; a folder or a 'glob' of those; or a Hub id, OWNER/NAME"
     parser.add_argument("input", metavar="INPUT", help=kinds)
@@ -68,6 +70,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def default_prefix(source: str) -> str:
+    """The name that the files get without --out: that of INPUT."""
     if glob.has_magic(source) and not os.path.exists(source):
         refuse(f"--out: needed, because INPUT is the pattern {source}")
     name = Path(source).resolve().name
@@ -80,6 +83,7 @@ class Skip:
     n = 0
 
     def __call__(self, fault: InputError) -> None:
+        """Counts a faulty row, and says which."""
         self.n += 1
         print(f"skipped: {fault}", file=sys.stderr)
 

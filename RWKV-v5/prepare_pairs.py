@@ -32,6 +32,7 @@ except ModuleNotFoundError as error:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs the script. Raises InputError."""
     args = parse_flags(arguments)
     preferences = read_preferences(args.source, args.limit, args.split, args.format, args.on_error)
     prepared = prepare(preferences, WorldTokenizer(), args.ctx_len, args.templates, args.seed)
@@ -68,6 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
+    """The checked command line. Raises InputError."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True, help=".json, .jsonl, .parquet or .csv, also .gz, a folder, a glob, or a Hub id")
     parser.add_argument("--split", default="", help="of a Hub data set (train)")
@@ -97,6 +99,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def check_flags(args: argparse.Namespace) -> None:
+    """Refuses what makes no sense together, or would fail after hours."""
     for name, least in (("limit", 0), ("ctx_len", 2), ("batch_tokens", 1)):
         if getattr(args, name) < least:
             refuse(f"--{name} {getattr(args, name)}: at least {least} is accepted")
@@ -115,10 +118,12 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def warn(line: str) -> None:
+    """A line on standard error."""
     print(f"warning: {line}", file=sys.stderr)
 
 
 def tell_dropped(report: Report) -> None:
+    """The rows that were dropped, each with its place and the reason."""
     n_dropped = report.counts()["dropped"]
     for reason, places in report.dropped_rows().items():
         for where in places:

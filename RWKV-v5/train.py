@@ -17,6 +17,7 @@ from rwkv_dpo.run.flags import parse_flags
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Runs the script. Raises InputError."""
     config, given = parse_flags(arguments)
     from rwkv_dpo.run.trainer import train  # torch and Lightning take seconds; --help and typing errors don't wait
 
@@ -59,6 +60,7 @@ def is_first_process() -> bool:
 
 
 def run(arguments: Sequence[str]) -> NoReturn:
+    """Runs the script, and ends the process with its status."""
     # In the middle of the steps a signal lets the step end, saves, and is no such end: training/halt.py.
     stopped = "no step was over yet and nothing was saved; the same command starts again"
     run_script(lambda: main(arguments), leave, stopped, is_first_process())

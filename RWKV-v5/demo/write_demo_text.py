@@ -38,6 +38,7 @@ class Fact:
 
     @property
     def sentence(self) -> str:
+        """With its full stop."""
         return f"{capital(self.subject)} {self.predicate}."
 
 
@@ -51,6 +52,7 @@ class Kind:
 
 
 def capital(text: str) -> str:
+    """The text with a capital at its start."""
     return text[:1].upper() + text[1:]
 
 
@@ -66,6 +68,7 @@ def sections(path: Path) -> dict[str, list[str]]:
 
 
 def read_facts(path: Path) -> list[Kind]:
+    """The kinds of things in a file of facts."""
     kinds = []
     for head, lines in sections(path).items():
         name, pronoun = head.split("] ")
@@ -81,6 +84,7 @@ def read_facts(path: Path) -> list[Kind]:
 
 
 def read_phrases(path: Path) -> Phrases:
+    """Ways of saying, by their heads."""
     return {head.rstrip("]"): lines for head, lines in sections(path).items()}
 
 
@@ -178,6 +182,7 @@ def about_subjects(rng: random.Random, kinds: list[Kind], subjects: list[tuple[K
 
 
 def prose(rng: random.Random, kinds: list[Kind], phrases: Phrases) -> list[str]:
+    """Documents of the kinds, in a random order."""
     subjects = [(kind, subject) for kind in kinds for subject in kind.facts]
     rng.shuffle(subjects)
     documents = []
@@ -200,10 +205,12 @@ def compose() -> tuple[list[str], list[dict[str, str]]]:
 
 
 def jsonl(rows: list[dict[str, str]]) -> str:
+    """A row a line."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def main() -> None:
+    """Writes corpus.jsonl and preferences.jsonl beside this file."""
     documents, rows = compose()
     (HERE / "corpus.jsonl").write_text(jsonl([{"text": text} for text in documents]), encoding="utf-8", newline="\n")
     (HERE / "preferences.jsonl").write_text(jsonl(rows), encoding="utf-8", newline="\n")

@@ -18,6 +18,7 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's. Raises InputError."""
         # To argparse "--name=--" is a flag with a list of no values, not a missing value.
         for argument in sys.argv[1:] if args is None else args:
             if argument.startswith("--") and argument.endswith("=--"):
@@ -25,6 +26,7 @@ class OneLineParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's. Raises InputError."""
         given, unknown = self.parse_known_args(args, namespace)
         return self.refuse_unknown(unknown[0]) if unknown else given
 
@@ -38,6 +40,7 @@ class OneLineParser(argparse.ArgumentParser):
         refuse(f"{name}: unknown flag{f'; did you mean --{near[0]}?' if near else ''} (--help lists them all)")
 
     def error(self, message: str):
+        """Raises InputError."""
         refuse(message)
 
 

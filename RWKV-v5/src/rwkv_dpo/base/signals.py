@@ -28,6 +28,7 @@ class Interrupted(BaseException):
 
 
 def interrupt(number: int) -> None:
+    """The handler that ends a script from wherever it is. Raises Interrupted."""
     raise Interrupted(signal.Signals(number).name)
 
 

@@ -30,6 +30,7 @@ class Chunk:
     places: Tensor  # int64 [r], where among the step's scored rows each of them belongs
 
     def to(self, device: torch.device) -> "Chunk":
+        """On another device."""
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("keep", "rows", "targets", "places")}
         sources = None if self.sources is None else self.sources.to(device, non_blocking=True)
         return replace(self, forest=self.forest.to(device), sources=sources, **moved)
@@ -45,6 +46,7 @@ class ChunkPlan:
     n_window_chunks: int = 0
 
     def to(self, device: torch.device) -> "ChunkPlan":
+        """On another device."""
         return replace(self, chunks=tuple(chunk.to(device) for chunk in self.chunks))
 
 

@@ -48,13 +48,16 @@ class Forest:
 
     @property
     def n_segments(self) -> int:
+        """Segments, empty ones included."""
         return self.last_rows.numel()
 
     @property
     def n_roots(self) -> int:
+        """Segments that continue none."""
         return self.levels[0].last
 
     def to(self, device: torch.device) -> "Forest":
+        """On another device."""
         def move(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=True)
 

@@ -84,6 +84,7 @@ class EpochNumbers:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """By Lightning's count, which starts at 0."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:

@@ -23,6 +23,7 @@ class MicroBatch:
     plan: ChunkPlan | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
+        """On another device."""
         plan = self.plan.to(device) if self.plan else None
         return MicroBatch(self.step.to(device), self.ref_logps.to(device, non_blocking=True), self.n_windows, plan)
 

@@ -64,6 +64,7 @@ class LengthOrder:
     seed: int
 
     def item_at(self, index: int) -> int:
+        """The item at a place of the endless sequence of passes."""
         pass_number, position = divmod(index, len(self.lengths))
         return _block(self, pass_number, position // BLOCK)[position % BLOCK]
 

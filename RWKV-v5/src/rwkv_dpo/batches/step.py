@@ -30,6 +30,7 @@ class Step:
     n_pairs: int
 
     def to(self, device: torch.device) -> "Step":
+        """On another device."""
         def move(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=True)
 

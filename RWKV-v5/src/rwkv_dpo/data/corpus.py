@@ -39,6 +39,7 @@ class Corpus:
 
     @property
     def n_tokens(self) -> int:
+        """Of the whole corpus."""
         return len(self.tokens)
 
     def window(self, start: int, length: int) -> np.ndarray:

@@ -60,6 +60,7 @@ def is_prepared(folder: Path, pairs: PairSet, rows: Rows, is_packed: bool) -> bo
 
 
 def file_of(folder: Path, split: str) -> Path:
+    """The path of a split: trainset.save and its like."""
     return folder / f"{split}set.save"
 
 

@@ -44,13 +44,17 @@ class Storage:
 
     @property
     def itemsize(self) -> int:
+        """Bytes a number."""
         return np.dtype(_RAW.get(self.kind, self.kind)).itemsize
 
     def opened(self) -> "Storage":
+        """The storage itself."""
         return self
 
 
 class Tensor(Numbers):
+    """A part of a storage, as torch describes it: offset and strides are in numbers."""
+
     def __init__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_unused: object, kind: str = "") -> None:
         super().__init__(shape)
         self.offset, *self.strides = _dimensions((offset, *_dimensions(strides)))
@@ -88,6 +92,7 @@ class Array(Numbers):
 
 
 def array_of(content: Any, dtype: Any, shape: Any, *_unused: object) -> Array:
+    """What numpy's _frombuffer would make."""
     array = Array()
     array.__setstate__((0, shape, dtype, False, content))
     return array
@@ -104,6 +109,7 @@ class Dtype:
 
     @property
     def full_name(self) -> str:
+        """numpy's name of the type, with the byte order. Refuses types that are no numbers."""
         return self.order + self.name if self.name[0] in "iuf" else refuse(f"carries a numpy {self.name}; expected numbers")
 
 
@@ -135,6 +141,7 @@ def scalar(dtype: Dtype, content: Any) -> int | float:
 
 
 def tensor_v3(storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *_unused: object) -> Tensor:
+    """What torch makes of tensors whose type is not that of their storage."""
     return Tensor(storage, offset, shape, strides, kind=dtype)
 
 

@@ -35,6 +35,7 @@ def documents_of(data_file: str) -> Iterator[str]:
 
 
 def check_size(data_file: str, size: int) -> None:
+    """Refuses more text than is tokenized as a run starts. size: in bytes."""
     if size > MAX_TEXT:
         refuse(
             f"{data_file}: more text than the {MAX_TEXT >> 20} MB that are tokenized as a run starts; make_data.py does it once, on all "

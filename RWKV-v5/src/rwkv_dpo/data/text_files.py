@@ -96,6 +96,7 @@ class _Unpacked(io.RawIOBase):
 
 
 def text_blocks(path: Path) -> Iterator[str]:
+    """The text of a file in parts of about a megabyte; every form of line end becomes "\\n"."""
     utf8 = codecs.getincrementaldecoder("utf-8")()
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
     n_read, is_first = 0, True

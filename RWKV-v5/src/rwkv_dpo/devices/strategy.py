@@ -83,6 +83,7 @@ def build_precision(settings: DeviceSettings, device: torch.device) -> dict[str,
 
 
 def uses_ddp(settings: DeviceSettings) -> bool:
+    """Whether DDP joins the processes."""
     return settings.strategy == "ddp" or (settings.strategy == "auto" and settings.world_size > 1)
 
 

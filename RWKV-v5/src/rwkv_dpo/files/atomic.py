@@ -46,6 +46,7 @@ def write_together(writers: Mapping[Path, Callable[[BinaryIO], None]]) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
+    """What the system refuses within becomes an InputError that names the file."""
     try:
         yield
     except OSError as error:
@@ -78,6 +79,7 @@ def _new_file(path: Path) -> tuple[Path, BinaryIO]:
 
 
 def hidden_name(path: Path, end: str) -> Path:
+    """A name beside `path` that no one else has."""
     # Not by the process's number: processes of two containers that share a folder may have the same.
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{end}")
 

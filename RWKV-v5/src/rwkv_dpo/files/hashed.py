@@ -20,6 +20,7 @@ class HashedFile:
         self.fault: OSError | None = None
 
     def write(self, data) -> int:
+        """As a binary file has it. Raises OSError."""
         try:
             written = self.file.write(data)
         except OSError as error:
@@ -35,6 +36,7 @@ class HashedFile:
         self.sha256 = _sha256(self.file.name)
 
     def flush(self) -> None:
+        """As a binary file has it."""
         self.file.flush()
 
 
@@ -90,6 +92,7 @@ def _take_name(path: Path, new_path: Path, sha256: str) -> None:
 
 
 def hash_path(path: str | Path) -> Path:
+    """Of the hash beside a file."""
     path = Path(path)
     return path.with_name(f"{path.name}.sha256")
 

@@ -34,6 +34,7 @@ class StandIn:
     """An object of a class that was not imported: trainers save their settings beside the weights. It forgets what it is made of."""
 
     def __new__(cls, *_arguments: object) -> Any:
+        """A dictionary in place of one of its kind."""
         # A dictionary is filled by the unpickler, which fills nothing else.
         return {} if cls.__name__.lower().endswith("dict") else super().__new__(cls)
 

@@ -24,6 +24,8 @@ _USUAL_PLACES = (sys.prefix, "/usr/local/cuda", "/opt/cuda")
 
 
 class Nvcc(NamedTuple):
+    """A CUDA compiler, by its path."""
+
     path: str
     version: tuple[int, int]
 

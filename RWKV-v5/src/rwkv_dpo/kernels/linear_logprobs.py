@@ -26,6 +26,8 @@ CPU_TILE_ROWS, TILE_ROWS = 16, 256
 
 
 class LogProbs(NamedTuple):
+    """What the head gives for the rows of a step."""
+
     logps: Tensor  # fp32 [R], log-probability of each row's target
     max_logits: Tensor  # fp32 [R], each row's largest logit
 

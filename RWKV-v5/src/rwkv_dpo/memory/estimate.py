@@ -104,6 +104,7 @@ def estimate(plan: Plan) -> dict[str, float]:
 
 
 def total(plan: Plan) -> float:
+    """Bytes at the peak."""
     return sum(estimate(plan).values())
 
 

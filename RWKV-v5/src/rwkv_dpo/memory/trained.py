@@ -55,6 +55,7 @@ class Held(NamedTuple):
 
 
 def held(t: Trained) -> Held:
+    """Bytes that trained parameters take under their strategy."""
     return (_plain, _stage_1_or_2, _stage_1_or_2, _stage_3)[t.zero_stage](t)
 
 

@@ -84,6 +84,7 @@ def read_checkpoint(path: str | Path, partial: bool = False) -> dict[str, Tensor
 
 
 def version_of(weights: Weights, path: str | Path) -> str:
+    """The model version of a checkpoint's weights. Refuses those that can't be run."""
     version = next((version for sign, version in _SIGNS if sign in weights), None)
     decay = weights.get("blocks.0.att.time_decay")
     if version == "5" and decay is not None and (decay.dim() < 2 or decay.shape[1] == 1):

@@ -25,6 +25,7 @@ class Linear(nn.Linear):
         """Leaves the weight unset: a checkpoint or init.py sets it."""
 
     def forward(self, *inputs: Tensor, prepare: Prepare | None = None) -> Tensor:  # type: ignore[override]  # several inputs
+        """What `product` makes of the inputs [S, ...] with this weight: [S, n_out]."""
         return product(self.weight, *inputs, prepare=prepare)
 
 

@@ -84,6 +84,8 @@ class RWKV(nn.Module):
 
 
 class Head(nn.Module):
+    """The matrix from hidden rows to logits."""
+
     def __init__(self, n_embd: int, vocab_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, n_embd))
@@ -112,6 +114,7 @@ class Block(nn.Module):
         self.ffn = mixes.channel_mix(shape, layer)
 
     def forward(self, x: Tensor, forest: Forest, initial: LayerState | None, wkv: WKV5) -> tuple[Tensor, LayerState]:
+        """Rows [S, C] after the block, and what its segments remember at their ends. initial: what the roots begin from."""
         if hasattr(self, "ln0"):
             x = self.ln0(x)
         att_shift, wkv_start, ffn_shift = initial or (None, None, None)
@@ -151,6 +154,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normed rows, in the dtype of x."""
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 

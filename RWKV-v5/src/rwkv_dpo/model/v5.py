@@ -16,6 +16,8 @@ from rwkv_dpo.model.shape import ModelShape
 
 
 class TimeMix(nn.Module):
+    """The half of a block that looks back: r, k, v and g of each token and the one before it, and the WKV recurrence."""
+
     def __init__(self, shape: ModelShape, layer: int) -> None:
         super().__init__()
         self.n_head, self.head_size = shape.n_head, shape.head_size
@@ -52,6 +54,8 @@ class TimeMix(nn.Module):
 
 
 class ChannelMix(nn.Module):
+    """The half of a block that looks at each token, and the one before it, alone."""
+
     def __init__(self, shape: ModelShape, layer: int) -> None:
         super().__init__()
         self.time_mix_k = nn.Parameter(torch.empty(1, 1, shape.n_embd))
@@ -61,6 +65,7 @@ class ChannelMix(nn.Module):
         self.value = Linear(shape.dim_ffn, shape.n_embd)
 
     def forward(self, x: Tensor, before: Tensor) -> Tensor:
+        """Rows [S, C] of a forest and the token before each; [S, C]."""
         k = self.key(x, before, self.time_mix_k, prepare=token_mix)
         r = self.receptance(x, before, self.time_mix_r, prepare=token_mix)
         return torch.sigmoid(r) * self.value(k, prepare=relu_squared)
@@ -72,6 +77,7 @@ def token_mix(x: Tensor, before: Tensor, mix: Tensor) -> Tensor:
 
 
 def relu_squared(x: Tensor) -> Tensor:
+    """max(x, 0) ** 2, which keeps one tensor for its backward pass."""
     return _ReluSquared.apply(x)
 
 

@@ -10,6 +10,8 @@ L2WRAP_FACTOR = 1e-4
 
 
 class DPOTerms(NamedTuple):
+    """The loss of each pair, and the rewards that it compares."""
+
     losses: Tensor  # [pairs]
     chosen_rewards: Tensor  # [pairs] beta * (logp - ref_logp), as TRL names it; no gradient
     rejected_rewards: Tensor  # [pairs]

@@ -34,6 +34,7 @@ class AdamWBF16(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # torch overloads it
+        """As torch.optim has it: the loss of `closure`, if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

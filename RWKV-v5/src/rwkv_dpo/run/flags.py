@@ -73,6 +73,7 @@ def _count_devices(accelerator: str) -> int:
 
 
 def build_parser() -> OneLineParser:
+    """The parser of train.py: a group for each room."""
     parser = OneLineParser(
         prog="train.py", argument_default=argparse.SUPPRESS, formatter_class=HelpFormatter,
         description="Trains an RWKV-5 model: ratio * language model + (1 - ratio) * Direct Preference Optimization.",

@@ -53,10 +53,10 @@ class RunSettings:
 
     general: GeneralSettings = field(default_factory=GeneralSettings)
     folder: FolderSettings = field(default_factory=FolderSettings)
-    data: DataSettings = field(default_factory=DataSettings)
-    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     tuning: TuningSettings = field(default_factory=TuningSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     batches: BatchSettings = field(default_factory=BatchSettings)
     epochs: EpochSettings = field(default_factory=EpochSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)

@@ -6,6 +6,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy
+from typing_extensions import override
 
 from rwkv_dpo.files.hashed import link_hashed
 from rwkv_dpo.model.checkpoint import save_weights
@@ -34,18 +35,21 @@ class Checkpoints(pl.Callback):
         self.newest, self.saved_at = Path(), -1  # what was saved last, and the step it is of
         self.written: list[Path] = []
 
+    @override
     def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         n, bad_step = self.metrics.bad_in_a_row, self.metrics.bad_step
         if n >= self.max_bad_steps:
             path = self._save(trainer, module, "last-good")
             raise Halted("", f"stopped at {bad_step}, after {n} such steps in a row (--max_bad_steps); weights before them: {path}")
 
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         epoch = trainer.current_epoch
         is_last = epoch + 1 >= self.length.n_epochs
         if is_last or (self.epoch_save and epoch % self.epoch_save == 0):
             self._save(trainer, module, str(self.length.epoch_begin + epoch))
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         path = self._save(trainer, module, "final")
         self.halt.write(trainer, lambda: save_end(path, self.identity, trainer.global_step))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytorch_lightning as pl
+from typing_extensions import override
 
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.base.signals import interrupted_by, interrupts, on_signals
@@ -31,6 +32,7 @@ class Halt:
     appended: set[Path] = field(default_factory=set)
 
     def on_signal(self, number: int) -> None:
+        """Takes note of a signal: the run stops at the end of the step."""
         self.signalled = True
 
     def append(self, path: Path, text: str) -> None:
@@ -76,6 +78,7 @@ class StopOnSignal(pl.Callback):
         self.started_by = int(os.environ.get(_STARTED_BY, 0)) if int(os.environ.get("LOCAL_RANK", 0)) else 0
         os.environ[_STARTED_BY] = str(os.getpid())
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         is_script = interrupts()
         restore = on_signals(self.halt.on_signal, at_once=lambda: self._pass_on(trainer, signal.SIGKILL))
@@ -83,9 +86,11 @@ class StopOnSignal(pl.Callback):
         if not is_script:
             self.restore = restore
 
+    @override
     def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.restore()
 
+    @override
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         if number := interrupted_by():
             self._pass_on(trainer, number)

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor
+from typing_extensions import override
 
 from rwkv_dpo.batches.loader import EpochNumbers, MicroBatches
 from rwkv_dpo.optimizer.length import RunLength
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 class WeightsOfRankZero(pl.Callback):
     """Gives every rank the weights that rank 0 has read from the run folder."""
 
+    @override
     def setup(self, trainer: pl.Trainer, module: DPOModule, stage: str) -> None:  # type: ignore[override]
         with torch.no_grad():
             for parameter in module.model.parameters():
@@ -51,6 +53,7 @@ class LastCheckpoints(pl.Callback):
         self.metrics, self.halt, self.saved, self.identity = metrics, metrics.halt, saved, identity
         self.resumes = False
 
+    @override
     def setup(self, trainer: pl.Trainer, module: DPOModule, stage: str) -> None:  # type: ignore[override]
         """Before the strategy takes the model: weights and counters."""
         saved = self.saved
@@ -79,6 +82,7 @@ class LastCheckpoints(pl.Callback):
         metrics.pairs_seen, metrics.epoch_losses = progress.pairs_seen, list(progress.epoch_losses)
         metrics.skipped_steps, metrics.bad_in_a_row = progress.skipped_steps, progress.bad_in_a_row
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         """Once the strategy has made the optimizer: its state, the loss scale and the generators."""
         if not self.resumes:
@@ -108,6 +112,7 @@ class LastCheckpoints(pl.Callback):
             like = torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
             set_sharded(parameter, _from_rank_0(trainer, saved.weights[name] if saved else None, like))
 
+    @override
     def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         step, every = trainer.global_step, self.settings.save_every
         if self.metrics.losses or step == self.length.total_steps or step % self.length.steps_per_epoch == 0:
@@ -118,6 +123,7 @@ class LastCheckpoints(pl.Callback):
         elif every and step % every == 0:
             self._save(trainer, module)
 
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         if trainer.global_step == self.length.total_steps:
             return  # what is left to do is rwkv-final.pth
@@ -126,6 +132,7 @@ class LastCheckpoints(pl.Callback):
         if self.metrics.stops:
             self._stop(trainer)
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         if trainer.is_global_zero:
             shutil.rmtree(last_of(self.folder), ignore_errors=True)

@@ -13,6 +13,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy
+from typing_extensions import override
 
 from rwkv_dpo.files.json_text import as_json
 from rwkv_dpo.optimizer.length import RunLength
@@ -40,17 +41,21 @@ class MetricsLog(pl.Callback):
         self.epoch_losses: list[float] = []
         self.record: dict[str, Any] = {}  # of the step that has just ended; empty in its middle
 
+    @override
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             self.halt.append(self.folder / "train_log.txt", f"NEW RUN {datetime.datetime.now():%Y-%m-%d-%H-%M-%S}\n{dict(self.flags)}\n")
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.steps_done, self.clock = trainer.global_step, time.perf_counter()
 
+    @override
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.epoch_losses = []
         self.clock = time.perf_counter()
 
+    @override
     def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         for name, value in module.metrics.items():
             weight = {"loss": 1, "loss_general": batch.step.n_window_rows}.get(name, batch.step.n_pairs)
@@ -111,6 +116,7 @@ class MetricsLog(pl.Callback):
         if trainer.is_global_zero:
             log.warning("%s, skipped; it had %s", self.bad_step, samples)
 
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         if trainer.is_global_zero and self.epoch_losses:
             loss, epoch = float(np.mean(self.epoch_losses)), trainer.current_epoch

@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor
+from typing_extensions import override
 
 from rwkv_dpo.batches.micro_batch import MicroBatch
 from rwkv_dpo.model.rwkv import RWKV, Block
@@ -36,6 +37,7 @@ class DPOModule(pl.LightningModule):
         self.grad_norm = torch.zeros(())
         self.lr = self.weight_decay = 0.0
 
+    @override
     def setup(self, stage: str) -> None:
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             from deepspeed.utils import set_z3_leaf_modules
@@ -43,14 +45,17 @@ class DPOModule(pl.LightningModule):
             # ZeRO-3 gathers weights module by module, but within a block a layer uses its neighbours': gather blocks whole.
             set_z3_leaf_modules(self.model, [Block])
 
+    @override
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         loss, self.metrics = objective(self.model, batch, self.beta, self.ratio)
         self.n_tokens = batch.step.forest.tokens.numel()
         return poisoned(loss)
 
+    @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.build_optimizer([(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad])
 
+    @override
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         self.lr, self.weight_decay = set_rates(optimizer, self.schedule, self.first_step, self.trainer.global_step)
         optimizer.step(closure=optimizer_closure)
@@ -58,6 +63,7 @@ class DPOModule(pl.LightningModule):
             # Lightning would drop the gradients after the next forward pass, whose activations they needn't stand beside.
             optimizer.zero_grad()
 
+    @override
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             return  # its engine clips, and knows the norm after the step
@@ -68,5 +74,6 @@ class DPOModule(pl.LightningModule):
             torch.nn.utils.clip_grads_with_norm_(parameters, CLIP_NORM, self.grad_norm)
         skip_unless_finite(optimizer, parameters, self.grad_norm)
 
+    @override
     def transfer_batch_to_device(self, batch: MicroBatch, device: torch.device, dataloader_idx: int) -> MicroBatch:
         return batch.to(device)

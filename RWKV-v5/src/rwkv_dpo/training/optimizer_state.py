@@ -13,6 +13,7 @@ OptimizerState = dict[str, dict[str, Any]]
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that train, by name."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 

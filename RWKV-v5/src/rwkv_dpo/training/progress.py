@@ -12,6 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+from typing_extensions import override
 
 from rwkv_dpo.training.checkpoints import Checkpoints
 from rwkv_dpo.training.metrics import MetricsLog
@@ -37,6 +38,7 @@ class RunBar(pl.Callback):
         self.shown = contextlib.ExitStack()
         self.bar: tqdm | None = None
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         if not trainer.is_global_zero:
             return
@@ -48,6 +50,7 @@ class RunBar(pl.Callback):
         self.bar = self.shown.enter_context(bar)
         self.shown.enter_context(logging_redirect_tqdm())
 
+    @override
     def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         record = self.metrics.record
         if self.bar is not None and record:
@@ -55,9 +58,11 @@ class RunBar(pl.Callback):
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update()
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         self.shown.close()
 
+    @override
     def on_exception(self, trainer: pl.Trainer, module: DPOModule, exception: BaseException) -> None:  # type: ignore[override]
         self.shown.close()
 
@@ -68,9 +73,11 @@ class Summary(pl.Callback):
     def __init__(self, folder: Path, checkpoints: Checkpoints, next_commands: list[str]) -> None:
         self.folder, self.checkpoints, self.next_commands = folder, checkpoints, next_commands
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         self.first, self.clock = trainer.global_step + 1, time.perf_counter()
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         if not trainer.is_global_zero:
             return

@@ -12,6 +12,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
+from typing_extensions import override
 
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.data.pairs import PairSet, join_pairs, pairs_sha256
@@ -46,6 +47,7 @@ class StartIsReference(pl.Callback):
         self.continues, self.folder, self.halt, self.shows_bar = continues, folder, halt, shows_bar
         self.path = folder / REFERENCE_FILE
 
+    @override
     def setup(self, trainer: pl.Trainer, module: DPOModule, stage: str) -> None:  # type: ignore[override]
         # Here processes can talk to each other, and no strategy has taken the model apart yet.
         pairs = join_pairs(self.sets)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from typing_extensions import override
 
 from rwkv_dpo.data.pairs import PairSet
 from rwkv_dpo.devices.device import COMPUTE_DTYPES
@@ -33,6 +34,7 @@ class ReferenceCheck(pl.Callback):
         """precision: the run's. is_recomputed: the reference is the model as training starts. batch_tokens: scored at once."""
         self.pairs, self.precision, self.is_recomputed, self.batch_tokens = pairs, precision, is_recomputed, batch_tokens
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         if trainer.global_step:
             return  # resumed: the weights have moved on

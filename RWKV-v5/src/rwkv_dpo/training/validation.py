@@ -6,6 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from tqdm import tqdm
+from typing_extensions import override
 
 from rwkv_dpo.data.pairs import PairSet
 from rwkv_dpo.evaluation.scoring import evaluate_pairs
@@ -29,6 +30,7 @@ class ValidPairs(pl.Callback):
         self.folder, self.halt, self.shows_bar = folder, halt, shows_bar
         self.record: dict[str, Any] = {}  # of the last epoch
 
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         length, shows = self.length, self.shows_bar and trainer.is_global_zero
         module.model.eval()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from typing_extensions import override
 
 from rwkv_dpo.files.atomic import atomic_write
 from rwkv_dpo.training.metrics import MetricsLog
@@ -31,6 +32,7 @@ class WandbLog(pl.Callback):
         self.project, self.flags, self.folder, self.metrics, self.valid = project, flags, folder, metrics, valid
         self.run: Any = None
 
+    @override
     def on_fit_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         if trainer.is_global_zero:
             try:
@@ -38,17 +40,21 @@ class WandbLog(pl.Callback):
             except Exception as error:
                 _tell(error, "the run goes on without it")
 
+    @override
     def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         self._log(self.metrics.record)
 
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         if self.valid is not None:
             self._log({name if name in ("step", "epoch") else f"valid/{name}": value for name, value in self.valid.record.items()})
 
+    @override
     def on_fit_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         self._do(lambda run: run.finish())
         self.run = None
 
+    @override
     def on_exception(self, trainer: pl.Trainer, module: DPOModule, exception: BaseException) -> None:  # type: ignore[override]
         self.on_fit_end(trainer, module)
 

@@ -22,6 +22,7 @@ class AdaptedLinear(lora.Linear):
     """
 
     def forward(self, *inputs: Tensor, prepare: Prepare | None = None) -> Tensor:  # type: ignore[override]  # several inputs
+        """What the base layer makes of the inputs, and what the adapter adds: [S, n_out]."""
         plain = self.get_base_layer()(*inputs, prepare=prepare)
         if self.disable_adapters or self.merged:
             return plain

@@ -45,6 +45,7 @@ class SavedAdapter:
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
+        """The modules that it adapts, by name."""
         return tuple(name.removesuffix(".lora_A.weight") for name in self.tensors if name.endswith(".lora_A.weight"))
 
     def split(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

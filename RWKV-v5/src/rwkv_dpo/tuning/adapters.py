@@ -103,6 +103,7 @@ def parse_layers(text: str, n_layer: int) -> set[int]:
 
 
 def extra_names(model: RWKV, words: list[str]) -> tuple[str, ...]:
+    """The weights that --train_extra names."""
     return tuple(name for name, _ in model.named_parameters() if any(re.fullmatch(EXTRAS[word], name) for word in words))
 
 

@@ -56,4 +56,5 @@ def read_states(path: str | Path, model: RWKV) -> dict[str, Tensor]:
 
 
 def state_name(layer: int) -> str:
+    """The official name of a tuned state."""
     return f"blocks.{layer}.att.time_state"

@@ -74,6 +74,7 @@ def load_tuned(model: RWKV, path: str | Path, base: str | Path = "", any_base: b
 
 
 def check_modules(model: RWKV, saved: SavedAdapter) -> None:
+    """Refuses an adapter of modules that the model hasn't."""
     own = {name for name, _ in model.named_modules()}
     unknown = [name for name in saved.modules if name not in own]
     if unknown:

@@ -48,6 +48,8 @@ _MADE_FOR = {
 
 
 class Backend(NamedTuple):
+    """An implementation of the recurrence, by its name."""
+
     name: str
     wkv5: WKV5
 

@@ -23,6 +23,7 @@ CHUNK = 32
 
 
 def unusable_because(device: torch.device) -> str | None:
+    """None: it runs on any device."""
     return None
 
 

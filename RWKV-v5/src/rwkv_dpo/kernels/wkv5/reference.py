@@ -6,6 +6,7 @@ from rwkv_dpo.kernels.wkv5.common import decay_rate
 
 
 def unusable_because(device: torch.device) -> str | None:
+    """None: it runs on any device."""
     return None
 
 
