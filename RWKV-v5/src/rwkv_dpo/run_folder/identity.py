@@ -27,16 +27,20 @@ class Identity:
     parts: Mapping[str, Part] = field(default_factory=dict)
 
     def changes_from(self, before: "Identity", free: Collection[Part], free_flags: Collection[str] = ()) -> list[str]:
-        """What is another than before, but for the flags of the parts in `free`, each in a few words. A flag that is newer than `before`
-        is none."""
-        changes = []
+        """What is another than before, but for the flags of the parts in `free`, each in a few words; files of the same name and another
+        content first. A flag that is newer than `before` is none."""
+        changes, contents = [], []
         for name, was in before.flags.items():
             now = self.flags.get(name)
             is_known = name in before.content and name in self.content
             is_same = before.content[name] == self.content[name] if is_known else now == was
-            if self.parts.get(name) not in free and name not in free_flags and not is_same:
-                changes.append(f"--{name} {now} ({f'was {was}' if now != was else 'its content has changed'})")
-        return changes
+            if is_same or name in free_flags or self.parts.get(name) in free:
+                continue
+            if now == was:
+                contents.append(f"--{name} {now} (its content has changed)")
+            else:
+                changes.append(f"--{name} {now} (was {was})")
+        return contents + changes
 
     @property
     def paths(self) -> set[Path]:
