@@ -17,7 +17,7 @@ from rwkv_dpo.data.corpus import Corpus, corpus_sha256
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.data.pairs import PairSet, pack_pairs
 from rwkv_dpo.run.data import RunData
-from rwkv_dpo.run.settings import settings_of
+from rwkv_dpo.run.settings import FLAGS, settings_of
 from rwkv_dpo.run.start import identity_of
 from rwkv_dpo.run_folder.identity import Identity
 from rwkv_dpo.settings.fields import Part
@@ -165,6 +165,11 @@ def test_a_file_of_the_run_folder_that_the_run_starts_from_is_not_moved_or_writt
     init = (tmp_path / "new" / "rwkv-init.pth").read_bytes()
     train.main(flags(data, tmp_path / "new", load_model=tmp_path / "new" / "rwkv-init.pth", dpo=0, overwrite=1))
     assert (tmp_path / "new" / "rwkv-init.pth").read_bytes() == init
+
+
+def test_every_file_that_a_flag_names_is_known_by_its_content():
+    content = identity_of(settings_of({}), RunData()).content
+    assert {name for name, flag in FLAGS.items() if flag.names_file} == content.keys() - {"source_id", "preparation_id"}
 
 
 def test_folders_of_earlier_versions_are_compared_by_their_flags_and_paths():

@@ -103,13 +103,6 @@ class RunSettings:
 ROOMS: Mapping[str, type] = {f.name: f.default_factory for f in fields(RunSettings)}  # type: ignore[misc]
 FLAGS: Mapping[str, Flag] = {name: flag for room in ROOMS.values() for name, flag in flags_of(room).items()}
 PARTS: Mapping[str, Part] = {name: flag.part for name, flag in FLAGS.items()}
-# Those that name what a run reads.
-FILES = tuple(name for name, flag in FLAGS.items() if flag.names_file)
-
-
-def room_of(name: str) -> str:
-    """The room in which a flag stands."""
-    return next(room for room, settings in ROOMS.items() if name in flags_of(settings))
 
 
 def settings_of(values: Mapping[str, Any]) -> RunSettings:
