@@ -1,23 +1,14 @@
 """What a run makes of the pair files that it is given, before its first step."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import runs
 import torch
 import train
-from runs import TINY, write_inputs
 from rwkv_dpo.data.pairs import load_pairs, pack_pairs, save_pairs
 from rwkv_dpo.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_inputs(folder, TINY, 10)
-    return folder
 
 
 def run(data, proj_dir, **changes):

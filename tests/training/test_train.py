@@ -13,22 +13,15 @@ import pytorch_lightning as pl
 import torch
 import train
 from conftest import random_model
-from runs import TINY, flags, write_inputs
+from runs import TINY, environment, flags
 from rwkv_dpo.config import RunConfig
-from rwkv_dpo.data.pairs import load_pairs, pack_pairs, save_original, save_pairs
+from rwkv_dpo.data.pairs import load_pairs, pack_pairs, save_pairs
 from rwkv_dpo.errors import InputError
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.training.trainer import build_model, build_trainer
 
 TRAIN = Path(train.__file__)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    save_original(folder / "original.save", write_inputs(folder, TINY, 10))
-    return folder
 
 
 def run(data, proj_dir, **changes):
@@ -440,13 +433,7 @@ def test_the_original_command_runs_as_a_program_from_another_directory(data, tmp
         str(data / "train.save"), "--dpo_general_corpus_ratio", "0.8", "--dpo_beta", "0.02",
     ]  # fmt: skip
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    # A ddp run in this process leaves its address in the environment.
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("MASTER_", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    }
-    env = {**inherited, "PATH": path, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
+    env = environment(PATH=path, WANDB_MODE="offline", WANDB_SILENT="true")
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     records = [json.loads(line) for line in (tmp_path / "models_2" / "metrics.jsonl").read_text().splitlines()]
