@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from lives import Lives
+from rwkv_dpo.data.pair_files import save_original
 from rwkv_dpo.kernels.wkv5 import reference
 from rwkv_dpo.model.checkpoint import empty_model
 from rwkv_dpo.model.rwkv import RWKV
@@ -42,6 +43,16 @@ def random_model(shape: ModelShape, dtype: torch.dtype = torch.float64, seed: in
 @pytest.fixture(scope="session")
 def tiny_shape() -> ModelShape:
     return ModelShape(n_layer=2, n_embd=32, dim_att=32, dim_ffn=96, vocab_size=61, head_size=8)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """The files of runs.write_inputs, with 10 pairs, which original.save has in the original's form; nobody writes there."""
+    import runs  # which imports this module
+
+    folder = tmp_path_factory.mktemp("data")
+    save_original(folder / "original.save", runs.write_inputs(folder, runs.TINY, 10))
+    return folder
 
 
 @pytest.fixture(scope="session")

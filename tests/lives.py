@@ -11,13 +11,17 @@ import random
 import runpy
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+# What a run imports, and DeepSpeed when it begins to train: of this the last three take two seconds of its three.
+PRELOADED = ["train", "rwkv_dpo.run.trainer", "deepspeed", "setuptools", "torch.utils.cpp_extension", "torch._inductor.lowering"]
 # What clocks and memory say differs from run to run.
 MEASURED = ("tokens_per_s", "peak_memory_gb")
 
@@ -47,12 +51,23 @@ def hang(target: str, call: int = 1, in_c: bool = False) -> None:
     setattr(owner, name, hanging)
 
 
-def _script(path: Path, arguments: list[str], log: Path, prepare: Callable[[], None]) -> None:
-    """A script, as the user who runs it has it, in a process group of its own."""
+def _enter(folder: Path, limit: int | None) -> None:
+    os.chdir(folder)
+    if limit is not None:
+        import resource  # not on every system
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def _speak_into(output: Path, errors: Path) -> None:
     os.setsid()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    for number, path in ((1, output), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+
+
+def _script(path: Path, arguments: list[str], output: Path, errors: Path, prepare: Callable[[], None]) -> None:
+    """A script, as the user who runs it has it, in a process group of its own."""
+    _speak_into(output, errors)
     prepare()
     sys.argv = [str(path), *arguments]
     runpy.run_path(str(path), run_name="__main__")
@@ -60,10 +75,7 @@ def _script(path: Path, arguments: list[str], log: Path, prepare: Callable[[], N
 
 def _live(flags: list[str], rank: int, world_size: int, port: int, log: Path, prepare: Callable[[], None]) -> None:
     """One process of a run, among world_size as torchrun would start them, in a process group of its own."""
-    os.setsid()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    _speak_into(log, log)
     if world_size > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         os.environ |= {name: str(value) for name, value in names.items()}
@@ -80,7 +92,7 @@ class Lives:
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["train", "rwkv_dpo.run.trainer", "deepspeed"])
+        self.context.set_forkserver_preload(PRELOADED)
         # The server finds its imports by PYTHONPATH alone; what it starts inherits its environment.
         variables = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
         before = {name: os.environ.get(name) for name in variables}
@@ -102,9 +114,20 @@ class Lives:
         return runs
 
     def start_script(self, path: Path, arguments: list[str], log: Path, prepare: Callable[[], None] = nothing) -> Any:
-        process = self.context.Process(target=_script, args=(path, arguments, log, prepare))
+        process = self.context.Process(target=_script, args=(path, arguments, log, log, prepare))
         process.start()
         return process
+
+    def script(self, path: Path, arguments: Sequence[object], folder: Path, limit: int | None = None) -> subprocess.CompletedProcess[str]:
+        """One that has ended, as subprocess.run tells of it. folder: where the user is; limit: bytes of a file, the largest."""
+        given = list(map(str, arguments))
+        with tempfile.TemporaryDirectory() as said:
+            output, errors = Path(said, "output"), Path(said, "errors")
+            process = self.context.Process(target=_script, args=(path, given, output, errors, functools.partial(_enter, folder, limit)))
+            process.start()
+            process.join(200)
+            assert not process.is_alive(), errors.read_text()
+            return subprocess.CompletedProcess(given, process.exitcode or 0, output.read_text(), errors.read_text())
 
     def whole(self, flags: list[str], log: Path, world_size: int = 1) -> list[int]:
         """Exit statuses of a run that nobody kills."""

@@ -18,13 +18,12 @@ from rwkv_dpo.data.binidx import read_binidx
 from rwkv_dpo.data.tokenizer import WorldTokenizer
 
 SCRIPT = Path(__file__).resolve().parents[1] / "RWKV-v5" / "make_data.py"
-NO_BYTECODE = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
 TEXTS = ["One.", "Zwei\n\nTeile", "三", "four four four"]
 
 
-def make_data(folder, *arguments, **options):
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, **options)
+@pytest.fixture
+def make_data(lives):
+    return lambda folder, *arguments, **options: lives.script(SCRIPT, arguments, folder, **options)
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def decoded(prefix):
     return [tokenizer.decode(document) for document in documents]
 
 
-def test_every_pass_holds_every_document_in_a_new_order(source):
+def test_every_pass_holds_every_document_in_a_new_order(make_data, source):
     run = make_data(source.parent, source, 3, 4)
     assert run.returncode == 0, run.stderr
     documents = decoded(source.with_suffix(""))
@@ -54,7 +53,7 @@ def test_every_pass_holds_every_document_in_a_new_order(source):
     assert f"--my_exit_tokens {n_tokens} --magic_prime {largest_magic_prime(n_tokens, 4)} --ctx_len 4" in run.stdout
 
 
-def test_seed_field_and_out_do_what_they_say(source, tmp_path):
+def test_seed_field_and_out_do_what_they_say(make_data, source, tmp_path):
     orders = []
     for seed in range(4):
         assert make_data(tmp_path, source, "--seed", seed, "--out", tmp_path / "out").returncode == 0
@@ -64,7 +63,7 @@ def test_seed_field_and_out_do_what_they_say(source, tmp_path):
     assert decoded(tmp_path / "out") == ["t"] * 5
 
 
-def test_a_text_file_is_one_document_or_many(tmp_path):
+def test_a_text_file_is_one_document_or_many(make_data, tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     assert make_data(tmp_path, "a.txt").returncode == 0
     assert decoded(tmp_path / "a") == ["one\n\ntwo\n"]
@@ -72,7 +71,7 @@ def test_a_text_file_is_one_document_or_many(tmp_path):
     assert sorted(decoded(tmp_path / "a")) == ["one", "two"]
 
 
-def test_bytes_are_those_of_the_format_in_the_order_of_the_sampler(source):
+def test_bytes_are_those_of_the_format_in_the_order_of_the_sampler(make_data, source):
     assert make_data(source.parent, source, 2, "--seed", 5).returncode == 0
     encode = WorldTokenizer().encode
     documents = [[*encode(TEXTS[item_at(i, 4, 5)]), 0] for i in range(8)]
@@ -97,7 +96,7 @@ def test_many_processes_write_what_one_writes(tmp_path, monkeypatch):
     assert sorted(decoded("many")) == sorted(texts)
 
 
-def test_folders_globs_and_packed_files_are_read(tmp_path):
+def test_folders_globs_and_packed_files_are_read(make_data, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "b.txt").write_text("b")
     (tmp_path / "texts" / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}'))
@@ -110,7 +109,7 @@ def test_folders_globs_and_packed_files_are_read(tmp_path):
     assert decoded(tmp_path / "a") == ["a"]
 
 
-def test_bad_rows_are_skipped_and_counted_when_asked(tmp_path):
+def test_bad_rows_are_skipped_and_counted_when_asked(make_data, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text"\n{"body": "b"}\n{"text": "c"}\n')
     assert make_data(tmp_path, "a.jsonl").stderr.startswith("make_data.py: a.jsonl: line 2: not JSON")
     assert not (tmp_path / "a.bin").exists()
@@ -141,16 +140,14 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [10_000, 50_000])
-def test_a_full_disk_is_one_line_and_the_old_corpus_stays(tmp_path, limit):
+def test_a_full_disk_is_one_line_and_the_old_corpus_stays(make_data, tmp_path, limit):
     """A limit on the size of a file stands in for the disk: it stops the spool of 22,000 bytes, or the corpus of three passes."""
-    resource = pytest.importorskip("resource")
+    pytest.importorskip("resource")
     (tmp_path / "a.jsonl").write_text('{"text": "old"}')
     assert make_data(tmp_path, "a.jsonl").returncode == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".jsonl"}
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "word " * 100}) + "\n" for _ in range(100)))
-    limited = make_data(
-        tmp_path, "a.jsonl", 3, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), env=NO_BYTECODE
-    )
+    limited = make_data(tmp_path, "a.jsonl", 3, limit=limit)
     assert limited.returncode == 2
     assert limited.stderr == "make_data.py: a.bin: cannot be written: File too large\n"
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".jsonl"} == before
@@ -166,6 +163,8 @@ def test_a_corpus_that_reads_back_as_another_text_is_told(source, monkeypatch):
 def test_it_starts_as_a_program():
     assert os.access(SCRIPT, os.X_OK)
     assert SCRIPT.read_text().startswith("#!/usr/bin/env python3\n")
+    done = subprocess.run([sys.executable, SCRIPT, "missing.txt"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "make_data.py: missing.txt: cannot be read: No such file or directory\n")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +180,7 @@ def test_it_starts_as_a_program():
         (["demo.jsonl", "--out", "nowhere/a"], "nowhere/a.bin: cannot be written: No such file or directory"),
     ],
 )
-def test_faults_are_one_line_and_exit_2_and_nothing_half_written(source, arguments, message):
+def test_faults_are_one_line_and_exit_2_and_nothing_half_written(make_data, source, arguments, message):
     folder = source.parent
     (folder / "empty.txt").write_text("")
     (folder / "bad.jsonl").write_text("{")

@@ -20,9 +20,9 @@ from rwkv_dpo.files.hashed import file_sha256
 SCRIPT = Path(__file__).resolve().parents[1] / "RWKV-v5" / "prepare_pairs.py"
 
 
-def prepare_pairs(folder, *arguments, **options):
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, **options)
+@pytest.fixture
+def prepare_pairs(lives):
+    return lambda folder, *arguments: lives.script(SCRIPT, arguments, folder)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def load_splits(folder):
     return [load_pairs(folder / f"{name}set.save", VOCAB_SIZE) for name in ("train", "valid", "test")]
 
 
-def test_splits_and_report_tell_what_was_done(source):
+def test_splits_and_report_tell_what_was_done(prepare_pairs, source):
     folder = source.parent
     model = save_tiny_model(folder / "tiny.pth")
     common = ("--source", source, "--load_model", model, "--device", "cpu", "--wkv_backend", "reference", "--ctx_len", 64)
@@ -201,7 +201,7 @@ def test_what_other_flags_made_is_kept_until_overwrite_and_what_is_lost_is_told(
     assert sum(map(len, load_splits(folder / "out"))) == 11
 
 
-def test_malformed_rows_are_skipped_when_asked_and_a_users_template_is_used(tmp_path):
+def test_malformed_rows_are_skipped_when_asked_and_a_users_template_is_used(prepare_pairs, tmp_path):
     lines = ['{"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}', "{", '{"prompt": "p", "chosen": "c"}']
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     (tmp_path / "own.txt").write_text("## {prompt} ##\n")
@@ -218,13 +218,14 @@ def test_malformed_rows_are_skipped_when_asked_and_a_users_template_is_used(tmp_
 def test_a_hub_id_that_cannot_be_reached_is_named(source):
     (source.parent / "any.pth").write_bytes(b"")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(source.parent)}
-    run = prepare_pairs(source.parent, "--source", "owner/name", "--load_model", "any.pth", env=environment)
+    command = [sys.executable, SCRIPT, "--source", "owner/name", "--load_model", "any.pth"]
+    run = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, env=environment)
     assert run.returncode == 2
     assert run.stderr.startswith("prepare_pairs.py: owner/name: ")
     assert run.stderr.count("\n") == 1
 
 
-def test_a_model_with_a_smaller_vocabulary_is_refused(source):
+def test_a_model_with_a_smaller_vocabulary_is_refused(prepare_pairs, source):
     model = save_tiny_model(source.parent / "small.pth", vocab_size=300)
     run = prepare_pairs(source.parent, "--source", source, "--load_model", model, "--device", "cpu", "--wkv_backend", "reference")
     assert run.returncode == 2
@@ -255,7 +256,7 @@ def test_it_starts_as_a_program():
         (["--out_dir", "bad.json"], "--out_dir bad.json: cannot be made: File exists"),
     ],
 )
-def test_faults_are_one_line_and_exit_2(source, arguments, message):
+def test_faults_are_one_line_and_exit_2(prepare_pairs, source, arguments, message):
     folder = source.parent
     (folder / "bad.json").write_text('[{"prompt": "p"}]')
     (folder / "empty.json").write_text("[]")

@@ -4,18 +4,10 @@ import pytest
 import torch
 import train
 from lives import free_port
-from runs import TINY, flags, write_inputs
+from runs import flags
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.devices import processes
 from rwkv_dpo.devices.settings import DeviceSettings
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_inputs(folder, TINY, 10)
-    return folder
-
 
 JOB = {"SLURM_JOB_ID": "5", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
 

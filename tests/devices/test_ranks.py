@@ -11,17 +11,10 @@ from conftest import random_model
 from lives import free_port
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities import rank_zero_only
-from runs import TINY, write_inputs
+from runs import TINY
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.devices.ranks import Ranks
 from rwkv_dpo.model.checkpoint import save_weights
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_inputs(folder, TINY, 10)
-    return folder
 
 
 def test_processes_with_folders_of_their_own_begin_end_and_are_refused_together(data, tmp_path, lives):

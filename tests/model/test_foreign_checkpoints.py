@@ -22,11 +22,9 @@ SHAPE = ModelShape(2, 64, 64, 224, 71, head_size=32)
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
+def written(lives, tmp_path_factory):
     folder = tmp_path_factory.mktemp("foreign")
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(HERE / "foreign_writers.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = lives.script(HERE / "foreign_writers.py", [folder], folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

@@ -1,24 +1,15 @@
 """What a run makes of the pair files that it is given, before its first step."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import runs
 import torch
 import train
-from runs import TINY, write_inputs
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.data.pairs import pack_pairs
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_inputs(folder, TINY, 10)
-    return folder
 
 
 def run(data, proj_dir, **changes):

@@ -8,16 +8,8 @@ import pytest
 import runs
 import train
 from lives import records
-from runs import TINY, write_inputs
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.run_folder.lock import RunLock
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_inputs(folder, TINY, 10)
-    return folder
 
 
 def test_the_second_start_in_a_folder_says_who_holds_it_and_the_first_goes_on(data, tmp_path, lives):

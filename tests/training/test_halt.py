@@ -11,24 +11,11 @@ from types import SimpleNamespace
 import pytest
 import runs
 import train
-from lives import free_port, hang, wait_for_hang, wait_until
-from runs import TINY, write_inputs
+from lives import hang, wait_for_hang, wait_until
+from runs import environment, steps_written
 from rwkv_dpo.training.halt import Halt, StopOnSignal
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_inputs(folder, TINY, 30)
-    return folder
-
-
-def flags(data, proj_dir, **changes) -> list[str]:
-    return runs.flags(data, proj_dir, **{"epoch_steps": 300, "epoch_count": 1, "dropout": 0.1, **changes})
-
-
-def steps_written(folder) -> int:
-    return (folder / "metrics.jsonl").read_bytes().count(b"\n") if (folder / "metrics.jsonl").exists() else 0
+flags = functools.partial(runs.flags, epoch_steps=300, epoch_count=1, dropout=0.1)
 
 
 def load_as_on_a_gpu() -> None:
@@ -112,13 +99,9 @@ def launch(data, tmp_path, patch, **changes) -> tuple[subprocess.Popen, dict[str
     """Two processes as train.py starts them itself; the numbers of both, by their LOCAL_RANK, once they write them."""
     script, log = tmp_path / "patched_train.py", tmp_path / "log.txt"
     script.write_text(LAUNCHED.format(scripts=os.path.dirname(train.__file__), tests=os.path.dirname(runs.__file__), patch=patch))
-    # A ddp run in this process would leave its address in the environment.
-    ranks = ("MASTER_", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "RANK", "GROUP_RANK", "PL_", "SLURM_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(ranks)}
-    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "MASTER_PORT": str(free_port())}
     wanted = flags(data, tmp_path / "out", devices=2, strategy="ddp", dpo_ref="recompute", **changes)
     with open(log, "w") as file:
-        process = subprocess.Popen([sys.executable, script, *wanted], env=environment, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen([sys.executable, script, *wanted], env=environment(), stdout=file, stderr=file, start_new_session=True)
     started = time.monotonic()
     while log.read_text().count("HANGING ") < 2:
         time.sleep(0.05)

@@ -1,9 +1,8 @@
 """A run is its flags, its data and its base weights: every check that asks "is this mine?" sees a change of any of them."""
 
+import functools
 import json
-import os
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import runs
 import torch
 import train
 from lives import records
-from runs import TINY, write_inputs
+from runs import TINY, run_to, write_inputs
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.corpus import Corpus, corpus_sha256
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
@@ -21,9 +20,8 @@ from rwkv_dpo.run.settings import FLAGS, settings_of
 from rwkv_dpo.run.start import identity_of
 from rwkv_dpo.run_folder.identity import Identity
 from rwkv_dpo.settings.fields import Part
-from test_resume import run_until
 
-SHORT = {"epoch_steps": 6, "epoch_count": 1}
+flags = functools.partial(runs.flags, epoch_steps=6, epoch_count=1)
 
 
 @pytest.fixture
@@ -32,10 +30,6 @@ def data(tmp_path):
     folder.mkdir()
     write_inputs(folder, TINY, 12)
     return folder
-
-
-def flags(data, proj_dir, **changes):
-    return runs.flags(data, proj_dir, **{**SHORT, **changes})
 
 
 def exchanged(pairs: PairSet) -> PairSet:
@@ -85,15 +79,10 @@ def test_a_finished_run_on_other_content_under_the_same_names_is_not_this_one(da
 @pytest.mark.parametrize("peft", ["none", "lora"])
 def test_an_interrupted_run_does_not_go_on_with_other_content(data, tmp_path, change, flag, peft):
     tuned = {"peft": peft, "lora_r": 2} if peft == "lora" else {}
-    run_until_step(data, tmp_path / "out", **tuned)
+    run_to(2, flags(data, tmp_path / "out", **tuned))
     change(data)
     with pytest.raises(InputError, match=rf"last/step-\d+\.pth is of a run with other settings: --{flag} \S+ \(its content has changed\)"):
         train.main(flags(data, tmp_path / "out", **tuned))
-
-
-def run_until_step(data, folder, **changes):
-    run_until(data, folder, 2, act=lambda: os.kill(os.getpid(), signal.SIGTERM), **{**SHORT, "epoch_steps": 60, **changes})
-    assert list((folder / "last").glob("step-*.pth"))
 
 
 def test_the_same_files_under_other_paths_are_the_same_run(data, tmp_path, caplog):

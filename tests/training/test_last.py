@@ -6,36 +6,24 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 import train
-from runs import TINY, write_inputs
+from runs import run_until
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.files.hashed import hashed_write
-from test_resume import run_until
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_inputs(folder, TINY, 10)
-    return folder
+from test_resume import flags
 
 
 @pytest.fixture(scope="module")
 def interrupted(data, tmp_path_factory):
     """The newest checkpoint of an interrupted run."""
     folder = tmp_path_factory.mktemp("run") / "out"
-    run_until(data, folder, 3, dropout=0)
+    run_until(3, flags(data, folder, dropout=0))
     return max((folder / "last").glob("step-*.pth"), key=lambda path: int(path.stem[5:]))
 
 
 def resume(data, path: Path, proj_dir: Path):
-    wanted = runs.flags(
-        data, proj_dir, epoch_steps=24, accumulate_grad_batches=2, warmup_steps=5, weight_decay=0.1, dropout=0, resume=path,
-        dpo_valid_file=data / "valid.save",
-    )  # fmt: skip
-    train.main(wanted)
+    train.main(flags(data, proj_dir, dropout=0, resume=path))
 
 
 def changed(interrupted, path: Path, change) -> Path:

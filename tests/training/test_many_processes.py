@@ -1,6 +1,7 @@
 """The same training on any number of processes: `train.py` on CPU processes, launched by itself, by torchrun or as Slurm does. Where the
 way of launching is not the matter, `lives` starts the processes, which takes less than the training then."""
 
+import functools
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import runs
 import torch
 import train
 from lives import free_port
-from runs import SHARDED, write_inputs
+from runs import SHARDED, environment, write_inputs
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 
 pytestmark = pytest.mark.slow
@@ -32,20 +33,14 @@ def data(tmp_path_factory):
     return folder
 
 
-def flags(data, proj_dir, **changes) -> list[str]:
-    """Adam's epsilon is above the rounding of gradients, by which it would divide others: it would move such weights anywhere."""
-    steps = {"epoch_steps": 20, "epoch_count": 1, "micro_bsz": 1, "cpu_malloc": None}
-    optimizer = {"lr_init": 1e-4, "lr_final": 1e-5, "weight_decay": 0.1, "adam_eps": 1e-5}
-    return runs.flags(data, proj_dir, **{**steps, **optimizer, **changes})
+# Adam's epsilon is above the rounding of gradients, by which it would divide others: it would move such weights anywhere.
+flags = functools.partial(runs.flags, epoch_steps=20, epoch_count=1, micro_bsz=1, cpu_malloc=None,
+                          lr_init=1e-4, lr_final=1e-5, weight_decay=0.1, adam_eps=1e-5)  # fmt: skip
 
 
 def launch(data, proj_dir, launcher=(sys.executable,), variables=None, **changes) -> subprocess.Popen:
-    # A ddp run in this process would leave its address in the environment.
-    ranks = ("MASTER_", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "RANK", "GROUP_RANK", "PL_", "SLURM_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(ranks)}
-    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "MASTER_PORT": str(free_port()), **(variables or {})}
-    command = [*launcher, str(TRAIN), *flags(data, proj_dir, **changes)]
-    return subprocess.Popen(command, cwd=data, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command, own = [*launcher, str(TRAIN), *flags(data, proj_dir, **changes)], environment(**(variables or {}))
+    return subprocess.Popen(command, cwd=data, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(*processes: subprocess.Popen) -> str:
@@ -166,8 +161,8 @@ train.leave(0)
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="starving a thread takes Linux")
 def test_processes_end_well_while_gloo_still_holds_tensors():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    two = environment(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1")
     command = [sys.executable, "-c", STARVED, str(TRAIN.parent)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    output = finish(*(subprocess.Popen(command, env=environment | {"RANK": str(rank)}, **pipes) for rank in (0, 1)))
+    output = finish(*(subprocess.Popen(command, env=two | {"RANK": str(rank)}, **pipes) for rank in (0, 1)))
     assert output.count("trained") == 2

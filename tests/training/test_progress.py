@@ -1,5 +1,6 @@
 """What a run shows while it lasts, and what it says at its end."""
 
+import functools
 import io
 import json
 import re
@@ -13,24 +14,14 @@ import runs
 import torch
 import train
 from conftest import random_model
-from runs import TINY, write_inputs
+from runs import TINY, run_to
 from rwkv_dpo.data.pair_files import load_pairs
 from rwkv_dpo.evaluation.scoring import evaluate_pairs
 from rwkv_dpo.run.callbacks import next_commands
 from rwkv_dpo.run.settings import settings_of
-from rwkv_dpo.training.halt import Halt
 from rwkv_dpo.training.progress import best_and_last
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_inputs(folder, TINY, 10)
-    return folder
-
-
-def flags(data, proj_dir, **changes) -> list[str]:
-    return runs.flags(data, proj_dir, **{"dpo_valid_file": data / "valid.save", "epoch_save": 0, **changes})
+flags = functools.partial(runs.flags, dpo_valid_file="DATA/valid.save", epoch_save=0)
 
 
 def bars(text) -> list[tuple[int, int]]:
@@ -38,16 +29,8 @@ def bars(text) -> list[tuple[int, int]]:
     return [(int(done), int(total)) for done, total in re.findall(r"training: .*?(\d+)/(\d+) \[", text)]
 
 
-def test_the_bar_counts_the_steps_of_the_whole_run_those_before_a_resumption_included(data, tmp_path, monkeypatch, capsys):
-    append = Halt.append
-
-    def stop_after_three_steps(halt, path, text):
-        append(halt, path, text)
-        halt.signalled |= path.name == "metrics.jsonl" and len(path.read_text().splitlines()) == 2  # all know it a step later
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Halt, "append", stop_after_three_steps)
-        train.main(flags(data, tmp_path, enable_progress_bar=True))
+def test_the_bar_counts_the_steps_of_the_whole_run_those_before_a_resumption_included(data, tmp_path, capsys):
+    run_to(3, flags(data, tmp_path, enable_progress_bar=True))
     assert bars(capsys.readouterr().err)[-1] == (3, 8)
     train.main(flags(data, tmp_path, enable_progress_bar=True))
     drawn = capsys.readouterr().err

@@ -1,61 +1,27 @@
 """A run that dies, and goes on as if it had not."""
 
+import functools
 import os
 import random
+import shutil
 import signal
 import subprocess
-import threading
 import time
 
 import pytest
 import runs
 import train
 from lives import records
-from runs import TINY, write_inputs
+from runs import run_to, run_until, steps_written
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.files.hashed import fault_of
 from rwkv_dpo.run_folder.lock import RunLock
 
 N_STEPS = 24
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_inputs(folder, TINY, 30)
-    return folder
-
-
-def flags(data, proj_dir, **changes) -> list[str]:
-    """Two epochs of 12 optimizer steps, of 2 micro-batches each, with dropout."""
-    own = {"epoch_steps": 24, "accumulate_grad_batches": 2, "dropout": 0.1, "warmup_steps": 5, "weight_decay": 0.1}
-    return runs.flags(data, proj_dir, **{"dpo_valid_file": data / "valid.save", **own, **changes})
-
-
-def steps_written(folder) -> int:
-    return (folder / "metrics.jsonl").read_bytes().count(b"\n") if (folder / "metrics.jsonl").exists() else 0
-
-
-def run_until(data, folder, step, act=lambda: os.kill(os.getpid(), signal.SIGTERM), **changes):
-    """A run in this process; once `step` lines of metrics are written another thread does `act`, by default sends SIGTERM."""
-    done = threading.Event()
-
-    def watch():
-        while not done.wait(0.001):
-            if steps_written(folder) >= step:
-                return act()
-
-    # A signal that comes after the run's end must not end the tests.
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        train.main(flags(data, folder, **changes))
-    finally:
-        done.set()
-        thread.join()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+TWO = {"devices": 2, "strategy": "ddp"}
+# Two epochs of 12 optimizer steps, of 2 micro-batches each, with dropout.
+flags = functools.partial(runs.flags, dpo_valid_file="DATA/valid.save", epoch_steps=24, accumulate_grad_batches=2, dropout=0.1,
+                          warmup_steps=5, weight_decay=0.1)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +30,19 @@ def whole(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "out"
     train.main(flags(data, folder))
     return folder
+
+
+@pytest.fixture(scope="module")
+def lived(data, lives, tmp_path_factory):
+    """The like, by lives of one thread: of one process, or of two."""
+
+    @functools.cache
+    def trained(world_size):
+        folder = tmp_path_factory.mktemp("lived")
+        lives.trained(flags(data, folder / "out", **(TWO if world_size == 2 else {})), folder / "log.txt", world_size)
+        return folder / "out"
+
+    return trained
 
 
 def assert_same(folder, whole):
@@ -77,22 +56,19 @@ def assert_same(folder, whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "save_every", "kills", "seed"), [(1, 1, 8, 0), (1, 3, 6, 1), (2, 1, 5, 2), (2, 2, 4, 3)])
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(data, tmp_path, lives, world_size, save_every, kills, seed):
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(data, tmp_path, lives, lived, world_size, save_every, kills, seed):
     """23 kills in all: SIGKILL some steps into each life, at every other one in the middle of a save."""
-    layout = {"devices": world_size, "strategy": "ddp" if world_size > 1 else "auto"}
-    log = tmp_path / "log.txt"
-    lives.trained(flags(data, tmp_path / "whole", **layout), log, world_size)
-    wanted = flags(data, tmp_path / "out", save_every=save_every, **layout)
-    fell_into = lives.killed(wanted, tmp_path / "out", log, random.Random(seed), world_size, kills)
+    wanted = flags(data, tmp_path / "out", save_every=save_every, **(TWO if world_size == 2 else {}))
+    fell_into = lives.killed(wanted, tmp_path / "out", tmp_path / "log.txt", random.Random(seed), world_size, kills)
     assert len(fell_into) == kills
     assert "save" in fell_into
-    assert_same(tmp_path / "out", tmp_path / "whole")
+    assert_same(tmp_path / "out", lived(world_size))
 
 
 @pytest.mark.parametrize("step", [5, 12, 13])
 def test_sigterm_saves_and_exits_well_and_the_same_command_goes_on(data, tmp_path, whole, caplog, step):
     caplog.set_level("INFO")
-    run_until(data, tmp_path / "out", step)
+    run_until(step, flags(data, tmp_path / "out"))
     assert "the same command goes on (--resume auto)" in caplog.text
     assert not (tmp_path / "out" / "rwkv-final.pth").exists()
     assert steps_written(tmp_path / "out") < N_STEPS
@@ -102,7 +78,7 @@ def test_sigterm_saves_and_exits_well_and_the_same_command_goes_on(data, tmp_pat
 
 
 def test_ctrl_c_is_the_same(data, tmp_path, whole):
-    run_until(data, tmp_path / "out", 5, act=lambda: os.kill(os.getpid(), signal.SIGINT))
+    run_until(5, flags(data, tmp_path / "out"), lambda: os.kill(os.getpid(), signal.SIGINT))
     train.main(flags(data, tmp_path / "out"))
     assert_same(tmp_path / "out", whole)
 
@@ -110,17 +86,16 @@ def test_ctrl_c_is_the_same(data, tmp_path, whole):
 def test_fp16_goes_on_with_its_loss_scale(data, tmp_path):
     fp16 = {"precision": "fp16", "dpo": 0, "lr_init": 1e-4}
     train.main(flags(data, tmp_path / "whole", **fp16))
-    run_until(data, tmp_path / "out", 5, **fp16)
+    run_until(5, flags(data, tmp_path / "out", **fp16))
     train.main(flags(data, tmp_path / "out", **fp16))
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(data, tmp_path, lives):
-    layout = {"devices": 2, "strategy": "ddp"}
+def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(data, tmp_path, lives, lived):
     log = tmp_path / "log.txt"
     for rank in (0, 1):
-        processes = lives.start(flags(data, tmp_path / "out", **layout), log, 2)
+        processes = lives.start(flags(data, tmp_path / "out", **TWO), log, 2)
         begin = steps_written(tmp_path / "out")
         while steps_written(tmp_path / "out") < begin + 3:
             time.sleep(0.001)
@@ -128,14 +103,13 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(data, tmp_p
         os.kill(processes[rank].pid, signal.SIGTERM)
         assert lives.end(processes, log) == [0, 0], log.read_text()
     assert log.read_text().count("the same command goes on") == 2
-    lives.trained(flags(data, tmp_path / "out", **layout), log, 2)
-    lives.trained(flags(data, tmp_path / "whole", **layout), log, 2)
-    assert_same(tmp_path / "out", tmp_path / "whole")
+    lives.trained(flags(data, tmp_path / "out", **TWO), log, 2)
+    assert_same(tmp_path / "out", lived(2))
 
 
 def test_a_run_of_other_samples_a_step_goes_on_right_after_the_samples_taken(data, tmp_path):
-    """8 steps of 4 pairs, then steps of 6 pairs: 32 + 6 are the first 38 of the sequence, which repeats after 30."""
-    run_until(data, tmp_path / "out", 8, dropout=0)
+    """8 steps of 4 pairs, then steps of 6 pairs: 32 + 6 are the first 38 of the sequence, each pass of which has 10."""
+    run_until(8, flags(data, tmp_path / "out", dropout=0))
     step = len(records(tmp_path / "out"))
     train.main(flags(data, tmp_path / "out", dropout=0, micro_bsz=3))
     got = records(tmp_path / "out")
@@ -143,10 +117,9 @@ def test_a_run_of_other_samples_a_step_goes_on_right_after_the_samples_taken(dat
     assert [r["pairs_seen"] for r in got] == [4 * s if s <= step else 4 * step + 6 * (s - step) for s in range(1, N_STEPS + 1)]
 
 
-def test_none_begins_anew_and_a_path_goes_on_elsewhere(data, tmp_path, whole):
-    run_until(data, tmp_path / "out", 5)
-    (saved,) = (tmp_path / "out" / "last").glob("step-*.pth")
-    step = int(saved.stem.removeprefix("step-"))
+def test_none_begins_anew_and_a_path_goes_on_elsewhere(data, tmp_path, whole, stopped):
+    shutil.copytree(stopped, tmp_path / "out")
+    saved, step = tmp_path / "out" / "last" / "step-10.pth", 10
     train.main(flags(data, tmp_path / "elsewhere", resume=saved))
     assert records(tmp_path / "elsewhere") == records(whole)[step:]
     assert (tmp_path / "elsewhere" / "rwkv-final.pth").read_bytes() == (whole / "rwkv-final.pth").read_bytes()
@@ -170,8 +143,8 @@ def test_a_finished_run_is_not_trained_again_unless_asked_to(data, tmp_path, cap
     assert sorted(path.parent.name for path in tmp_path.glob("*/metrics.jsonl")) == ["earlier-1", "earlier-2"]
 
 
-def test_other_settings_are_not_resumed(data, tmp_path):
-    run_until(data, tmp_path / "out", 5)
+def test_other_settings_are_not_resumed(data, tmp_path, stopped):
+    shutil.copytree(stopped, tmp_path / "out")
     with pytest.raises(InputError, match=r"other settings: --lr_init 0\.002 \(was 0\.001\)"):
         train.main(flags(data, tmp_path / "out", lr_init=2e-3))
     with pytest.raises(InputError, match=r"--epoch_steps 26: .* counts 12 optimizer steps in an epoch; 24 is accepted"):
@@ -181,7 +154,7 @@ def test_other_settings_are_not_resumed(data, tmp_path):
 
 
 def test_save_every_and_keep_say_what_is_in_last(data, tmp_path):
-    run_until(data, tmp_path / "out", 11, save_every=2, keep=3)
+    run_until(11, flags(data, tmp_path / "out", save_every=2, keep=3))
     names = sorted(path.name for path in (tmp_path / "out" / "last").iterdir())
     steps = sorted(int(name.removeprefix("step-").removesuffix(".pth")) for name in names if name.endswith(".pth"))
     assert steps[-1] >= 11
@@ -195,9 +168,17 @@ def test_hashes_are_those_of_sha256sum(data, whole):
     assert len(list(whole.glob("*.sha256"))) == len(list(whole.glob("*.pth"))) == 3
 
 
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory):
+    """A run with two checkpoints in last/, which no test changes."""
+    folder = tmp_path_factory.mktemp("stopped") / "out"
+    run_to(10, flags(data, folder, save_every=2))
+    return folder
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "no hash"])
-def test_a_corrupt_checkpoint_is_reported_and_the_one_before_is_used(data, tmp_path, whole, caplog, damage):
-    run_until(data, tmp_path / "out", 10, save_every=2)
+def test_a_corrupt_checkpoint_is_reported_and_the_one_before_is_used(data, tmp_path, whole, stopped, caplog, damage):
+    shutil.copytree(stopped, tmp_path / "out")
     before, newest = sorted((tmp_path / "out" / "last").glob("step-*.pth"), key=lambda path: int(path.stem[5:]))
     content = bytearray(newest.read_bytes())
     if damage == "flip":
@@ -214,8 +195,8 @@ def test_a_corrupt_checkpoint_is_reported_and_the_one_before_is_used(data, tmp_p
     assert_same(tmp_path / "out", whole)
 
 
-def test_when_no_checkpoint_is_whole_the_run_is_refused(data, tmp_path):
-    run_until(data, tmp_path / "out", 5)
+def test_when_no_checkpoint_is_whole_the_run_is_refused(data, tmp_path, stopped):
+    shutil.copytree(stopped, tmp_path / "out")
     for path in (tmp_path / "out" / "last").glob("*.pth"):
         path.write_bytes(b"torn")
         with pytest.raises(InputError, match=r"--resume .*step-\d+.pth: does not have the sha256"):
@@ -249,7 +230,7 @@ def test_a_full_disk_stops_the_run_and_the_last_good_checkpoint_is_named_and_int
 @pytest.mark.slow
 def test_a_full_disk_stops_both_processes_with_one_line(data, small_disk, lives, tmp_path):
     log = tmp_path / "log.txt"
-    wanted = flags(data, small_disk / "out", save_every=2, keep=9, devices=2, strategy="ddp")
+    wanted = flags(data, small_disk / "out", save_every=2, keep=9, **TWO)
     assert lives.whole(wanted, log, 2) == [2, 0], log.read_text()
     assert log.read_text().count("No space left on device; the last good checkpoint is") == 1
     assert "Traceback" not in log.read_text()
@@ -266,7 +247,7 @@ def test_a_folder_that_becomes_read_only_stops_the_run_likewise(data, small_disk
             time.sleep(0.001)  # busy while a file is open for writing
 
     with pytest.raises(InputError, match=r"cannot be written: Read-only file system; the last good checkpoint is \S+$") as error:
-        run_until(data, out, 4, act=lock, save_every=2)
+        run_until(4, flags(data, out, save_every=2), lock)
     assert fault_of(str(error.value).rsplit(" ", 1)[1]) == ""
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
     train.main(flags(data, out))
@@ -281,9 +262,8 @@ def test_staged_pretraining_goes_on_within_its_epoch(data, tmp_path):
     for name in ("whole", "out"):
         train.main(flags(data, tmp_path / name, **stage | {"my_pile_stage": 1}))
     train.main(flags(data, tmp_path / "whole", **stage))
-    run_until(data, tmp_path / "out", 5, **stage)
+    run_until(5, flags(data, tmp_path / "out", **stage))
     assert steps_written(tmp_path / "out") < 20
     train.main(flags(data, tmp_path / "out", **stage))
     assert records(tmp_path / "out") == records(tmp_path / "whole")
     assert (tmp_path / "out" / "rwkv-final.pth").read_bytes() == (tmp_path / "whole" / "rwkv-final.pth").read_bytes()
-

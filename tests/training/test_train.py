@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import make_data
 import numpy as np
@@ -13,9 +14,9 @@ import pytorch_lightning as pl
 import torch
 import train
 from conftest import random_model
-from runs import TINY, flags, write_inputs
+from runs import TINY, environment, flags
 from rwkv_dpo.base.errors import InputError
-from rwkv_dpo.data.pair_files import load_pairs, save_original, save_pairs
+from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
@@ -26,13 +27,6 @@ from rwkv_dpo.run.trainer import build_trainer
 TRAIN = Path(train.__file__)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    save_original(folder / "original.save", write_inputs(folder, TINY, 10))
-    return folder
-
-
 def run(data, proj_dir, **changes):
     train.main(flags(data, proj_dir, **changes))
     return [json.loads(line) for line in (proj_dir / "metrics.jsonl").read_text().splitlines()]
@@ -40,6 +34,18 @@ def run(data, proj_dir, **changes):
 
 def final_weights(proj_dir):
     return torch.load(proj_dir / "rwkv-final.pth", weights_only=True)
+
+
+class Finished(NamedTuple):
+    records: list[dict]
+    weights: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def plain(data, tmp_path_factory) -> Finished:
+    """A run by the flags that all have, which others are held against."""
+    folder = tmp_path_factory.mktemp("plain") / "out"
+    return Finished(run(data, folder), final_weights(folder))
 
 
 def test_a_run_writes_the_folder_of_the_design(data, tmp_path):
@@ -72,10 +78,9 @@ def test_a_run_writes_the_folder_of_the_design(data, tmp_path):
     assert all(saved[name].dtype == torch.float32 and saved[name].shape == started[name].shape for name in started)
 
 
-def test_the_originals_pair_files_train_the_same(data, tmp_path):
-    a = run(data, tmp_path / "a")
+def test_the_originals_pair_files_train_the_same(data, tmp_path, plain):
     b = run(data, tmp_path / "b", dpo_train_file=data / "original.save")
-    assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=1e-6)
+    assert [r["loss"] for r in plain.records] == pytest.approx([r["loss"] for r in b], rel=1e-6)
 
 
 def test_accumulated_batches_equal_the_large_batch(data, tmp_path):
@@ -102,8 +107,6 @@ def test_the_same_flags_give_the_same_bytes(data, tmp_path):
     assert (tmp_path / "a" / "rwkv-final.pth").read_bytes() == (tmp_path / "b" / "rwkv-final.pth").read_bytes()
 
 
-BASELINE: dict = {}
-
 CHANGES = [
     {"random_seed": 5}, {"ctx_len": 11}, {"dpo": 0}, {"dpo_beta": 0.7}, {"dpo_general_corpus_ratio": 0.9}, {"dropout": 0.2},
     {"epoch_steps": 5}, {"epoch_count": 1}, {"micro_bsz": 3}, {"accumulate_grad_batches": 2},
@@ -116,13 +119,10 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
-def test_every_flag_of_the_arithmetic_changes_the_result(data, tmp_path, changes):
-    if not BASELINE:
-        run(data, tmp_path / "base")
-        BASELINE.update(final_weights(tmp_path / "base"))
+def test_every_flag_of_the_arithmetic_changes_the_result(data, tmp_path, plain, changes):
     records = run(data, tmp_path / "changed", **changes)
     changed = final_weights(tmp_path / "changed")
-    assert any(not torch.equal(BASELINE[name], changed[name]) for name in BASELINE)
+    assert any(not torch.equal(weight, changed[name]) for name, weight in plain.weights.items())
     assert all(np.isfinite(r["loss"]) for r in records)
 
 
@@ -130,9 +130,9 @@ def test_every_flag_of_the_arithmetic_changes_the_result(data, tmp_path, changes
     {"grad_cp": 1}, {"grad_cp": "selective"}, {"chunk_ctx": 16}, {"chunk_ctx": 17, "grad_cp": 1},
     {"wkv_backend": "reference"}, {"wkv_backend": "chunked"}, {"precision": "tf32"}, {"strategy": "ddp"},
 ], ids=str)  # fmt: skip
-def test_flags_of_execution_change_nothing_but_rounding(data, tmp_path, changes):
-    a, b = run(data, tmp_path / "a"), run(data, tmp_path / "b", **changes)
-    assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=1e-5)
+def test_flags_of_execution_change_nothing_but_rounding(data, tmp_path, plain, changes):
+    records = run(data, tmp_path, **changes)
+    assert [r["loss"] for r in plain.records] == pytest.approx([r["loss"] for r in records], rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -160,15 +160,14 @@ def test_fp16_scales_the_loss_and_learns(data, tmp_path):
     assert final_weights(tmp_path)["head.weight"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("optim", ["adamw_bf16state", "adamw8bit"])
-def test_small_moments_learn_like_fp32_ones(data, tmp_path, optim):
+def test_small_moments_learn_like_fp32_ones(data, tmp_path):
     """60 steps on pairs and corpus: the last steps' losses and margins within a few per cent of AdamW's."""
     lengths = {"epoch_steps": 60, "epoch_count": 1, "lr_init": 2e-3, "lr_final": 1e-3}
-    plain, small = run(data, tmp_path / "plain", **lengths), run(data, tmp_path / optim, optim=optim, **lengths)
-    assert plain[-1]["loss_dpo"] < 0.8 * plain[0]["loss_dpo"]
+    records = {optim: run(data, tmp_path / optim, optim=optim, **lengths) for optim in ("adamw", "adamw_bf16state", "adamw8bit")}
+    assert records["adamw"][-1]["loss_dpo"] < 0.8 * records["adamw"][0]["loss_dpo"]
     for name in ("loss", "loss_dpo", "rewards/margins"):
-        a, b = (np.mean([r[name] for r in records[-10:]]) for records in (plain, small))
-        assert b == pytest.approx(a, rel=0.03), name
+        last = {optim: np.mean([r[name] for r in of_optim[-10:]]) for optim, of_optim in records.items()}
+        assert [last["adamw_bf16state"], last["adamw8bit"]] == pytest.approx([last["adamw"]] * 2, rel=0.03), name
 
 
 def test_an_optimizer_whose_package_is_missing_is_refused(data, tmp_path, monkeypatch):
@@ -424,9 +423,8 @@ def test_a_checkpoint_that_is_not_the_reference_is_reported(data, tmp_path, capl
 def test_the_original_command_runs_as_a_program_from_another_directory(data, tmp_path):
     """The original's README command, its names and order kept; sizes are tiny and the accelerator is a CPU."""
     binidx = tmp_path / "minipile"
-    make = [sys.executable, str(TRAIN.parent / "make_data.py"), str(tmp_path / "text.txt"), "1", "--out", str(binidx)]
     (tmp_path / "text.txt").write_text("\n".join(f"Line {i} of a small corpus about nothing." for i in range(50)))
-    subprocess.run(make, check=True, capture_output=True)
+    make_data.main([str(tmp_path / "text.txt"), "1", "--out", str(binidx)])
     shape = ModelShape(2, 64, 64, 224, 65536, head_size=64)
     model = random_model(shape, torch.float32)
     save_weights({n: w.bfloat16() for n, w in model.state_dict().items()}, tmp_path / "base.pth")
@@ -442,13 +440,7 @@ def test_the_original_command_runs_as_a_program_from_another_directory(data, tmp
         str(data / "train.save"), "--dpo_general_corpus_ratio", "0.8", "--dpo_beta", "0.02",
     ]  # fmt: skip
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    # A ddp run in this process leaves its address in the environment.
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("MASTER_", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    }
-    env = {**inherited, "PATH": path, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
+    env = environment(PATH=path, WANDB_MODE="offline", WANDB_SILENT="true")
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     records = [json.loads(line) for line in (tmp_path / "models_2" / "metrics.jsonl").read_text().splitlines()]

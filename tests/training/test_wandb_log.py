@@ -12,19 +12,9 @@ from types import SimpleNamespace
 import pytest
 import runs
 import train
-from runs import TINY, write_inputs
-from rwkv_dpo.training.halt import Halt
+from runs import run_to
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_inputs(folder, TINY, 10)
-    return folder
-
-
-def flags(data, proj_dir, **changes) -> list[str]:
-    return runs.flags(data, proj_dir, **{"wandb": "a project", "dpo_valid_file": data / "valid.save", "epoch_save": 0, **changes})
+flags = functools.partial(runs.flags, wandb="a project", dpo_valid_file="DATA/valid.save", epoch_save=0)
 
 
 def settings_of_wandb(home, variables) -> None:
@@ -171,15 +161,7 @@ def test_a_missing_package_does_not_end_a_run(data, tmp_path, monkeypatch, caplo
 def test_a_resumed_run_goes_on_in_its_own_run_at_the_server_which_has_some_steps_already(data, tmp_path, monkeypatch):
     """A stand-in for the package and its server."""
     stand_in = with_stand_in(monkeypatch)
-    append = Halt.append
-
-    def stop_after_three_steps(halt, path, text):
-        append(halt, path, text)
-        halt.signalled |= path.name == "metrics.jsonl" and len(path.read_text().splitlines()) == 2  # all know it a step later
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Halt, "append", stop_after_three_steps)
-        train.main(flags(data, tmp_path / "out"))
+    run_to(3, flags(data, tmp_path / "out"))
     assert [record["step"] for record in stand_in.records] == [1, 2, 3]
     again = with_stand_in(monkeypatch, step=5)
     train.main(flags(data, tmp_path / "out"))
