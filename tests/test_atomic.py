@@ -233,8 +233,7 @@ def test_a_writer_that_turns_a_full_disk_into_a_fault_of_its_own_is_seen_through
     def write():
         with hashed_write(folder / "a") as file:
             try:
-                for _ in range(100):
-                    file.write(bytes(4096))
+                file.write(bytes(1 << 17))  # more than the file collects before it writes
             except OSError as error:
                 raise RuntimeError("unexpected pos 64 vs 0") from error
 
