@@ -20,7 +20,7 @@ from rwkv_dpo.config import RunConfig
 from rwkv_dpo.errors import InputError
 from rwkv_dpo.json_text import as_json
 from rwkv_dpo.training.identity import flags_of
-from rwkv_dpo.training.resume import Progress, Saved, check_fits, choose, goes_on_here, interrupted_stage, save
+from rwkv_dpo.training.resume import Progress, Saved, check_fits, choose, goes_on_here, interrupted_stage, save, start_of
 from rwkv_dpo.training.run_lock import RunLock
 
 N_STEPS = 24
@@ -117,6 +117,15 @@ def test_a_stage_that_was_interrupted_begins_where_it_had_begun(tmp_path):
         assert interrupted_stage(replace(now, **changes)) is None
     (tmp_path / "config.json").unlink()
     assert interrupted_stage(now) is None
+
+
+def test_an_adapters_start_is_beside_the_last_that_its_checkpoint_is_in():
+    def saved(peft: str) -> Saved:
+        return Saved(Path("out/last/step-5.pth"), replace(progress_of(RunConfig(), 5), identity={"peft": peft}), {}, {}, [], {})
+
+    starts = {peft: start_of(saved(peft)) for peft in ("none", "state", "lora", "dora", "pissa", "rslora")}
+    assert starts == {"none": "", "state": "", **dict.fromkeys(("lora", "dora", "pissa", "rslora"), "out/adapter-init")}
+    assert start_of(None) == ""
 
 
 def test_an_8_bit_optimizers_tables_have_sizes_of_their_own(tmp_path):
