@@ -34,16 +34,20 @@ SURVIVORS = Path(__file__).parent / "survivors.json"
 # The tests that a module's promises are in, the quickest first.
 RUNS = ("tests/training/test_last.py", "tests/training/test_identity.py", "tests/training/test_resume.py")
 TESTS: dict[str, tuple[str, ...]] = {
-    "losses": ("tests/test_losses.py", "tests/test_objective.py"),
-    "schedule": ("tests/test_schedule.py", "tests/test_config.py"),
-    "sampling": ("tests/test_sampling.py", "tests/training/test_batches.py"),
-    "forest": ("tests/test_forest.py", "tests/test_objective.py", "tests/model/test_v5.py"),
-    "chunks": ("tests/test_chunked_step.py", "tests/test_objective.py"),
-    "objective": ("tests/test_objective.py", "tests/test_chunked_step.py", "tests/evaluation/test_evaluate.py"),
-    "chunked_step": ("tests/test_chunked_step.py",),
+    "objective/losses": ("tests/objective/test_losses.py", "tests/objective/test_objective.py"),
+    "optimizer/schedule": ("tests/optimizer/test_schedule.py", "tests/run/test_config.py"),
+    "batches/sampling": ("tests/batches/test_sampling.py", "tests/batches/test_batches.py"),
+    "batches/forest": ("tests/batches/test_forest.py", "tests/objective/test_objective.py", "tests/model/test_v5.py"),
+    "batches/step": ("tests/batches/test_forest.py", "tests/objective/test_objective.py", "tests/model/test_v5.py"),
+    "batches/chunks": ("tests/objective/test_chunked_step.py", "tests/objective/test_objective.py"),
+    "objective/objective": ("tests/objective/test_objective.py", "tests/objective/test_chunked_step.py"),
+    "objective/chunked_step": ("tests/objective/test_chunked_step.py",),
+    "evaluation/scoring": ("tests/objective/test_objective.py", "tests/evaluation/test_evaluate.py"),
     "data/pairs": ("tests/data/test_pairs.py", "tests/data/test_original_pairs.py", "tests/data/test_prepare.py"),
-    "atomic": ("tests/test_atomic.py",),
-    "training/resume": RUNS,
+    "data/pair_files": ("tests/data/test_pairs.py", "tests/data/test_original_pairs.py", "tests/data/test_prepare.py"),
+    "files/atomic": ("tests/files/test_atomic.py",),
+    "files/hashed": ("tests/files/test_atomic.py",),
+    "run_folder/resume": RUNS[::-1],
     "training/last": RUNS,
 }
 # Longer than the others together, and about the folder's stages.
@@ -88,7 +92,7 @@ def draw_mutants(module: str, sample: int, seed: int) -> tuple[int, list[Mutant]
             continue
         seen.add(bare)
         lines = difflib.unified_diff(original.splitlines(), text.splitlines(), lineterm="", n=0)
-        found.append(Mutant(module, name, text, "\n".join(line for line in lines if line[:3] not in ("---", "+++"))))
+        found.append(Mutant(module, name, text, "\n".join(line for line in lines if line[:3] not in ("---", "+++") and line[:2] != "@@")))
         if len(found) == sample:
             break
     return len(places), found

@@ -45,13 +45,15 @@ def test_levels_stand_one_after_the_other_and_cover_every_row():
         (3, 4, 5, 6),
     ]
     assert forest.levels[1].cu_seqlens.tolist() == [0, 0]
+    assert (forest.n_segments, forest.n_roots) == (4, 2)
     assert forest.tokens.tolist() == [1, 2, 3, 5, 6, 4]
     assert forest.last_rows.tolist() == [2, 4, 2, 5]  # an empty segment ends where its parent ended
 
 
 def test_a_parent_that_was_not_added_is_refused():
-    with pytest.raises(IndexError, match="names parent 3"):
-        ForestBuilder().add([1], parent=3)
+    for parent in (3, 0, -2):
+        with pytest.raises(IndexError, match=f"segment 0 names parent {parent}, which hasn't been added"):
+            ForestBuilder().add([1], parent=parent)
 
 
 def test_an_empty_forest_is_refused():

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.pair_files import load_pairs, save_original, save_pairs
-from rwkv_dpo.data.pairs import PairSet, cut_pair, pack_pairs
+from rwkv_dpo.data.pairs import PairSet, cut_pair, join_pairs, pack_pairs
 from rwkv_dpo.files.hashed import file_sha256
 
 ROWS = [([1, 2, 3], [4], [5, 6], -1.5, -2.25), ([7], [8, 9], [8, 10], -3, -4.0)]
@@ -121,6 +122,14 @@ def test_a_bad_row_is_refused_by_number(tmp_path, row, message):
         load_pairs(write_pickle(tmp_path / "a.save", [*ROWS, row, ROWS[0]]), vocab_size=11)
 
 
+@pytest.mark.parametrize("n_before", [0, 1, 2])
+def test_equal_answers_are_refused_by_the_number_of_their_row(tmp_path, n_before):
+    rows = [*[ROWS[0][:3]] * n_before, ([1], [3], [3]), ROWS[1][:3]]
+    save_pairs(tmp_path / "a.save", pack_pairs(rows, np.full((len(rows), 2), -1.0)))
+    with pytest.raises(InputError, match=f"row {n_before + 1}: the chosen and the rejected answer are equal"):
+        load_pairs(tmp_path / "a.save")
+
+
 def test_packed_rows_are_checked_like_pickled_ones(tmp_path):
     for row, message in [
         (([1], [], [3]), "row 3: the chosen answer is empty"),
@@ -157,6 +166,11 @@ def test_scores_attach_with_the_fingerprint_of_their_model():
 def test_select_keeps_rows_in_the_given_order():
     assert as_rows(packed().select([1, 0, 1])) == [ROWS[1], ROWS[0], ROWS[1]]
     assert len(packed().select([])) == 0
+
+
+def test_joined_sets_hold_the_pairs_of_each_one_after_the_other():
+    assert as_rows(join_pairs([packed(), pack_pairs([]), packed().select([1])])) == [*ROWS, ROWS[1]]
+    assert join_pairs([packed()]).header == {}
 
 
 NOT_PAIRS = {
@@ -205,6 +219,8 @@ def test_a_flipped_byte_in_the_tokens_is_noticed(tmp_path):
         ({"offsets": np.int64(3)}, "its arrays disagree"),
         ({"ref_logps": np.zeros((3, 2))}, "its arrays disagree"),
         ({"tokens": np.zeros(11)}, "its arrays disagree"),
+        ({"tokens": packed().tokens[:, None]}, "its arrays disagree"),
+        ({"offsets": np.array([0, 3, 4, 6, 7, 11])}, "its arrays disagree"),
         ({"tokens": np.array([{}] * 11)}, "not a whole pair file"),
         ({"header": {"format": "another"}}, "its header does not say 'rwkv_dpo pairs'"),
         ({"header": []}, "its header does not say"),
@@ -223,6 +239,19 @@ def test_arrays_that_disagree_are_refused(tmp_path, change, message):
     (tmp_path / "a.save").write_bytes(content.getvalue())
     with pytest.raises(InputError, match=f"a.save: .*{message}"):
         load_pairs(tmp_path / "a.save")
+
+
+@pytest.mark.parametrize("version", [(0, 9), (2, 0)])
+def test_arrays_of_another_version_of_numpys_form_are_refused(tmp_path, version):
+    save_pairs(tmp_path / "a.save", packed())
+    with zipfile.ZipFile(tmp_path / "a.save") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "b.save", "w") as archive:
+        for name, content in members.items():
+            assert content.startswith(b"\x93NUMPY\x01\x00")
+            archive.writestr(name, content[:6] + bytes(version) + content[8:] if name == "tokens.npy" else content)
+    with pytest.raises(InputError, match=r"b\.save: not a whole pair file: its tokens are not of \.npy version 1\.0"):
+        load_pairs(tmp_path / "b.save")
 
 
 def test_62000_packed_pairs_load_in_a_second(tmp_path):

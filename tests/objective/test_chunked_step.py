@@ -1,5 +1,8 @@
 """Chunked steps against the same steps in one model call: values and every gradient."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -200,6 +203,37 @@ def test_dropout_draws_the_same_again_in_the_backward_pass(tiny_shape, monkeypat
         for g, w in zip(torch.autograd.grad(loss, list(model.parameters())), want, strict=True):
             torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
         assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_on_a_gpu_what_its_generator_draws_is_drawn_again_too(monkeypatch):
+    """Without one: in what order torch is asked for what. A device's type is a string of its own each time it is asked for."""
+    device = SimpleNamespace(type="".join(["cu", "da"]))
+    model, asked = SimpleNamespace(head=SimpleNamespace(weight=SimpleNamespace(device=device))), []
+
+    @contextmanager
+    def fork_rng(devices):
+        asked.append(("kept", *devices))
+        yield
+        asked.append(("put back", *devices))
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: ("state of", device))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: asked.append((*state, device)))
+    state = chunked_step._random_state(model)
+    assert torch.equal(state["cpu"], torch.get_rng_state())
+    with chunked_step._drawing_again(model, state):
+        asked.append(("drawn",))
+    assert asked == [("kept", device), ("state of", device, device), ("drawn",), ("put back", device)]
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+def test_a_second_derivative_is_refused_instead_of_being_wrong(tiny_shape, truncated):
+    model = random_model(tiny_shape)
+    batch, ratio = batch_of("one window", 16, truncated)
+    loss, _ = objective(model, batch, BETA, ratio)
+    grads = torch.autograd.grad(loss.square(), list(model.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(grad.sum() for grad in grads).backward()
 
 
 def test_gradients_reach_the_parameters_once_whatever_the_number_of_chunks(tiny_shape):

@@ -188,6 +188,13 @@ def test_token_batches_respect_the_limit_and_lose_nothing():
     assert token_batches(order[:0], lengths, 8) == []
 
 
+def test_token_batches_are_filled_up_to_the_limit_by_hand():
+    """Limit 8: 4 + 4 fill the first two, 5 is alone because 5 + 5 is too much, and so is the other because of what comes then."""
+    batches = token_batches(np.arange(8), np.array([4, 4, 4, 4, 5, 5, 8, 4]), 8)
+    assert [batch.tolist() for batch in batches] == [[0, 1], [2, 3], [4], [5], [6], [7]]
+    assert [batch.tolist() for batch in token_batches(np.array([2, 0, 1]), np.array([1, 1, 7]), 8)] == [[2, 0], [1]]
+
+
 # Three pairs of one prompt, two of them with the same chosen answer and one with an answer that another continues; and one alone.
 SHARING = [
     ([5, 6, 7], [9, 10, 11], [12]),

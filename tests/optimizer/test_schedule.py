@@ -80,3 +80,10 @@ def test_weight_decay_begins_after_the_warm_up_and_ends_where_exit_tokens_end_th
     assert [weight_decay_at(warmed, step) for step in (0, 9, 54, 99)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
     shorter = Schedule(1, 1, warmup_steps=10, total_steps=1000, cosine_steps=100, weight_decay=0.1, weight_decay_final=0.001)
     assert [weight_decay_at(shorter, step) for step in (0, 9, 54, 99)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
+
+
+def test_a_schedule_of_four_numbers_holds_nothing_and_decays_no_weights():
+    """The rate falls from the end of the warm-up on: after one of 4 steps from 1 to 0.0001 it is 0.1."""
+    s = Schedule(lr_init=1.0, lr_final=1e-4, warmup_steps=0, total_steps=4)
+    assert [lr_at(s, step, step) for step in range(4)] == pytest.approx([1e-1, 1e-2, 1e-3, 1e-4])
+    assert [weight_decay_at(s, step) for step in range(4)] == [0.0] * 4

@@ -1,17 +1,125 @@
-"""A checkpoint of last/ may come from anyone, as others do: it is looked through before it is loaded, and fits or is refused."""
+"""When last/ is written and how a run goes on from it. A checkpoint of it may come from anyone, as others do: it is looked through
+before it is loaded, and fits or is refused."""
 
 import io
 import pickle
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import train
 from runs import run_until
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.files.hashed import hashed_write
+from rwkv_dpo.run.data import RunData
+from rwkv_dpo.run.settings import RunSettings, settings_of
+from rwkv_dpo.run.start import by_flags
+from rwkv_dpo.run.trainer import loader_of
+from rwkv_dpo.run_folder.resume import Progress
+from rwkv_dpo.training import last
+from rwkv_dpo.training.halt import Halt, Halted
+from rwkv_dpo.training.last import LastCheckpoints
 from test_resume import flags
+
+# Three epochs of 12 optimizer steps, of 2 micro-batches of 2 samples each.
+LONG = settings_of({"epoch_begin": 2, "epoch_steps": 24, "accumulate_grad_batches": 2, "micro_bsz": 2, "epoch_count": 3, "random_seed": 7})
+
+
+def last_checkpoints(settings: RunSettings = LONG) -> LastCheckpoints:
+    s, metrics = settings, SimpleNamespace(losses=[], stops=False, epoch_losses=[1.0], halt=Halt())
+    return LastCheckpoints(s.saving, s.folder.path, s.length, s.general.seed, False, metrics, None, by_flags(s))
+
+
+@pytest.mark.parametrize("save_every", [0, 1, 5])
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_run_is_saved_between_steps_and_stops_anywhere_but_after_its_last_step(monkeypatch, save_every, stops):
+    """The end of an epoch comes after its last step and what an epoch ends with; the end of the run needs no checkpoint to go on from."""
+    callback, saved, stopped = last_checkpoints(settings_of({"epoch_steps": 12, "epoch_count": 3, "save_every": save_every})), [], []
+    callback.metrics.stops = stops
+    monkeypatch.setattr(callback, "_save", lambda trainer, module: saved.append((trainer.global_step, where)))
+    for step in range(1, 37):
+        ends = [("step", lambda trainer: callback.on_train_batch_end(trainer, None, None, None, 0))]
+        if step % 12 == 0:
+            ends.append(("epoch", lambda trainer: callback.on_train_epoch_end(trainer, None)))
+        for where, end in ends:
+            try:
+                end(SimpleNamespace(global_step=step))
+            except Halted as halted:
+                stopped.append((step, where, halted.message))
+    within = [(step, "step") for step in range(1, 36) if step % 12 and (stops or (save_every and step % save_every == 0))]
+    assert saved == sorted([*within, (12, "epoch"), (24, "epoch")])
+    said = "stopped after step {} of 36; the same command goes on (--resume auto)"
+    assert stopped == [(step, where, said.format(step)) for step, where in saved if stops]
+
+
+def test_in_the_middle_of_a_step_nothing_is_saved(monkeypatch):
+    callback = last_checkpoints()
+    callback.metrics.losses, callback.metrics.stops = [0.5], True
+    monkeypatch.setattr(callback, "_save", None)
+    callback.on_train_batch_end(SimpleNamespace(global_step=5), None, None, None, 0)
+
+
+def test_a_run_goes_on_behind_the_samples_that_it_has_taken_worked_out_by_hand(monkeypatch, tmp_path):
+    """Step 18 is 6 steps into the second of its epochs, the fourth of all: micro-batch 3 * 24 + 6 * 2 = 84, before which 168 samples
+    would have been taken had steps always had so many; 38 more were."""
+    counters = []
+    monkeypatch.setattr(last, "_set_counters", lambda trainer, *numbers: counters.append(numbers))
+    loader = loader_of(LONG, RunData(), 0, on_gpu=False)
+    trainer = SimpleNamespace(
+        fit_loop=SimpleNamespace(_data_source=SimpleNamespace(instance=loader)), train_dataloader=loader, global_step=18,
+    )  # fmt: skip
+    progress = Progress(
+        identity=by_flags(LONG).as_json(), step=18, samples=206, pairs_seen=100, epoch_losses=[0.5, 0.25], skipped_steps=3, bad_in_a_row=1,
+        logs={},
+    )  # fmt: skip
+    callback = last_checkpoints()
+    callback._go_on_from(trainer, progress)
+    assert asdict(loader.dataset.position) == {"epoch": 1, "batch": 12, "shift": 38}
+    assert list(loader.sampler) == list(range(84, 96))
+    assert counters == [(1, 12, 18)]
+    monkeypatch.setattr(last, "log_sizes", lambda folder: {})
+    assert callback._progress(trainer) == progress
+
+
+@pytest.mark.parametrize(("epoch", "batch", "step"), [(1, 12, 18), (0, 6, 3), (2, 0, 24)])
+def test_lightning_counts_on_as_if_it_had_never_stopped(epoch, batch, step):
+    """Within an epoch that epoch has begun and isn't done; between two epochs none has begun."""
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    last._set_counters(trainer, epoch, batch, step)
+    begun = epoch + (batch > 0)
+    for progress in (trainer.fit_loop.epoch_progress.total, trainer.fit_loop.epoch_progress.current):
+        assert asdict(progress) == {"ready": begun, "started": begun, "processed": epoch, "completed": epoch}
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    for progress in (batches.total, batches.current):
+        assert asdict(progress) == {"ready": batch, "started": batch, "processed": batch, "completed": batch}
+    assert not batches.is_last_batch
+    assert trainer.global_step == step
+
+
+def test_a_rank_that_the_saved_run_had_not_draws_from_a_seed_of_its_own_moment():
+    """Else a run that goes on twice would draw the same again."""
+    callback = last_checkpoints()
+    callback.resumes = True
+    strategy = SimpleNamespace(broadcast=lambda known: ({}, [{"cpu": torch.get_rng_state()}], {}))
+    trainer = SimpleNamespace(strategy=strategy, optimizers=[None], global_rank=1, global_step=5)
+    with torch.random.fork_rng([]):
+        callback.on_train_start(trainer, SimpleNamespace(model=torch.nn.Linear(1, 1)))
+        assert torch.initial_seed() == 7 + 5
+
+
+def test_the_generators_of_all_ranks_are_saved_in_their_order(monkeypatch):
+    def gather(everyones, mine):
+        assert len(everyones) == 2
+        everyones[:] = ["of rank 0", mine]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    first, mine = last._all_generators(SimpleNamespace(world_size=2))
+    assert first == "of rank 0"
+    assert torch.equal(mine["cpu"], torch.get_rng_state())
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +166,10 @@ def no_step(content):
     del content["progress"]["step"]
 
 
+def no_form(content):
+    del content["form"]
+
+
 def other_form(content):
     content["form"] = 1
 
@@ -73,6 +185,7 @@ def no_weights(content):
     (other_moment, r"the optimizer's exp_avg of emb\.weight is \(1,\); the weight is \(61, 32\)"),
     (moment_of_nothing, r"the optimizer's exp_avg of nothing is \(1,\); the weight is missing"),
     (no_step, "not a checkpoint to resume from"),
+    (no_form, r"step-3\.pth: not a checkpoint to resume from \('form'\)$"),
     (other_form, "a checkpoint of form 1, of another version; 2 is accepted"),
     (no_weights, "not a checkpoint to resume from"),
 ])  # fmt: skip

@@ -7,21 +7,137 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import runs
+import torch
 import train
 from lives import records
 from runs import run_to, run_until, steps_written
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.files.hashed import fault_of
+from rwkv_dpo.files.json_text import as_json
+from rwkv_dpo.run.settings import RunSettings, settings_of
+from rwkv_dpo.run.start import by_flags, interrupted_stage
 from rwkv_dpo.run_folder.lock import RunLock
+from rwkv_dpo.run_folder.resume import Progress, Saved, check_fits, choose, goes_on_here, save, start_of
 
 N_STEPS = 24
 TWO = {"devices": 2, "strategy": "ddp"}
 # Two epochs of 12 optimizer steps, of 2 micro-batches each, with dropout.
 flags = functools.partial(runs.flags, dpo_valid_file="DATA/valid.save", epoch_steps=24, accumulate_grad_batches=2, dropout=0.1,
                           warmup_steps=5, weight_decay=0.1)  # fmt: skip
+NOTHING = {"weights": {}, "optimizer": {}, "generators": [], "scaler": {}}
+
+
+def progress_of(settings: RunSettings, step: int) -> Progress:
+    return Progress(by_flags(settings).as_json(), step, samples=0, pairs_seen=0, epoch_losses=[], skipped_steps=0, bad_in_a_row=0, logs={})
+
+
+def write_config(settings: RunSettings) -> None:
+    (settings.folder.path / "config.json").write_text(as_json(by_flags(settings).as_json()))
+
+
+def chosen(settings: RunSettings) -> Path | None:
+    return choose(settings.folder, by_flags(settings), settings.length, settings.continues)
+
+
+def test_a_run_goes_on_from_a_checkpoint_within_its_steps_alone(tmp_path):
+    settings = settings_of({"proj_dir": str(tmp_path), "epoch_steps": 4, "epoch_count": 2})
+    assert chosen(settings) is None
+    (tmp_path / "last").mkdir()
+    path = save(tmp_path / "last", progress_of(settings, 5), NOTHING, keep=2)
+    assert chosen(settings) == path
+    shorter = settings.with_flags(epoch_count=1, overwrite=1)
+    with pytest.raises(InputError, match=r"step-5\.pth has done 5 steps; with these settings the run ends at 4$"):
+        chosen(shorter)
+    path = save(tmp_path / "last", progress_of(settings, 4), NOTHING, keep=1)
+    assert chosen(settings) == path
+    with pytest.raises(InputError, match=r"step-4\.pth has done 4 steps; with these settings the run ends at 4$"):
+        chosen(shorter)
+    path = save(tmp_path / "last", progress_of(settings, 3), NOTHING, keep=1)
+    assert chosen(shorter) == path
+
+
+def test_of_many_other_settings_five_are_named(tmp_path):
+    settings = settings_of({"proj_dir": str(tmp_path), "epoch_steps": 4, "epoch_count": 2})
+    save(tmp_path / "last", progress_of(settings, 5), NOTHING, keep=2)
+    others = {"dpo_beta": 0.5, "ctx_len": 7, "lr_init": 0.25, "lr_final": 0.5, "beta1": 0.5, "beta2": 0.5, "keep": 9}
+    with pytest.raises(InputError, match="is of a run with other settings: ") as error:
+        chosen(settings.with_flags(**others))
+    named = str(error.value).split("other settings: ")[1].removesuffix("; --resume none begins anew")
+    assert named.split(", ") == [
+        "--ctx_len 7 (was 1024)", "--dpo_beta 0.5 (was 0.01)", "--lr_init 0.25 (was 0.0006)", "--lr_final 0.5 (was 1e-05)",
+        "--beta1 0.5 (was 0.9)",
+    ]  # fmt: skip
+
+
+def test_an_interrupted_run_is_left_behind_only_by_what_continues_it_or_may_overwrite_it(tmp_path):
+    before = settings_of({"proj_dir": str(tmp_path)})
+    write_config(before)
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last" / "step-5.pth").touch()
+    goes_on = {"load_model": "rwkv-2.pth", "epoch_begin": 3, "warmup_steps": 7}
+    assert chosen(before.with_flags(**goes_on)) is None
+    assert chosen(before.with_flags(lr_init=0.5, overwrite=1)) is None
+    for changes in ({}, {"lr_init": 0.5}, {"load_model": "rwkv-2.pth"}, {**goes_on, "lr_init": 0.5}, {"micro_bsz": 3, "overwrite": 1}):
+        with pytest.raises(InputError, match="none of its checkpoints is whole"):
+            chosen(before.with_flags(**changes))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(InputError, match="none of its checkpoints is whole"):
+        chosen(before.with_flags(lr_init=0.5, overwrite=1))
+
+
+def test_a_checkpoint_is_gone_on_from_here_when_it_is_of_the_folders_own_last(tmp_path):
+    for name in "abc":
+        (tmp_path / name / "last").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    settings = settings_of({"proj_dir": str(tmp_path / "b")})
+    paths = {name: tmp_path / name / "last" / "step-1.pth" for name in ("a", "b", "c", "link")}
+    assert {name: goes_on_here(settings.folder, path) for name, path in paths.items()} == {"a": False, "b": True, "c": False, "link": True}
+    assert not goes_on_here(settings.folder, None)
+
+
+def test_a_stage_that_was_interrupted_begins_where_it_had_begun(tmp_path):
+    begun = settings_of({"proj_dir": str(tmp_path), "my_pile_stage": 3, "load_model": "rwkv-2.pth", "epoch_begin": 3, "warmup_steps": 30})
+    now = begun.with_flags(load_model="", epoch_begin=0, warmup_steps=-1)
+    write_config(begun)
+    assert interrupted_stage(now) is None  # it had saved nothing
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last" / "step-5.pth").touch()
+    assert interrupted_stage(now) == begun
+    assert interrupted_stage(now.with_flags(micro_bsz=7, keep=3)) == begun.with_flags(micro_bsz=7, keep=3)
+    for changes in ({"resume": "none"}, {"resume": "/elsewhere/step-5.pth"}, {"lr_init": 0.5}):
+        assert interrupted_stage(now.with_flags(**changes)) is None
+    (tmp_path / "config.json").unlink()
+    assert interrupted_stage(now) is None
+
+
+def test_an_adapters_start_is_beside_the_last_that_its_checkpoint_is_in():
+    def saved(peft: str) -> Saved:
+        return Saved(Path("out/last/step-5.pth"), replace(progress_of(settings_of({}), 5), identity={"peft": peft}), {}, {}, [], {})
+
+    starts = {peft: start_of(saved(peft)) for peft in ("none", "state", "lora", "dora", "pissa", "rslora")}
+    assert starts == {"none": "", "state": "", **dict.fromkeys(("lora", "dora", "pissa", "rslora"), "out/adapter-init")}
+    assert start_of(None) == ""
+
+
+def test_an_8_bit_optimizers_tables_have_sizes_of_their_own(tmp_path):
+    """Its name is read from a file; what belongs to no weight is refused all the same."""
+
+    def saved(optim: str, name: str) -> Saved:
+        progress = replace(progress_of(settings_of({}), 5), identity={"optim": optim})
+        states = {name: {"state1": torch.zeros(6), "absmax1": torch.zeros(1), "step": 5.0}}
+        return Saved(tmp_path / "step-5.pth", progress, {"w": torch.zeros(2, 3)}, states, [], {})
+
+    trained = {"w": torch.ones(2, 3)}
+    check_fits(saved("".join(["adamw", "8bit"]), "w"), trained)
+    with pytest.raises(InputError, match=r"the optimizer's state1 of w is \(6,\); the weight is \(2, 3\)"):
+        check_fits(saved("adamw", "w"), trained)
+    with pytest.raises(InputError, match=r"the optimizer's state1 of v is \(6,\); the weight is missing"):
+        check_fits(saved("adamw8bit", "v"), trained)
 
 
 @pytest.fixture(scope="module")

@@ -42,8 +42,8 @@ class ChunkPlan:
 
     chunks: tuple[Chunk, ...]
     n_rows: int  # scored rows of the step
-    truncated: bool = False
-    n_window_chunks: int = 0
+    truncated: bool
+    n_window_chunks: int
 
     def to(self, device: torch.device) -> "ChunkPlan":
         """On another device."""

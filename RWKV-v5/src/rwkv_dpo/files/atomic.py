@@ -165,7 +165,7 @@ def _sync_folder(folder: Path) -> None:
     # A rename outlives a power cut only when the folder that lists it is flushed too.
     if not hasattr(os, "O_DIRECTORY"):
         return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

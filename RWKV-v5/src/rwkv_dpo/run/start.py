@@ -35,13 +35,13 @@ def plan_stage(settings: RunSettings) -> RunSettings:
         refuse(f"--accumulate_grad_batches {accumulated}: with --my_pile_stage it has to divide {steps}")
     if stage == 1:
         return settings
-    settings = _interrupted_stage(settings) or _next_stage(settings)
+    settings = interrupted_stage(settings) or _next_stage(settings)
     check_trains(settings)
     return settings
 
 
-def _interrupted_stage(settings: RunSettings) -> RunSettings | None:
-    """With the epoch and the weights with which an interrupted run of these settings had begun."""
+def interrupted_stage(settings: RunSettings) -> RunSettings | None:
+    """The settings with the epoch and the weights with which an interrupted run of theirs had begun; None where there is none."""
     if settings.folder.resume != "auto" or not checkpoints_in(last_of(settings.folder.path)):
         return None
     before = read_identity(settings.folder.path)
@@ -49,8 +49,7 @@ def _interrupted_stage(settings: RunSettings) -> RunSettings | None:
         return None
     begun = {name: before.flags[name] for name in ("load_model", "epoch_begin", "warmup_steps") if name in before.flags}
     # The files are not opened yet: they are compared when they are.
-    now = Identity(settings.as_flags(), {}, PARTS)
-    if now.changes_from(before, {Part.INCIDENTAL, Part.LAYOUT}, free_flags=begun):
+    if by_flags(settings).changes_from(before, {Part.INCIDENTAL, Part.LAYOUT}, free_flags=begun):
         return None
     return settings.with_flags(**begun)
 
@@ -64,6 +63,11 @@ def _next_stage(settings: RunSettings) -> RunSettings:
         return settings.with_flags(load_model=str(folder / "rwkv-init.pth"), epoch_begin=0)
     warmup = warmup if warmup >= 0 else {2: 10, 3: 30}[stage]
     return settings.with_flags(load_model=str(folder / f"rwkv-{newest}.pth"), epoch_begin=newest + 1, warmup_steps=warmup)
+
+
+def by_flags(settings: RunSettings) -> Identity:
+    """Known by flags and paths alone."""
+    return Identity(settings.as_flags(), {}, PARTS)
 
 
 def identity_of(settings: RunSettings, data: RunData) -> Identity:
