@@ -1,4 +1,4 @@
-"""The CUDA backend without a GPU: its very source, compiled by g++ against shim/, called by the very Python of wkv/cuda.py."""
+"""The CUDA backend without a GPU: its very source, compiled by g++ against shim/, called by the very Python of kernels/wkv5/cuda.py."""
 
 import ctypes
 import hashlib

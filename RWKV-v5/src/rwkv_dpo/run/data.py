@@ -108,8 +108,3 @@ def tell_differences(settings: RunSettings, pair_files: dict[str, PairSet], load
                 "%s was scored by another file (sha256 %.12s...) than training starts from, %s; --dpo_ref recompute takes the starting "
                 "model as the reference", name, scored_by, start,
             )  # fmt: skip
-
-
-def with_vocabulary(settings: RunSettings, data: RunData) -> int:
-    """The vocabulary of a model that is made for a corpus, 0 without one."""
-    return settings.model.vocab_size or (data.corpus.vocab_size if data.corpus is not None else 0)
