@@ -3,7 +3,8 @@
 
     make_data.py demo.jsonl 3 4096     three passes over the documents, each newly shuffled; magic_prime for --ctx_len 4096
 
-Every document ends with token 0. While it works, it takes as much disk again as one pass, beside the corpus.
+Rows of chat data (messages or conversations; instruction, prompt or question with output, response, completion or answer) are written
+as User: and Assistant: turns. Every document ends with token 0. While it works, it takes as much disk again as one pass, beside the corpus.
 """
 
 import argparse
@@ -23,10 +24,11 @@ from rwkv_dpo.batches.sampling import item_at, largest_magic_prime
 try:
     import numpy as np
     from rwkv_dpo.data.binidx import read_binidx, write_binidx
-    from rwkv_dpo.data.documents import open_documents
+    from rwkv_dpo.data.documents import TEXT_ENDINGS, open_documents
     from rwkv_dpo.data.spool import Spool, open_spool
-    from rwkv_dpo.data.text_files import stop
+    from rwkv_dpo.data.text_files import check_encoding, stop
     from rwkv_dpo.data.tokenizer import DOCUMENT_END, WorldTokenizer
+    from rwkv_dpo.data.unpacking import unpacked_name
 except ModuleNotFoundError as error:
     leave_without(error)
 
@@ -36,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_flags(arguments)
     skip = Skip()
     on_fault = stop if args.on_error == "stop" else skip
-    texts = FirstAndLast(open_documents(args.input, args.field, args.split_blank_lines, args.split, on_fault))
+    texts = FirstAndLast(open_documents(args.input, args.field, args.split_blank_lines, args.split, on_fault, args.encoding))
     with open_spool(f"{args.out}.bin", texts) as spool:
         if not len(spool):
             refuse(f"{args.input}: no document with text in it")
@@ -52,19 +54,21 @@ def main(arguments: list[str] | None = None) -> None:
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     """The checked command line. Raises InputError."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ".txt, .jsonl, .json, .parquet or .csv, each also as .gz; a folder or a 'glob' of those; or a Hub id, OWNER/NAME"
+    kinds = f"{', '.join(TEXT_ENDINGS)}, each also packed; a folder or a 'glob' of those; or a Hub id, OWNER/NAME"
     parser.add_argument("input", metavar="INPUT", help=kinds)
     parser.add_argument("passes", metavar="PASSES", type=int, nargs="?", default=1, help="times each document is written (1)")
     parser.add_argument("ctx_len", metavar="CTX_LEN", type=int, nargs="?", default=4096, help="for magic_prime (4096)")
     parser.add_argument("--out", metavar="PREFIX", help="where to write (default: INPUT's name, in the current folder)")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffles (0)")
-    parser.add_argument("--field", default="text", help="the field of a row that holds the text (text)")
+    parser.add_argument("--field", default="", help="the field of a row that holds the text (text; without one, chat data by its columns)")
     parser.add_argument("--split_blank_lines", action="store_true", help="a blank line in a .txt ends a document")
     parser.add_argument("--split", default="train", help="of a Hub data set (train)")
+    parser.add_argument("--encoding", default="utf-8", help="of texts without a byte order mark: cp1252, gb18030 and so on (utf-8)")
     parser.add_argument("--on_error", choices=("stop", "skip"), default="stop", help="at a row that cannot be read (stop)")
     args = parser.parse_args(arguments)
     if args.passes < 1 or args.ctx_len < 1:
         refuse(f"PASSES {args.passes}, CTX_LEN {args.ctx_len}: both are at least 1")
+    check_encoding(args.encoding)
     args.out = args.out or default_prefix(args.input)
     return args
 
@@ -74,7 +78,7 @@ def default_prefix(source: str) -> str:
     if glob.has_magic(source) and not os.path.exists(source):
         refuse(f"--out: needed, because INPUT is the pattern {source}")
     name = Path(source).resolve().name
-    return name if os.path.isdir(source) else Path(name.removesuffix(".gz")).stem
+    return name if os.path.isdir(source) else Path(unpacked_name(name)).stem
 
 
 class Skip:

@@ -2,6 +2,7 @@
 """Make pair files of a preference data set: trainset.save, validset.save, testset.save and report.json.
 
     prepare_pairs.py --source preferences.json --load_model base.pth --out_dir pairs --ctx_len 4096
+    prepare_pairs.py --source ours.jsonl:0.7 public.parquet:0.3 --load_model base.pth --out_dir pairs
     prepare_pairs.py --source HuggingFaceH4/ultrafeedback_binarized --split train_prefs --limit 1000 --load_model base.pth
 
 Scoring is the long part. Started again with the same flags, a run that was killed goes on from reference.journal in --out_dir.
@@ -11,6 +12,7 @@ Pair files that other flags made are replaced only with --overwrite 1.
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
@@ -20,12 +22,14 @@ from rwkv_dpo.base.parser import OneLineParser
 from rwkv_dpo.base.script import leave_without, run_script
 
 try:
+    from rwkv_dpo.data.mixtures import mixed, parse_sources, read_sources
     from rwkv_dpo.data.pair_files import write_as_original, write_packed
     from rwkv_dpo.data.prepare import Report, prepare
     from rwkv_dpo.data.prompts import load_templates
     from rwkv_dpo.data.report import as_table, length_percentiles, lost_shares, reference_summary
-    from rwkv_dpo.data.sources import FORMATS, ON_ERROR, read_preferences
+    from rwkv_dpo.data.sources import FORMATS, ON_ERROR, Dropped, Preference, read_preferences
     from rwkv_dpo.data.splits import file_of, identified, is_prepared, split_rows, write_splits
+    from rwkv_dpo.data.text_files import ROW_ENDINGS, check_encoding
     from rwkv_dpo.data.tokenizer import WorldTokenizer
 except ModuleNotFoundError as error:
     leave_without(error)
@@ -34,11 +38,16 @@ except ModuleNotFoundError as error:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the script. Raises InputError."""
     args = parse_flags(arguments)
-    preferences = read_preferences(args.source, args.limit, args.split, args.format, args.on_error)
-    prepared = prepare(preferences, WorldTokenizer(), args.ctx_len, args.templates, args.seed)
+    sources = parse_sources(args.source)
+
+    def read(name: str) -> Iterator[Preference | Dropped]:
+        return read_preferences(name, args.limit, args.split, args.format, args.on_error, encoding=args.encoding)
+
+    prepared = prepare(read_sources(sources, read), WorldTokenizer(), args.ctx_len, args.templates, args.seed)
+    prepared, by_source = mixed(prepared, sources, args.seed)
     lengths = length_percentiles(prepared.pairs)
     tell_dropped(prepared.report)
-    print(as_table(counts=prepared.report.counts(), lengths=lengths), flush=True)
+    print(as_table(counts=prepared.report.counts(), lengths=lengths, sources=by_source), flush=True)
     # Here, not above: --help and a mistyped flag need no PyTorch.
     from rwkv_dpo.evaluation.reference import discard_journal, score_with_checkpoint
     from tqdm import tqdm
@@ -46,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     for line in lost_shares(prepared.report.counts(), args.ctx_len):
         warn(line)
     if not len(prepared.pairs):
-        refuse(f"{args.source}: no usable pair among its {prepared.report.n_read} rows")
+        refuse(f"{', '.join(args.source)}: no usable pair among its {prepared.report.n_read} rows")
     rows = split_rows(prepared.prompt_keys, args.valid_ratio, args.test_ratio, args.seed)
     for name, ratio in (("train", 1), ("valid", args.valid_ratio), ("test", args.test_ratio)):
         if ratio and not rows[name]:
@@ -62,7 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
             wkv_backend=args.wkv_backend, progress=bar.update,
         )  # fmt: skip
     reference = reference_summary(pairs)
-    report = {"dropped_rows": prepared.report.dropped_rows(), "lengths": lengths, "reference": reference}
+    told = {"sources": by_source} if by_source else {}
+    report = {**told, "dropped_rows": prepared.report.dropped_rows(), "lengths": lengths, "reference": reference}
     files = write_splits(args.out_dir, pairs, rows, report, write_as_original if args.original_format else write_packed)
     print(as_table(reference=reference, files=files))
     discard_journal(args.out_dir)
@@ -71,14 +81,16 @@ def main(arguments: list[str] | None = None) -> None:
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     """The checked command line. Raises InputError."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, help=".json, .jsonl, .parquet or .csv, also .gz, a folder, a glob, or a Hub id")
-    parser.add_argument("--split", default="", help="of a Hub data set (train)")
+    kinds = f"{', '.join(ROW_ENDINGS)}, also packed, a folder, a glob, or a Hub id; several, with shares: a.jsonl:0.7 b.parquet:0.3"
+    parser.add_argument("--source", metavar="SOURCE[:SHARE]", nargs="+", required=True, help=kinds)
+    parser.add_argument("--split", default="", help="of a Hub data set (train), or of files that hold several (all)")
+    parser.add_argument("--encoding", default="utf-8", help="of texts without a byte order mark: cp1252, gb18030 and so on (utf-8)")
     parser.add_argument("--format", choices=FORMATS, default="auto", help="the form of the rows (auto: told by their columns)")
     parser.add_argument("--on_error", choices=ON_ERROR, default="stop", help="malformed rows: stop, or skip and count them (stop)")
     parser.add_argument("--load_model", required=True, help="the reference: the .pth that training will start from")
     parser.add_argument("--out_dir", type=Path, default=Path(), help="where the files go (the current folder)")
     parser.add_argument("--overwrite", type=int, choices=(0, 1), default=0, help="1: replace pair files that other flags made (0)")
-    parser.add_argument("--limit", type=int, default=0, help="read only this many rows (0: all)")
+    parser.add_argument("--limit", type=int, default=0, help="read only this many rows of a source (0: all)")
     parser.add_argument("--ctx_len", type=int, default=4096, help="tokens of prompt + answer that are kept (4096)")
     parser.add_argument(
         "--templates", default="mix", help="mix: the original's three for single turns; chat: one; or your .txt or .json file (mix)"
@@ -107,6 +119,8 @@ def check_flags(args: argparse.Namespace) -> None:
         refuse(f"--valid_ratio {args.valid_ratio} --test_ratio {args.test_ratio}: neither below 0, together below 1")
     if not os.path.isfile(args.load_model):
         refuse(f"--load_model {args.load_model}: no such file")
+    parse_sources(args.source)
+    check_encoding(args.encoding)
     load_templates(args.templates)
     try:
         args.out_dir.mkdir(parents=True, exist_ok=True)

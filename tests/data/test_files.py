@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from rwkv_dpo.base.errors import InputError
-from rwkv_dpo.data import files
+from rwkv_dpo.data import text_files
 from rwkv_dpo.data.files import expand, open_rows, text_field
 from rwkv_dpo.data.text_files import ROW_ENDINGS, ending, open_lines, read_text
 
@@ -24,16 +24,21 @@ ROWS = [{"text": "a\u2028b\x85c", "n": '"1", 2\r\n3'}, {"text": "", "n": "é三�
 def encoded(rows, kind) -> bytes:
     if kind == ".json":
         return json.dumps(rows, ensure_ascii=False, indent=1).encode()
-    if kind == ".jsonl":
+    if kind in (".jsonl", ".ndjson"):
         return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
-    if kind == ".csv":
+    if kind in (".csv", ".tsv"):
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, rows[0])
+        writer = csv.DictWriter(text, rows[0], dialect="excel" if kind == ".csv" else "excel-tab")
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue().encode()
     content = io.BytesIO()
-    parquet.write_table(pa.Table.from_pylist(rows), content)
+    table = pa.Table.from_pylist(rows)
+    if kind == ".parquet":
+        parquet.write_table(table, content)
+    else:
+        with pa.ipc.new_stream(content, table.schema) as stream:
+            stream.write_table(table, max_chunksize=100)
     return content.getvalue()
 
 
@@ -41,13 +46,13 @@ def encoded(rows, kind) -> bytes:
 @pytest.mark.parametrize("wrap", ["plain", "gz", "byte order mark"])
 def test_every_form_gives_the_same_rows(tmp_path, kind, wrap):
     content = encoded(ROWS, kind)
-    if wrap == "byte order mark" and kind != ".parquet":
+    if wrap == "byte order mark" and kind not in (".parquet", ".arrow"):
         content = b"\xef\xbb\xbf" + content
     path = tmp_path / (f"a{kind}.gz" if wrap == "gz" else f"a{kind.upper()}")
     path.write_bytes(gzip.compress(content) if wrap == "gz" else content)
     named = list(open_rows(path))
     assert [row for _, row in named] == ROWS
-    assert [where for where, _ in named] == [f"{'line' if kind == '.jsonl' else 'row'} {i}" for i in (1, 2, 3)]
+    assert [where for where, _ in named] == [f"{'line' if kind in ('.jsonl', '.ndjson') else 'row'} {i}" for i in (1, 2, 3)]
 
 
 json_values = st.recursive(
@@ -67,7 +72,7 @@ json_values = st.recursive(
 def test_an_array_read_in_blocks_of_any_size_is_what_json_reads_whole(tmp_path_factory, rows, block, indent, escaped):
     path = tmp_path_factory.getbasetemp() / "blocks.json"
     path.write_text(json.dumps(rows, indent=indent, ensure_ascii=escaped), "utf-8", newline="")
-    with mock.patch.object(files, "_BLOCK", block):
+    with mock.patch.object(text_files, "BLOCK", block):
         assert [row for _, row in open_rows(path)] == json.loads(path.read_text("utf-8"))
 
 
@@ -81,8 +86,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
     assert sum(len(row["text"]) for _, row in open_rows(tmp_path / f"a{kind}")) == n_characters
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    # Two blocks of 1 MB and the text made of them, or 256 rows of a batch, against 9.4 MB in the file.
-    assert peak < 0.45 * n_characters
+    # Two blocks of 1 MB, the buffer that they come through and the text made of them, or 256 rows of a batch, against 9.4 MB in the file.
+    assert peak < 0.6 * n_characters
 
 
 def test_rows_come_before_a_fault_further_down(tmp_path):
@@ -97,30 +102,35 @@ def test_rows_come_before_a_fault_further_down(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", b"", r"is empty; expected one array of rows"),
-        ("a.json", b'{"a": 1}\n{"a": 2}', r"begins with '\{'; expected one array of rows \(a file of one object a line is called"),
+        ("a.json", b"", r"is empty; expected an array of rows, or objects"),
+        ("a.json", b"7", r"begins with '7'; expected an array of rows, or objects"),
         ("a.json", b"[", r"row 1: not JSON: Expecting value"),
         ("a.json", b'[{"a": 1} {"a": 2}]', r"row 1: not JSON: '\{' follows it; expected ',' or '\]'"),
         ("a.json", b'[{"a": 1}', r"row 1: not JSON: 'the end of the file' follows it"),
-        ("a.json", b'[{"a": 1},]', r"row 2: not JSON"),
+        ("a.json", b'[{"a": 1},\n\n]', r"row 2: not JSON: a comma before '\]' at line 3"),
+        ("a.json", b'[{"a": 1},\n{"a": [1,\n]}]', r"row 2: not JSON: a comma before '\]' at line 3"),
+        ("a.json", b'{"data": [{"a": 1}],\n}', r"row 1: not JSON: '\}' follows it; expected '\"' at line 2"),
+        ("a.json", b'{\n"data": [{"a": 1}]}{"a": 1}', r"not JSON: '\{' follows the object that holds all rows at line 2"),
+        ("a.json", b'{"examples": [{"a": 1}], "prompt": "p"}', r"rows in 'examples', and 'prompt' beside them"),
         ("a.json", b"[] []", r"not JSON: '\[' follows the array"),
         ("a.json", b"[[1]]", r"row 1: is a list; expected an object with named fields"),
         ("a.json", b"[" * 100_000, r"row 1: not JSON: maximum recursion"),
         ("a.json", '[{"a": "é"}]'.encode("latin-1"), r"not UTF-8: invalid continuation byte at byte 8"),
-        ("a.json", "[]".encode("utf-16"), r"not UTF-8: invalid start byte at byte 0"),
+        ("a.json", '["é"'.encode("utf-16")[:-1], r"not UTF-16-LE: truncated data at byte 8"),
         ("a.jsonl", b'{"a": 1}\n\n{"a": \n', r"line 3: not JSON: Expecting value"),
+        ("a.jsonl", b'{"a": 1}\n{"a": 1,}\n', r"line 2: not JSON: a comma before '\}'"),
         ("a.jsonl", b"1", r"line 1: is a int; expected an object"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}', r"line 2: not UTF-8: invalid start byte at its byte 7"),
         ("a.jsonl", b"9" * 5000, r"line 1: not JSON: Exceeds the limit|line 1: is a int"),
         ("a.csv", b"", r"line 1: expected the names of the fields, each once, found none"),
         ("a.csv", b"a,a\n1,2", r"line 1: expected the names of the fields, each once, found 'a', 'a'"),
-        ("a.csv", b"a,b\n1,2\n1,2,3\n", r"row 2: 3 fields; the first line names 2"),
+        ("a.csv", b"a,b\n1,'\n2'\n1,2,3\n", r"row 2: 1 fields; the first line names 2 \(parted by ','; line 3\)"),
         ("a.csv", b'a,b\n1,2\n"1,2\n', r"row 2: not CSV: unexpected end of data"),
         ("a.csv", b"a\n\xff\n", r"line 2: not UTF-8"),
         ("a.parquet", b"PAR1", r"not a whole .parquet file, after row 0"),
-        ("a.jsonl.gz", b'{"a": 1}', r"cannot be read: Not a gzipped file"),
+        ("a.jsonl.gz", b"\x1f\x8b" + b"no" * 9, r"cannot be read: Unknown compression method|not a whole .gz file: Unknown compression"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:-20], r"not a whole .gz file|cannot be read"),
-        ("a.txt", b"text", r"rows are read from .json, .jsonl, .parquet, .csv files, also with .gz"),
+        ("a.txt", b"text", r"rows are read from .json, .jsonl, .ndjson, .parquet, .arrow, .csv, .tsv files, also packed"),
     ],
 )
 def test_a_broken_file_is_named_with_the_row_and_what_is_wrong(tmp_path, name, content, message):
@@ -184,10 +194,10 @@ def test_text_is_read_whole_or_by_lines(tmp_path):
         (tmp_path / name).write_bytes(data)
         assert [text for _, text in open_lines(tmp_path / name)] == ["one\r\n", "two\u2028\n", "\n", "three é"]
         for block in (1, 2, 1000):
-            with mock.patch.object(files, "_BLOCK", block):
+            with mock.patch.object(text_files, "BLOCK", block):
                 assert read_text(tmp_path / name) == "one\ntwo\u2028\n\nthree é"
     (tmp_path / "a.txt").write_bytes(b"abc\xc3")
-    with mock.patch.object(files, "_BLOCK", 2), pytest.raises(InputError, match=r"not UTF-8: unexpected end of data at byte 3"):
+    with mock.patch.object(text_files, "BLOCK", 2), pytest.raises(InputError, match=r"not UTF-8: unexpected end of data at byte 3"):
         read_text(tmp_path / "a.txt")
     with pytest.raises(InputError, match=r"none.txt: cannot be read: No such file"):
         read_text(tmp_path / "none.txt")

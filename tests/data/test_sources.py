@@ -120,9 +120,9 @@ def test_a_bad_row_is_refused_with_its_file_and_number(tmp_path, row):
     ("name", "content", "fault"),
     [
         ("a.json", b'[{"prompt": "p"', r"a.json: row 1: not JSON"),
-        ("a.json", b'{"prompt": "p"}', r"a.json: begins with '{'; expected one array"),
+        ("a.json", b'"prompt"', r"a.json: begins with '\"'; expected an array of rows"),
         ("a.json", b'["\xff"]', r"a.json: not UTF-8: invalid start byte at byte 2"),
-        ("a.txt", b"", r"a.txt: rows are read from .json, .jsonl, .parquet, .csv"),
+        ("a.txt", b"", r"a.txt: rows are read from .json, .jsonl, .ndjson, .parquet"),
         ("a.json", None, r"a.json: cannot be read: No such file"),
     ],
 )
@@ -135,8 +135,20 @@ def test_a_bad_file_is_refused_with_its_place_even_when_rows_are_skipped(tmp_pat
 
 
 def test_a_split_of_a_file_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"--split train_prefs: .*a.json is read from files, which have no splits"):
-        list(read_preferences(write(tmp_path / "a.json", [PLAIN]), split="train_prefs"))
+    for name in ("a.json", "a.jsonl", "a.csv"):
+        path = tmp_path / name
+        path.write_text("prompt,chosen,rejected\np,c,r\n") if name == "a.csv" else write(path, [PLAIN])
+        with pytest.raises(InputError, match=rf"--split train_prefs: .*{name} has no splits"):
+            list(read_preferences(path, split="train_prefs"))
+
+
+def test_a_split_of_a_folder_is_the_files_that_are_named_so(tmp_path):
+    for name, prompt in (("train.jsonl", "a"), ("test.jsonl", "b")):
+        write(tmp_path / name, [PLAIN | {"prompt": prompt}])
+    assert [one.turns for one in read_preferences(tmp_path, split="test")] == [("b",)]
+    assert [one.turns for one in read_preferences(tmp_path)] == [("b",), ("a",)]
+    with pytest.raises(InputError, match=r"--split dev: no file in .* is named so, found test.jsonl, train.jsonl"):
+        list(read_preferences(tmp_path, split="dev"))
 
 
 def hub(monkeypatch, load_dataset):

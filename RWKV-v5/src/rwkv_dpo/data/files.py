@@ -1,25 +1,30 @@
-"""Files of rows (.json, .jsonl, .parquet, .csv) and of text, each also as .gz: found by name, read as a stream.
+"""Files of rows (.json, .jsonl, .ndjson, .parquet, .arrow, .csv, .tsv) and of text, each also packed: found by name, read as a stream.
 
-A fault is one InputError that names the file and the row (counted from 1) or line. Text is UTF-8, with or without a byte order
-mark.
+A fault is one InputError that names the file and the row (counted from 1) or line.
 """
 
 import glob
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from rwkv_dpo.base.errors import InputError, refuse
-from rwkv_dpo.data.row_readers import ROW_READERS
-from rwkv_dpo.data.text_files import ROW_ENDINGS, OnFault, Row, ending, stop
+from rwkv_dpo.data.json_rows import json_rows
+from rwkv_dpo.data.row_readers import reader_of
+from rwkv_dpo.data.text_files import ROW_ENDINGS, OnFault, Reading, Row, ending, stop
+
+# What `datasets` and the Hub keep beside the rows of a data set.
+_METADATA = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json"))
 
 
 def expand(pattern: str | Path, endings: tuple[str, ...] = ROW_ENDINGS) -> list[Path]:
     """The files that `pattern` names, sorted: one file, what a glob finds ("**" for any depth), or all files in a folder, at any
-    depth, with one of the endings. InputError when there are none."""
+    depth, with one of the endings, as a clone from the Hub or `datasets.save_to_disk` leaves them: without hidden files, metadata and the
+    caches of `datasets`. InputError when there are none."""
     path = Path(pattern)
     if os.path.isdir(path):
-        found = [one for one in path.rglob("*") if os.path.isfile(one) and ending(one) in endings and not one.name.startswith(".")]
+        found = [one for one in path.rglob("*") if ending(one) in endings and os.path.isfile(one) and _holds_rows(one, path)]
         return sorted(found) or refuse(f"{pattern}: no {', '.join(endings)} file in this folder")
     if os.path.exists(path) or not glob.has_magic(str(pattern)):
         return [path] if os.path.exists(path) else refuse(f"{pattern}: cannot be read: No such file or directory")
@@ -27,17 +32,26 @@ def expand(pattern: str | Path, endings: tuple[str, ...] = ROW_ENDINGS) -> list[
     return sorted(one for one in matches if os.path.isfile(one)) or refuse(f"{pattern}: matches no file")
 
 
-def open_rows(path: str | Path, on_fault: OnFault = stop) -> Iterator[tuple[str, Row]]:
-    """("row 3" or "line 7", row) of every row, read as it is asked for: a line of .jsonl, an object in the one array of .json, a
-    row of .parquet or .csv (its texts named by the first line).
+def of_split(paths: list[Path], folder: Path, split: str) -> list[Path]:
+    """Those that hold a split, by a folder's name on the way from `folder` or how their own begins: train/a.parquet,
+    train-00000-of-00002.parquet, train.jsonl."""
+    begins = re.compile(rf"{re.escape(split)}(?![A-Za-z0-9_])")
+    return [path for path in paths if split in path.relative_to(folder).parts[:-1] or begins.match(path.name)]
+
+
+def open_rows(path: str | Path, on_fault: OnFault = stop, encoding: str = "utf-8", split: str = "") -> Iterator[tuple[str, Row]]:
+    """("row 3" or "line 7", row) of every row, read as it is asked for: a line or an object of JSON, a row of .parquet or .arrow, one of
+    a table, its texts named by the first line. `encoding`: of texts without a byte order mark; `split`: of a JSON file that holds
+    several, the one that is wanted.
 
     A file that cannot be read on is an InputError. A row that is faulty by itself (a line that is not JSON, a row with too many
     fields) goes to `on_fault`, and is left out if that returns.
     """
     path = Path(path)
-    if ending(path) not in ROW_ENDINGS:
-        refuse(f"{path}: rows are read from {', '.join(ROW_ENDINGS)} files, also with .gz")
-    for where, row in ROW_READERS[ending(path)](path, on_fault):
+    reader = reader_of(path)
+    if split and reader is not json_rows:
+        refuse(f"--split {split}: {path} has no splits")
+    for where, row in reader(path, Reading(on_fault, encoding, split)):
         if isinstance(row, dict):
             yield where, row
         else:
@@ -59,3 +73,7 @@ def text_field(row: Row, field: str, source: str) -> str:
     return text
 
 
+def _holds_rows(path: Path, folder: Path) -> bool:
+    is_cache = path.name.startswith(("cache-", "tmp")) and ending(path) == ".arrow"
+    is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return not (is_hidden or is_cache or path.name in _METADATA)

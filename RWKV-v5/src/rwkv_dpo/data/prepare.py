@@ -6,7 +6,7 @@ whatever file it stands in. Prompts that the cut makes the same are the exceptio
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,13 +18,22 @@ from rwkv_dpo.data.pairs import Pair, PairSet, cut_pair, pack_pairs
 from rwkv_dpo.data.prompts import MODES, Templates, load_templates, render
 
 
+@dataclass(frozen=True)
+class NextSource:
+    """Among preferences: those that follow come from that source."""
+
+    name: str
+
+
 @dataclass
 class Report:
-    """What became of the rows. `refused` holds (where, reason) of every row that was left out."""
+    """What became of the rows. `refused` holds (where, reason) of every row that was left out, `starts` where sources begin, as (name,
+    rows read, kept, refused before it)."""
 
     n_read: int = 0
     n_kept: int = 0
     refused: list[tuple[str, str]] = field(default_factory=list)
+    starts: list[tuple[str, int, int, int]] = field(default_factory=list)
     n_cut_prompts: int = 0
     n_cut_answers: int = 0
     n_cut_tokens: int = 0
@@ -39,6 +48,15 @@ class Report:
             "cut_answers": self.n_cut_answers,
             "cut_tokens": self.n_cut_tokens,
         }
+
+    def by_source(self) -> dict[str, dict[str, Any]]:
+        """{"a.jsonl": {"read": 9, "kept": 8, "dropped": {"tie": 1}}} for every source that was announced, in their order."""
+        ends = [*(start[1:] for start in self.starts[1:]), (self.n_read, self.n_kept, len(self.refused))]
+        found = {}
+        for (name, n_read, n_kept, n_refused), (read_to, kept_to, refused_to) in zip(self.starts, ends, strict=False):
+            reasons = Counter(reason for _, reason in self.refused[n_refused:refused_to])
+            found[name] = {"read": read_to - n_read, "kept": kept_to - n_kept, "dropped": dict(reasons)}
+        return found
 
     def dropped_rows(self, n: int = 5) -> dict[str, list[str]]:
         """The first n rows that were left out for each reason."""
@@ -56,9 +74,13 @@ class Prepared:
     prompt_keys: list[str]
     report: Report
 
+    def select(self, rows: Sequence[int]) -> "Prepared":
+        """The pairs of those rows."""
+        return Prepared(self.pairs.select(rows), [self.prompt_keys[row] for row in rows], self.report)
+
 
 def prepare(
-    preferences: Iterable[Preference | Dropped], tokenizer: world.WorldTokenizer, ctx_len: int, templates: str, seed: int
+    preferences: Iterable[Preference | Dropped | NextSource], tokenizer: world.WorldTokenizer, ctx_len: int, templates: str, seed: int
 ) -> Prepared:
     """Make pairs of at most ctx_len tokens, prompt + longer answer. `templates` is what prompts.load_templates takes.
 
@@ -73,6 +95,9 @@ def prepare(
     merged = _MergedKeys()
     source = 0
     for preference in preferences:
+        if isinstance(preference, NextSource):
+            report.starts.append((preference.name, report.n_read, len(kept), len(report.refused)))
+            continue
         report.n_read += 1
         if isinstance(preference, Dropped):
             report.refused.append((preference.where, preference.reason))

@@ -52,8 +52,10 @@ def as_table(
     lengths: Mapping[str, Mapping[str, int]] | None = None,
     reference: Mapping[str, Any] | None = None,
     files: Mapping[str, Mapping[str, Any]] | None = None,
+    sources: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
-    """The parts that are given, as lines of text. counts: of prepare.Report; files: {"trainset.save": {"pairs": 8, "sha256": ...}}."""
+    """The parts that are given, as lines of text. counts: of prepare.Report; sources: of mixtures.mixed; files:
+    {"trainset.save": {"pairs": 8, "sha256": ...}}."""
     lines: list[str] = []
     if counts:
         n_dropped = counts["read"] - counts["kept"]
@@ -61,6 +63,12 @@ def as_table(
         lines += [f"  {reason:<32}{n:>9,}" for reason, n in counts["dropped"].items()]
         cuts = (("prompts cut", "cut_prompts"), ("pairs with an answer cut", "cut_answers"), ("tokens cut", "cut_tokens"))
         lines += [f"{name:<34}{counts[key]:>9,}" for name, key in cuts]
+    if sources:
+        has_shares = any("share" in row for row in sources.values())
+        lines.append(_columns("sources", ("rows read", "kept", "share", "pairs") if has_shares else ("rows read", "kept")))
+        for name, row in sources.items():
+            share = (f"{row['share']:.1%}", f"{row['pairs']:,}") if has_shares else ()
+            lines.append(_columns(f"  {name}", (f"{row['read']:,}", f"{row['kept']:,}", *share)))
     if lengths:
         lines.append(_columns("tokens", next(iter(lengths.values()))))
         lines += [_columns(f"  {name.replace('_', ' ')}", (f"{n:,}" for n in row.values())) for name, row in lengths.items()]
