@@ -44,7 +44,8 @@ def opened_bytes(path: Path) -> Iterator[BinaryIO]:
     kind = ""
     try:
         with open(path, "rb", buffering=BLOCK) as file:
-            kind, unpack = next(((name, unpack) for name, start, unpack in _PACKS if start.match(file.peek())), ("", None))
+            head = file.peek()  # type: ignore[attr-defined]  # a BufferedReader has it
+            kind, unpack = next(((name, unpack) for name, start, unpack in _PACKS if start.match(head)), ("", None))
             content = _Bounded(unpack(file), path) if unpack else None
             yield io.BufferedReader(content, BLOCK) if content else file  # type: ignore[misc]
     # pyarrow's and lzma's errors for what is no whole pack are OSErrors too, without a number.
