@@ -21,6 +21,7 @@ from rwkv_dpo.base.script import leave_without, run_script
 
 try:
     from rwkv_dpo.data.columns import ROLES, parse_columns
+    from rwkv_dpo.data.forms import FORMS
     from rwkv_dpo.data.pair_files import write_as_original, write_packed
     from rwkv_dpo.data.preference import Notes
     from rwkv_dpo.data.prepare import Report, prepare
@@ -76,7 +77,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     """The checked command line. Raises InputError."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    forms = "\n".join(f"  {name:<22} {form.columns} ({form.sets})" for name, form in FORMS.items())
+    parser = OneLineParser(
+        description=__doc__, epilog=f"forms of rows:\n{forms}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )  # fmt: skip
     parser.add_argument("--source", required=True, help=".json, .jsonl, .parquet or .csv, also .gz, a folder, a glob, or a Hub id")
     parser.add_argument("--split", default="", help="of a Hub data set (train)")
     parser.add_argument("--format", choices=FORMATS, default="auto", help="the form of the rows (auto: told by their columns)")

@@ -194,6 +194,14 @@ def test_columns_beside_the_prompt_become_part_of_it(beside, expected):
     assert to_preference({"prompt": "Why?", **AS_MESSAGES, **beside}, "row 1") == expected
 
 
+def test_a_short_input_is_not_taken_for_one_that_the_prompt_has_already():
+    for text in ("1", "Add", "Add 1", "and 2"):
+        assert to_preference({"instruction": "Add 10 and 2", "input": text, **BOTH}, "row 1") == pair(f"Add 10 and 2\n{text}")
+    long = "a text that is too long to be there by chance"
+    assert to_preference({"prompt": f"Read {long}, and answer.", "context": long, **BOTH}, "row 1") == pair(f"Read {long}, and answer.")
+    assert to_preference({"prompt": "Add.\n\n1 2", "instruction": "Add.", "input": "1 2", **BOTH}, "row 1") == pair("Add.\n\n1 2")
+
+
 def test_a_context_beside_whole_dialogues_goes_to_their_last_question():
     assert to_preference({**WHOLE, "context": "A fact."}, "row 1") == pair("A fact.\n\nWhy?")
     assert to_preference({"prompt": "Why?", **WHOLE, "context": "A fact.", "system": "Be kind."}, "row 1") == pair(

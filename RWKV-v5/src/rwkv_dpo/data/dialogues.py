@@ -10,6 +10,9 @@ from rwkv_dpo.data.columns import AFTER, BEFORE, DIALOGUES, PROMPTS, SYSTEMS, fi
 from rwkv_dpo.data.messages import is_messages, to_messages
 from rwkv_dpo.data.preference import Messages, Notes, Row, text_of
 
+# Characters: "2" is in "What is 2 + 3?" and may be an input of its own.
+_BY_CHANCE = 30
+
 
 def prompt_messages(row: Row, notes: Notes, unwraps: bool = True) -> Messages:
     """The dialogue before the answers, without system columns. `unwraps`: a prompt that carries a chat template is turned into turns.
@@ -98,7 +101,9 @@ def _with(messages: Messages, value: Any, name: str, first: str, notes: Notes) -
 
 
 def _holds(text: str, part: str) -> bool:
-    return " ".join(part.split()) in " ".join(text.split())
+    """Whether a text has that part as its first or last lines, or, where it is too long to be there by chance, anywhere."""
+    text, part = ("\n".join(" ".join(line.split()) for line in one.splitlines() if line.strip()) for one in (text, part))
+    return f"\n{text}\n".startswith(f"\n{part}\n") or f"\n{text}\n".endswith(f"\n{part}\n") or (len(part) > _BY_CHANCE and part in text)
 
 
 def _is_empty(value: Any) -> bool:
