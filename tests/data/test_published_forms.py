@@ -1,6 +1,7 @@
 """Rows as published sets have them, in our own words: each ends in the turns and answers that the set's documentation gives it."""
 
 import re
+from pathlib import Path
 
 import pytest
 from rwkv_dpo.base.errors import InputError
@@ -163,6 +164,11 @@ def test_a_published_row_is_told_by_its_columns_and_read_right(name):
         assert to_preference(row, "row 1", form) == expected
 
 
+def test_the_readme_lists_every_form():
+    listed = re.findall(r"^\| `(\w+)` \|", (Path(__file__).parents[2] / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert set(listed) >= set(FORMS)
+
+
 def test_every_form_has_a_row_here_or_in_the_other_test():
     assert {form for _, form, _ in PUBLISHED.values()} | {"hh"} == set(FORMS)
 
@@ -188,6 +194,7 @@ def test_a_question_column_is_the_prompt_and_not_what_both_answers_begin_with(na
     ({"input": "Why?"}, pair("Why?")),
     ({"input": None, "history": [], "context": "  "}, pair("Why?")),
     ({"instruction": "Why?"}, pair("Why?")),
+    ({"question": "Why"}, pair("Why?")),
 ])  # fmt: skip
 def test_columns_beside_the_prompt_become_part_of_it(beside, expected):
     assert to_preference({"prompt": "Why?", **BOTH, **beside}, "row 1") == expected
@@ -355,6 +362,8 @@ def test_texts_of_parts_are_joined_and_images_counted():
     row = {name: [user(parts), bot([{"type": "text", "text": said}])] for name, said in BOTH.items()}
     assert to_preference(row, "row 1", notes=notes) == pair("Why\nso?")
     assert notes.counts == {IMAGES: 2}
+    assert to_preference({"prompt": "Why?", "images": ["x"], **BOTH}, "row 1", notes=notes) == pair("Why?")
+    assert notes.counts == {IMAGES: 3}
 
 
 def test_answers_without_a_score_are_left_out_and_counted():
@@ -367,6 +376,7 @@ def test_answers_without_a_score_are_left_out_and_counted():
 
 @pytest.mark.parametrize(("name", "change", "reason"), [
     ("SHP", {"labels": 0}, "scores contradict"),
+    ("UltraFeedback", {"completions": []}, "no answers"),
     ("chatbot_arena_conversations", {"conversation_b": [user("Who?"), bot("x")]}, "answers of several turns"),
 ])  # fmt: skip
 def test_rated_rows_without_a_preference_are_dropped(name, change, reason):

@@ -7,7 +7,7 @@ from typing import Any
 from rwkv_dpo.base.errors import refuse
 from rwkv_dpo.data.chat_marks import WRAPPED, unwrapped_prompt
 from rwkv_dpo.data.columns import AFTER, BEFORE, DIALOGUES, PROMPTS, SYSTEMS, first_of
-from rwkv_dpo.data.messages import is_messages, to_messages
+from rwkv_dpo.data.messages import IMAGES, is_messages, to_messages
 from rwkv_dpo.data.preference import Messages, Notes, Row, text_of
 
 # Characters: "2" is in "What is 2 + 3?" and may be an input of its own.
@@ -24,6 +24,8 @@ def prompt_messages(row: Row, notes: Notes, unwraps: bool = True) -> Messages:
     if name is None:
         return []
     messages = _read(row[name], name, notes, unwraps)
+    if isinstance(row.get("images"), list):
+        notes.counts[IMAGES] += len(row["images"])
     for other in PROMPTS[PROMPTS.index(name) + 1 :]:
         if other in row and not _is_empty(row[other]):
             messages = _with(messages, row[other], other, name, notes)
@@ -92,6 +94,9 @@ def _with(messages: Messages, value: Any, name: str, first: str, notes: Notes) -
     if at is None:
         refuse(f"field '{name}' belongs to a question, and there is none")
     if name not in (*BEFORE, *AFTER):
+        # A question within the prompt is no other one, however short.
+        if any(text.strip() in said for _, said in messages):
+            return messages
         if _holds(text, messages[at][1]):
             return [*messages[:at], ("user", text), *messages[at + 1 :]]
         refuse(f"fields '{first}' and '{name}' are two prompts; --columns prompt={first} or prompt={name} says which it is")

@@ -176,7 +176,7 @@ def _with_output_pair(row: dict[str, object]) -> dict[str, object]:
 
 def _is_ranked(row: Row) -> bool:
     answers = row[next(name for name in ANSWERS if name in row)]
-    is_within = isinstance(answers, str | list) and (not isinstance(answers, list) or any(isinstance(one, Mapping) for one in answers))
+    is_within = isinstance(answers, str) or answers == [] or (isinstance(answers, list) and isinstance(answers[0], Mapping))
     return is_within or any(name in row for name in (*SCORES, *RANKS))
 
 

@@ -76,11 +76,11 @@ class Notes:
 
     def lines(self) -> list[str]:
         """A line for each thing that was noted."""
-        return [f"{n:,} {what}" for what, n in self.counts.items()]
+        return [f"{n:,} {what}" for what, n in (+self.counts).items()]
 
     def as_json(self) -> dict[str, Any]:
         """For report.json."""
-        return {"rows": self.n_rows, "noted": dict(self.counts)}
+        return {"rows": self.n_rows, "noted": dict(+self.counts)}
 
 
 def shown(row: Row, longest: int = 60) -> str:

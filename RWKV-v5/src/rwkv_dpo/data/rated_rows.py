@@ -25,6 +25,8 @@ def read_list(row: Row, where: str, notes: Notes) -> Ranking:
     """
     name = first_of(row, ANSWERS) or refuse("has no list of answers")
     answers = _as_list(row[name], name)
+    if not answers:
+        raise Unusable("no answers")
     beside = first_of(row, SCORES) or first_of(row, RANKS)
     is_within = all(isinstance(answer, Mapping) for answer in answers) and (beside is None or any(map(_score_within, answers)))
     if is_within:
