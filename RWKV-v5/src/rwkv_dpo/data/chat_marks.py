@@ -35,14 +35,15 @@ _MARKS = (
     # NeMo, as in HelpSteer2, whose first turn has no mark
     _Marks(re.compile(r"\n?<extra_id_[01]>(System|User|Assistant)\n?"), re.compile(r"<extra_id_2>[^\n]*\n?"), first="user"),
 )
+_LAST_END = re.compile("(?:" + "|".join(marks.end.pattern for marks in _MARKS) + r")\Z")
 _NOTHING = re.compile(r"(?!)")
 # Names before turns are words that people use, too: a text counts only when it begins with one and leaves the last word to the
 # assistant.
 _NAMES = (
     _Marks(re.compile(r"(?:\A\s*|\n\n)(System|User|Assistant|Bot):"), _NOTHING),
     _Marks(re.compile(r"(?:\A\s*|\n\n)(System|Human|Assistant):"), _NOTHING),
-    _Marks(re.compile(r"(?:\A\s*|\n+)###\s*(System|User|Human|Assistant):"), _NOTHING),
-    _Marks(re.compile(r"(?:\A|\s|</s>)\s*(USER|ASSISTANT):"), re.compile("</s>"), first="system"),
+    _Marks(re.compile(r"(?:\A\s*|\n)###\s*(System|User|Human|Assistant):"), _NOTHING),
+    _Marks(re.compile(r"(?:\A|\s|</s>)(USER|ASSISTANT):"), re.compile("</s>"), first="system"),
 )
 _LLAMA_2 = re.compile(
     r"\s*(?:<s>)?\s*\[INST\]\s*(?:<<SYS>>\s*(?P<system>.*?)\s*<</SYS>>\s*)?(?P<user>.*?)\s*\[/INST\]"
@@ -52,9 +53,8 @@ _LLAMA_2 = re.compile(
 _ONE_TURN = (
     re.compile(r"\A\s*(?P<first>)Question: (?P<user>.*)\n\nAnswer:\s*\Z", re.DOTALL),
     re.compile(r"\A\s*(?P<first>)Input: (?P<user>.*)\n\nResponse:\s*\Z", re.DOTALL),
-    re.compile(r"\A(?P<first>.*?)### Instruction:\n(?P<user>.*?)\n+### Response:\s*\Z", re.DOTALL),
+    re.compile(r"\A(?P<first>.*?)### Instruction:\n(?P<user>.*?)\n### Response:\s*\Z", re.DOTALL),
 )
-_ALPACA_INPUT = re.compile(r"\n+### Input:\n")
 _ALPACA_FIRST = re.compile(r"\s*Below is an instruction that describes a task")
 
 
@@ -64,10 +64,12 @@ def unwrapped_prompt(text: str) -> Messages | None:
     >>> unwrapped_prompt("<|im_start|>system\\nBe kind.<|im_end|>\\n<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n")
     [('system', 'Be kind.'), ('user', 'Hi')]
     """
-    for pattern in _ONE_TURN:
+    # Without their ends the patterns look through a text again and again.
+    ends = text[-1000:].rstrip().endswith(("\n\nAnswer:", "\n\nResponse:", "\n### Response:"))
+    for pattern in _ONE_TURN if ends else ():
         if (found := pattern.match(text)) and not re.search(r"\n\n(?:Question|Input|Answer|Response):|### Response:", found["user"]):
             first = "" if _ALPACA_FIRST.match(found["first"]) else found["first"].strip()
-            turn = _ALPACA_INPUT.sub("\n", found["user"])
+            turn = "\n".join(part.strip("\n") for part in found["user"].split("\n### Input:\n", 1))
             return [("system", first), ("user", turn)] if first else [("user", turn)]
     messages = _told(text, needs_cue=True)
     if not messages:
@@ -85,8 +87,10 @@ def unwrapped_dialogue(text: str) -> Messages | None:
 
 def unwrapped_answer(text: str) -> str:
     """An answer without the mark that its template ends it with."""
-    ends = "|".join(marks.end.pattern for marks in _MARKS)
-    return re.sub(rf"(?:\s*(?:{ends}))+\s*\Z", "", text)
+    bare = text.rstrip()
+    while found := _LAST_END.search(bare):
+        text = bare = bare[: found.start()].rstrip()
+    return text
 
 
 def _told(text: str, needs_cue: bool) -> Messages | None:

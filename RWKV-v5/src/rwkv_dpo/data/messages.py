@@ -26,9 +26,9 @@ _CALLS = ("tool_calls", "function_call")
 TOOL_TURNS = "tool turns"
 IMAGES = "images left out"
 # A list of messages printed by Python or as JSON.
-_PRINTED = re.compile(r"""\s*\[?\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
+_PRINTED = re.compile(r"""(?:\s*\[)?\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
 # numpy prints a list of messages without commas between them.
-_NUMPY_SEAM = re.compile(r"\}\s*\n\s*\{(?=['\"])")
+_NUMPY_SEAM = re.compile(r"\} ?\n ?\{(?=['\"])")
 
 
 def to_messages(value: Any, field: str, notes: Notes, speaker: str = "") -> Messages:
