@@ -1,13 +1,15 @@
 """Preferences from what users have: files of rows, folders and globs of them, and Hub data sets."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rwkv_dpo.base.errors import InputError, refuse
 from rwkv_dpo.data.files import expand, open_rows
-from rwkv_dpo.data.forms import FORMS, Dropped, Preference, to_preference
+from rwkv_dpo.data.forms import FORMS, to_preference
 from rwkv_dpo.data.hub import is_hub_id, open_hub_rows
+from rwkv_dpo.data.preference import Dropped, Notes, Preference, Ranking
+from rwkv_dpo.data.rankings import Pairing, paired
 from rwkv_dpo.data.text_files import ROW_ENDINGS, Row, stop
 
 FORMATS = ("auto", *FORMS)
@@ -15,32 +17,42 @@ ON_ERROR = ("stop", "skip")
 
 
 def read_preferences(
-    source: str | Path, limit: int = 0, split: str = "", form: str = "auto", on_error: str = "stop"
-) -> Iterator[Preference | Dropped]:
-    """What the rows of `source` hold, one after the other as they are asked for; at most `limit` rows when it is not 0.
+    source: str | Path, limit: int = 0, split: str = "", form: str = "auto", on_error: str = "stop", *,
+    columns: Mapping[str, str] | None = None, pairing: Pairing | None = None, notes: Notes | None = None,
+) -> Iterator[Preference | Dropped]:  # fmt: skip
+    """What the rows of `source` hold, one after the other as they are asked for; of at most `limit` rows when it is not 0. Answers that
+    stand in a row each come last, when all of them are known.
 
     source: a .json, .jsonl, .parquet or .csv file, each also as .gz, a folder or a glob of those, or a Hub id, of which `split`
-    ("train" when empty) is read. `form`: one of FORMATS. A malformed row is an InputError that names file, row and field, or with
-    `on_error` "skip" one that is Dropped; any other fault is always an InputError.
+    ("train" when empty) is read. `form`: one of FORMATS, `columns`: what columns.parse_columns returns. A malformed row is an
+    InputError that names file, row and field, or with `on_error` "skip" one that is Dropped; any other fault is always an InputError.
+    `pairing`: which pairs are made of rankings. `notes`: collects what is noted of rows.
     """
-    read = _read(source, split, form, on_error == "skip")
-    return itertools.islice(read, limit) if limit else read
+    notes = Notes() if notes is None else notes
+    read = _read(source, split, form, on_error == "skip", columns, notes)
+    return paired(itertools.islice(read, limit) if limit else read, pairing or Pairing(), notes)
 
 
-def _read(source: str | Path, split: str, form: str, is_skipping: bool) -> Iterator[Preference | Dropped]:
+def _read(
+    source: str | Path, split: str, form: str, is_skipping: bool, columns: Mapping[str, str] | None, notes: Notes
+) -> Iterator[Preference | Ranking | Dropped]:
     faults: list[InputError] = []
+    file = ""
     for place, where, row in _placed_rows(source, split, faults if is_skipping else None):
-        yield from _emptied(faults)
+        yield from _emptied(faults, notes)
+        if file != (file := place.rpartition(": ")[0]):
+            notes.kind = ""
+        notes.add_row(row)
         try:
-            read = to_preference(row, where, form)
+            read = to_preference(row, where, form, columns, notes)
         except InputError as error:
             fault = InputError(f"{place}: {error}")
             if not is_skipping:
                 raise fault from error
-            faults.append(fault)
+            yield Dropped(str(fault), "malformed")
         else:
             yield read
-    yield from _emptied(faults)
+    yield from _emptied(faults, notes)
 
 
 def _placed_rows(source: str | Path, split: str, faults: list[InputError] | None) -> Iterator[tuple[str, str, Row]]:
@@ -57,6 +69,7 @@ def _placed_rows(source: str | Path, split: str, faults: list[InputError] | None
             yield f"{path}: {where}", where if len(paths) == 1 else f"{path.name}: {where}", row
 
 
-def _emptied(faults: list[InputError]) -> Iterator[Dropped]:
+def _emptied(faults: list[InputError], notes: Notes) -> Iterator[Dropped]:
     while faults:
+        notes.n_rows += 1
         yield Dropped(str(faults.pop(0)), "malformed")
