@@ -22,11 +22,15 @@ from rwkv_dpo.base.parser import OneLineParser
 from rwkv_dpo.base.script import leave_without, run_script
 
 try:
+    from rwkv_dpo.data.columns import ROLES, parse_columns
+    from rwkv_dpo.data.forms import FORMS
     from rwkv_dpo.data.mixtures import mixed, parse_sources, read_sources
     from rwkv_dpo.data.pair_files import write_as_original, write_packed
+    from rwkv_dpo.data.preference import Notes
     from rwkv_dpo.data.prepare import Report, prepare
     from rwkv_dpo.data.prompts import load_templates
-    from rwkv_dpo.data.report import as_table, length_percentiles, lost_shares, reference_summary
+    from rwkv_dpo.data.rankings import RANK_PAIRS, Pairing
+    from rwkv_dpo.data.report import as_table, length_percentiles, lost_shares, no_pair_of, reference_summary
     from rwkv_dpo.data.sources import FORMATS, ON_ERROR, Dropped, Preference, read_preferences
     from rwkv_dpo.data.splits import file_of, identified, is_prepared, split_rows, write_splits
     from rwkv_dpo.data.text_files import ROW_ENDINGS, check_encoding
@@ -38,16 +42,19 @@ except ModuleNotFoundError as error:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the script. Raises InputError."""
     args = parse_flags(arguments)
-    sources = parse_sources(args.source)
+    sources, columns = parse_sources(args.source), parse_columns(args.columns)
+    notes, pairing = Notes(), Pairing(args.rank_pairs, args.min_gap, args.seed)
 
     def read(name: str) -> Iterator[Preference | Dropped]:
-        return read_preferences(name, args.limit, args.split, args.format, args.on_error, encoding=args.encoding)
+        return read_preferences(
+            name, args.limit, args.split, args.format, args.on_error, encoding=args.encoding, columns=columns, pairing=pairing, notes=notes
+        )
 
     prepared = prepare(read_sources(sources, read), WorldTokenizer(), args.ctx_len, args.templates, args.seed)
     prepared, by_source = mixed(prepared, sources, args.seed)
     lengths = length_percentiles(prepared.pairs)
     tell_dropped(prepared.report)
-    print(as_table(counts=prepared.report.counts(), lengths=lengths, sources=by_source), flush=True)
+    print(as_table(counts=prepared.report.counts(), lengths=lengths, sources=by_source), *notes.lines(), sep="\n", flush=True)
     # Here, not above: --help and a mistyped flag need no PyTorch.
     from rwkv_dpo.evaluation.reference import discard_journal, score_with_checkpoint
     from tqdm import tqdm
@@ -55,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     for line in lost_shares(prepared.report.counts(), args.ctx_len):
         warn(line)
     if not len(prepared.pairs):
-        refuse(f"{', '.join(args.source)}: no usable pair among its {prepared.report.n_read} rows")
+        refuse(no_pair_of(", ".join(args.source), notes))
     rows = split_rows(prepared.prompt_keys, args.valid_ratio, args.test_ratio, args.seed)
     for name, ratio in (("train", 1), ("valid", args.valid_ratio), ("test", args.test_ratio)):
         if ratio and not rows[name]:
@@ -72,7 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
         )  # fmt: skip
     reference = reference_summary(pairs)
     told = {"sources": by_source} if by_source else {}
-    report = {**told, "dropped_rows": prepared.report.dropped_rows(), "lengths": lengths, "reference": reference}
+    report = {
+        "source": notes.as_json(), **told, "dropped_rows": prepared.report.dropped_rows(), "lengths": lengths, "reference": reference
+    }
     files = write_splits(args.out_dir, pairs, rows, report, write_as_original if args.original_format else write_packed)
     print(as_table(reference=reference, files=files))
     discard_journal(args.out_dir)
@@ -80,12 +89,22 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     """The checked command line. Raises InputError."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    forms = "\n".join(f"  {name:<22} {form.columns} ({form.sets})" for name, form in FORMS.items())
+    parser = OneLineParser(
+        description=__doc__, epilog=f"forms of rows:\n{forms}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )  # fmt: skip
     kinds = f"{', '.join(ROW_ENDINGS)}, also packed, a folder, a glob, or a Hub id; several, with shares: a.jsonl:0.7 b.parquet:0.3"
     parser.add_argument("--source", metavar="SOURCE[:SHARE]", nargs="+", required=True, help=kinds)
     parser.add_argument("--split", default="", help="of a Hub data set (train), or of files that hold several (all)")
     parser.add_argument("--encoding", default="utf-8", help="of texts without a byte order mark: cp1252, gb18030 and so on (utf-8)")
     parser.add_argument("--format", choices=FORMATS, default="auto", help="the form of the rows (auto: told by their columns)")
+    parser.add_argument(
+        "--columns", default="", metavar="ROLE=COLUMN,...", help=f"names of columns: prompt=ask,chosen=good (roles: {', '.join(ROLES)})"
+    )
+    parser.add_argument(
+        "--rank_pairs", default="best_worst", help=f"pairs made of several rated answers: {', '.join(RANK_PAIRS)} or random:N (best_worst)"
+    )
+    parser.add_argument("--min_gap", type=float, default=0, help="least difference of a pair's scores, where it has any (0)")
     parser.add_argument("--on_error", choices=ON_ERROR, default="stop", help="malformed rows: stop, or skip and count them (stop)")
     parser.add_argument("--load_model", required=True, help="the reference: the .pth that training will start from")
     parser.add_argument("--out_dir", type=Path, default=Path(), help="where the files go (the current folder)")
@@ -122,6 +141,8 @@ def check_flags(args: argparse.Namespace) -> None:
     parse_sources(args.source)
     check_encoding(args.encoding)
     load_templates(args.templates)
+    parse_columns(args.columns)
+    Pairing(args.rank_pairs, args.min_gap)
     try:
         args.out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

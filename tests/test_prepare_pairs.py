@@ -215,6 +215,35 @@ def test_malformed_rows_are_skipped_when_asked_and_a_users_template_is_used(prep
     assert train.header["counts"]["dropped"] == {"malformed": 2}
 
 
+def test_rankings_of_named_columns_become_pairs_and_templates_are_told_once(source, capsys):
+    rows = [{"ask": f"User: Question {i}?\n\nAssistant:", "all": ["b", "a", "c"], "stars": [2, 3, 1]} for i in range(4)]
+    source.write_text(json.dumps(rows))
+    flags = ["--columns", "prompt=ask,answers=all,scores=stars", "--rank_pairs", "adjacent", "--valid_ratio", "0", "--test_ratio", "0"]
+    out = source.parent / "out"
+    script.main([*scored_by_a_tiny_model(source), "--out_dir", str(out), "--templates", "chat", *flags])
+    told = capsys.readouterr().out
+    assert told.count("4 prompts with a chat template were turned into turns\n") == 1
+    report = json.loads((out / "report.json").read_text())
+    assert report["source"] == {
+        "rows": 4, "noted": {"prompts with a chat template were turned into turns": 4, "rankings of 3 answers": 4}
+    }  # fmt: skip
+    train, tokenizer = load_splits(out)[0], WorldTokenizer()
+    assert [[tokenizer.decode(part.tolist()) for part in train.pair(i)] for i in (0, 1)] == [
+        ["User: Question 0?\n\nAssistant:", " a\n\n", " b\n\n"], ["User: Question 0?\n\nAssistant:", " b\n\n", " c\n\n"]
+    ]  # fmt: skip
+    assert len(train) == 8
+    script.main([*scored_by_a_tiny_model(source), "--out_dir", str(out / "far"), "--min_gap", "2", *flags[:2], *flags[4:]])
+    assert len(load_splits(out / "far")[0]) == 4
+
+
+def test_rows_that_are_all_dropped_end_the_run_with_the_first_of_them(source, capsys):
+    rows = [{"prompt": "Why?", "chosen": "a", "rejected": f"b{i}", "score_chosen": 1, "score_rejected": 2 + i} for i in range(3)]
+    source.write_text(json.dumps(rows))
+    with pytest.raises(InputError, match=r'rows.json: no usable pair among its 3 rows; the first is \{prompt: "Why\?", chosen: "a"'):
+        script.main(scored_by_a_tiny_model(source))
+    assert "warning: 3 of 3 rows were dropped: scores contradict\n" in capsys.readouterr().err
+
+
 def test_a_hub_id_that_cannot_be_reached_is_named(source):
     (source.parent / "any.pth").write_bytes(b"")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(source.parent)}
@@ -247,6 +276,9 @@ def test_it_starts_as_a_program():
         (["--split", "train"], "--split train: "),
         (["--templates", "own"], "--templates own: accepted are mix, chat"),
         (["--format", "parquet"], "argument --format: invalid choice"),
+        (["--columns", "ask"], "--columns ask: 'ask' is not ROLE=COLUMN"),
+        (["--rank_pairs", "best"], "--rank_pairs best: accepted are best_worst, best_rest, adjacent, all, and random:N"),
+        (["--min_gap", "-1"], "--min_gap -1.0: at least 0 is accepted"),
         (["--source", "*.jsonl"], "*.jsonl: matches no file"),
         (["--source", "empty.json"], "empty.json: no usable pair among its 0 rows"),
         (["--ctx_len", "1"], "--ctx_len 1: at least 2 is accepted"),

@@ -6,7 +6,7 @@ import pytest
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.chat_documents import document_of
 from rwkv_dpo.data.documents import open_documents
-from rwkv_dpo.data.forms import Preference
+from rwkv_dpo.data.preference import Preference
 from rwkv_dpo.data.prompts import MODES, render
 
 

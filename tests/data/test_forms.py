@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rwkv_dpo.base.errors import InputError
-from rwkv_dpo.data.forms import FORMS, Dropped, Preference, recognised, to_preference
+from rwkv_dpo.data.forms import FORMS, recognised, to_preference
+from rwkv_dpo.data.preference import Dropped, Preference, Ranking
 from rwkv_dpo.data.prepare import prepare
 from rwkv_dpo.data.prompts import MODES, render
 from rwkv_dpo.data.splits import split_rows
@@ -179,7 +180,7 @@ def test_rows_of_any_content_are_read_dropped_or_refused_in_one_line(row, form):
         told = to_preference(row, "row 1", form)
     except InputError as error:
         told = error
-    assert isinstance(told, Preference | Dropped) or "\n" not in str(told)
+    assert isinstance(told, Preference | Ranking | Dropped) or "\n" not in str(told)
 
 
 def test_system_messages_are_kept_wherever_they_stand():
@@ -238,9 +239,10 @@ PLAIN = {"prompt": "p", "chosen": "c", "rejected": "r"}
     ({}, "has the columns none; a row has prompt text, chosen and rejected messages (ultrafeedback), or "),
     ({"question": "q", "chosen": "c"}, "has the columns 'question', 'chosen'; a row has"),
     (PLAIN | {"chosen": 3}, "field 'chosen' is a int; expected text"),
-    (PLAIN | {"prompt": ["p"]}, "field 'prompt' is a list; expected text"),
+    (PLAIN | {"prompt": 3}, "field 'prompt' is a int; expected text or messages"),
+    (PLAIN | {"prompt": ["p", "q"]}, "field 'prompt': message 1: expected a role and content, or from and value"),
     (PLAIN | {"prompt": "\ud800"}, "field 'prompt' has a lone surrogate at character 0"),
-    (PLAIN | {"score_chosen": "good", "score_rejected": 1}, "fields 'score_chosen' and 'score_rejected' are 'good' and 1; expected"),
+    (PLAIN | {"score_chosen": "good", "score_rejected": 1}, "field 'score_chosen' is 'good'; expected a number"),
     (DIALOGUE | {"chosen": said(U)}, "field 'chosen' ends with a message from the user; expected the assistant"),
     (DIALOGUE | {"rejected": said(U, A, U)}, "field 'rejected' ends with a message from the user; expected the assistant"),
     (DIALOGUE | {"rejected": said(("user", "v"), A)}, "fields 'chosen' and 'rejected' have different prompts: they part at message 1"),
@@ -248,9 +250,9 @@ PLAIN = {"prompt": "p", "chosen": "c", "rejected": "r"}
     ({"prompt": "p"} | dict.fromkeys(["chosen", "rejected"], said(("system", "s"), A)), "message 2 of the dialogue is from the system"),
     (DIALOGUE | {"rejected": "r"}, "field 'rejected' is a str; expected a list of messages"),
     (DIALOGUE | {"rejected": ["r"]}, "field 'rejected': message 1: expected a role and content, or from and value"),
-    (DIALOGUE | {"chosen": said(U, ("tool", "t"), A)}, "field 'chosen': message 2: is from 'tool'; accepted are human, user"),
+    (DIALOGUE | {"chosen": said(U, ("judge", "t"), A)}, "field 'chosen': message 2: is from 'judge'; accepted are human, user"),
     (DIALOGUE | {"chosen": said(U, (["assistant"], "a"))}, "field 'chosen': message 2: is from ['assistant']"),
-    (DIALOGUE | {"chosen": said(U, ("assistant", [{"type": "image"}]))}, "field 'chosen': message 2: field 'content' is a list; expected"),
+    (DIALOGUE | {"chosen": said(U, ("assistant", [{"type": "poem"}]))}, "field 'chosen': message 2: field 'content' has a part that is"),
     ({"conversations": said(U, A), "chosen": said(A)[0], "rejected": said(A)[0]}, "message 3 of the dialogue is from the assistant; exp"),
     ({"conversations": [], "chosen": said(A)[0], "rejected": said(A)[0]}, "message 1 of the dialogue is from the assistant; expected"),
     ({"conversations": said(U, U), "chosen": said(A)[0], "rejected": said(A)[0]}, "message 2 of the dialogue is from the user; expec"),
@@ -266,5 +268,5 @@ def test_a_named_form_is_honoured_or_refused():
     row = hh(["h"], "a", "b")
     assert recognised(row) == "hh"
     assert to_preference(row, "row 1", "trl").turns == ("\n\nHuman: h\n\nAssistant: ",)
-    with pytest.raises(InputError, match=r"has the columns 'chosen', 'rejected'; --format prompt, chosen and rejected \(or reject\)"):
+    with pytest.raises(InputError, match=r"has the columns 'chosen', 'rejected'; --format plain is for prompt, chosen and"):
         to_preference(row, "row 1", "plain")

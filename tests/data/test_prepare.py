@@ -5,7 +5,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rwkv_dpo.data.forms import Dropped, Preference
+from rwkv_dpo.data.preference import Dropped, Preference
 from rwkv_dpo.data.prepare import prepare, prompt_key
 from rwkv_dpo.data.splits import split_rows
 from rwkv_dpo.data.tokenizer import WorldTokenizer

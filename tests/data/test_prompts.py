@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rwkv_dpo.base.errors import InputError
-from rwkv_dpo.data.forms import Preference
+from rwkv_dpo.data.preference import Preference
 from rwkv_dpo.data.prompts import MODES, clean, load_templates, render, seeded_fraction
 
 MIX, CHAT = MODES["mix"], MODES["chat"]

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 from rwkv_dpo.base.errors import InputError
-from rwkv_dpo.data.forms import Dropped, Preference
+from rwkv_dpo.data.preference import Dropped, Preference
 from rwkv_dpo.data.sources import read_preferences
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -109,7 +109,7 @@ def test_a_tie_is_dropped_with_its_row(tmp_path):
     assert list(read_preferences(path))[1] == Dropped("row 2", "tie")
 
 
-@pytest.mark.parametrize("row", [{"prompt": "p", "chosen": "c"}, PLAIN | {"chosen": ["c"]}, [1]])
+@pytest.mark.parametrize("row", [{"prompt": "p", "chosen": "c"}, PLAIN | {"chosen": {"c": 1}}, [1]])
 def test_a_bad_row_is_refused_with_its_file_and_number(tmp_path, row):
     (tmp_path / "a.json").write_text(json.dumps([PLAIN, row]))
     with pytest.raises(InputError, match=r"a.json: row 2: "):

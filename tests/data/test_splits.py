@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from recording_os import RecordingOS
 from rwkv_dpo.base.errors import InputError
-from rwkv_dpo.data.forms import Preference
 from rwkv_dpo.data.pair_files import load_pairs, write_as_original, write_packed
+from rwkv_dpo.data.preference import Preference
 from rwkv_dpo.data.prepare import prepare
 from rwkv_dpo.data.splits import identified, is_prepared, split_rows, write_splits
 from rwkv_dpo.data.tokenizer import WorldTokenizer

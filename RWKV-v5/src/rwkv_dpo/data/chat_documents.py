@@ -5,7 +5,7 @@ from typing import Any
 
 from rwkv_dpo.base.errors import InputError, refuse
 from rwkv_dpo.data.files import text_field
-from rwkv_dpo.data.forms import Preference
+from rwkv_dpo.data.preference import Preference
 from rwkv_dpo.data.prompts import MODES, render
 from rwkv_dpo.data.text_files import Row
 

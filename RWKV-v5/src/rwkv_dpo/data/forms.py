@@ -1,235 +1,198 @@
-"""The forms in which data sets keep a preference, and how a row of each becomes a Preference.
+"""The forms in which data sets keep preferences: which columns tell each, and what reads a row of it.
 
-A form is a function from a row to two dialogues, the chosen and the rejected one. What they share is the prompt, whatever the form.
-A message has role and content, or from and value. Any form may also have score_chosen and score_rejected, and system (text).
+A form is told by the columns that hold something; what is named by --format has to have them, too. A row that tells none is refused
+with the forms that are nearest: what is guessed wrongly would be trained on.
 """
 
-import itertools
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple, NoReturn
 
-from rwkv_dpo.base.errors import InputError, refuse
+from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.data.columns import ANSWER, ANSWERS, DIALOGUES, LABEL, PROMPTS, RANKS, SCORE, SCORES, present, renamed
+from rwkv_dpo.data.messages import is_messages, parsed
+from rwkv_dpo.data.pair_rows import HH_TURN, PAIR, read_pair
+from rwkv_dpo.data.preference import Dropped, Notes, Preference, Ranking, Row, Unusable
+from rwkv_dpo.data.rated_rows import (
+    Scores,
+    by_label,
+    by_number,
+    by_scores,
+    by_strength,
+    read_arena,
+    read_list,
+    read_one,
+    read_summaries,
+    read_two,
+)  # fmt: skip
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-
-Row = Mapping[str, Any]
-Messages = list[tuple[str, str]]  # (role, text), each role a value of _ROLES
-
-
-@dataclass(frozen=True)
-class Preference:
-    """A dialogue and two answers to its last turn. `where`: the row it was read from, for messages; `turns`: user and assistant
-    by turns, the first and the last by the user; `system` may be empty."""
-
-    where: str
-    system: str
-    turns: tuple[str, ...]
-    chosen: str
-    rejected: str
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A row that is not used. `where`: the row, or what a malformed one was refused with; `reason`: what rows are counted by."""
-
-    where: str
-    reason: str
+RANKING, ONE_ANSWER = "rankings", "one answer a row"
+_Reader = Callable[..., Preference | Ranking]
+_Names = tuple[str, ...]
 
 
 class Form(NamedTuple):
-    """`columns` as messages name them, those `required` besides chosen and rejected, and how a row is read."""
+    """`columns` as messages name them, the published sets that have them, what has to be there (of each tuple one at least), the kind
+    that all rows of a file are of (empty: pairs, whose reader says), and what reads a row."""
 
     columns: str
-    required: frozenset[str]
-    dialogues: Callable[[Row], tuple[Messages, Messages]]
+    sets: str
+    required: tuple[_Names, ...]
+    kind: str
+    read: _Reader
 
 
-def to_preference(row: Row, where: str, form: str = "auto") -> Preference | Dropped:
-    """Read one row in the form of that name, or ("auto") in the form that its columns tell.
+def _pair(columns: str, sets: str, *required: _Names) -> Form:
+    return Form(columns, sets, (*required, ("rejected",)), "", read_pair)
 
-    Dropped: no rejected or chosen answer (null or nothing in it), equal scores, dialogues that differ in more than their last
-    message. InputError, naming the field: a column is missing or holds something else, a dialogue does not alternate or does not
-    end with the assistant, prompts differ.
+
+def _two(columns: str, sets: str, answers: tuple[str, str], *required: str, scores: Callable[[Row], Scores]) -> Form:
+    needed = tuple((name,) for name in (*answers, *required))
+    return Form(columns, sets, needed, RANKING, partial(read_two, answers=answers, scores=scores))
+
+
+def _read_pair(row: Row, where: str, notes: Notes, form: str) -> Preference | Ranking:
+    if is_messages(row.get("chosen")):
+        notes.agree(PAIR)
+    return read_pair(row, where, notes, form)
+
+
+_BOTH = ("chosen",)
+
+FORMS: dict[str, Form] = {
+    "openai": _pair("input with messages, preferred_output and non_preferred_output", "OpenAI's preference fine-tuning",
+                    ("input",), ("preferred_output", "preferred_completion")),
+    "swift": _pair("messages that end with the chosen answer, and rejected_response or rejected_messages", "ms-swift", DIALOGUES),
+    "sharegpt": _pair("conversations, chosen and rejected messages", "LLaMA-Factory", DIALOGUES, _BOTH),
+    "alpaca": _pair("instruction (and input, history), with chosen and rejected or output as [better, worse]", "LLaMA-Factory, argilla",
+                    ("instruction",), _BOTH),
+    "orca": _pair("question or input (and system), chosen and rejected", "orca_dpo_pairs, distilabel",
+                  ("question", "input", "query", "problem", "history", "context"), _BOTH),
+    "ultrafeedback": _pair("prompt text, chosen and rejected messages", "ultrafeedback_binarized", ("prompt",), _BOTH),
+    "trl": _pair("chosen and rejected, with prompt messages or beginning alike", "TRL", _BOTH),
+    "hh": _pair("chosen and rejected texts with Human: and Assistant: turns", "Anthropic's hh-rlhf", _BOTH),
+    "plain": _pair("prompt, chosen and rejected (or reject) texts", "many", ("prompt",), _BOTH),
+    "helpsteer2_preference": _two("prompt, response_1, response_2 and preference_strength", "HelpSteer2-preference",
+                                  ("response_1", "response_2"), "preference_strength", scores=by_strength("preference_strength")),
+    "helpsteer3": _two("context messages, response1, response2 and overall_preference", "HelpSteer3",
+                       ("response1", "response2"), "overall_preference", scores=by_strength("overall_preference")),
+    "shp": _two("history, human_ref_A, human_ref_B and labels", "SHP, SHP-2", ("human_ref_A", "human_ref_B"), "labels", scores=by_label),
+    "safe_rlhf": _two("prompt, response_0, response_1 and better_response_id", "PKU-SafeRLHF",
+                      ("response_0", "response_1"), "better_response_id", scores=by_number("better_response_id")),
+    "webgpt": _two("question, answer_0, answer_1, score_0 and score_1", "webgpt_comparisons",
+                   ("answer_0", "answer_1"), "score_0", "score_1", scores=by_scores),
+    "arena": Form("conversation_a, conversation_b and winner", "chatbot_arena_conversations",
+                  (("conversation_a",), ("conversation_b",), ("winner",)), RANKING, read_arena),
+    "summaries": Form("info, summaries and choice", "summarize_from_feedback",
+                      (("info",), ("summaries",), ("choice",)), RANKING, read_summaries),
+    "ranked": Form("a prompt and a list of answers, completions or responses, with scores, ratings or ranks beside or within them",
+                   "UltraFeedback, Nectar", (PROMPTS, ANSWERS), RANKING, read_list),
+    "kto": Form("prompt, completion and label, or messages and label", "TRL's, LLaMA-Factory's and ms-swift's KTO",
+                ((*ANSWER, *DIALOGUES), LABEL), ONE_ANSWER, partial(read_one, is_labelled=True)),
+    "rated": Form("prompt, response and helpfulness, score or rating", "HelpSteer, HelpSteer2", (PROMPTS, ANSWER, SCORE), ONE_ANSWER,
+                  partial(read_one, is_labelled=False)),
+}  # fmt: skip
+
+
+def to_preference(
+    row: Row, where: str, form: str = "auto", columns: Mapping[str, str] | None = None, notes: Notes | None = None
+) -> Preference | Ranking | Dropped:
+    """Read one row in the form of that name, or ("auto") in the form that its columns tell. `columns`: --columns, as columns.renamed
+    takes it. `notes`: of the file, or of this row alone.
+
+    Dropped: no rejected or chosen answer (null or nothing in it), equal or contradicting scores, dialogues with tools or that differ in
+    more than their last message. InputError, naming the field: a column is missing or holds something else, a dialogue does not
+    alternate or does not end with the assistant, prompts differ.
 
     >>> to_preference({"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}, "row 1")
     Preference(where='row 1', system='', turns=('Hi',), chosen='Hello!', rejected='Go away.')
     """
-    if "rejected" not in row and "reject" in row:
-        row = {**row, "rejected": row["reject"]}
-    needed = {"chosen", "rejected"} if form == "auto" else {"chosen", "rejected"} | FORMS[form].required
-    if not row.keys() >= needed:
-        refuse(f"has the columns {', '.join(map(repr, row)) or 'none'}; {_known_forms(form)}")
-    if not row["rejected"]:
-        return Dropped(where, "no rejected answer")
-    if not row["chosen"]:
-        return Dropped(where, "empty answer")
-    if _is_tie(row):
-        return Dropped(where, "tie")
-    chosen, rejected = FORMS[recognised(row) if form == "auto" else form].dialogues(row)
-    for name, dialogue in (("chosen", chosen), ("rejected", rejected)):
-        if dialogue[-1][0] != "assistant":
-            refuse(f"field '{name}' ends with a message from the {dialogue[-1][0]}; expected the assistant")
-    n = _n_shared(chosen, rejected)
-    if not chosen[n][0] == rejected[n][0] == "assistant":
-        refuse(f"fields 'chosen' and 'rejected' have different prompts: they part at message {n + 1} of the dialogue")
-    system, turns = _alternating(chosen[: n + 1], _text(row, "system") if row.get("system") else "")
-    if len(chosen) > n + 1 or len(rejected) > n + 1:
-        return Dropped(where, "answers of several turns")
-    return Preference(where, system, turns[:-1], chosen[-1][1], rejected[-1][1])
+    notes = notes or Notes()
+    given = renamed(row, columns or {})
+    held = _with_output_pair(present(given))
+    name = form if form != "auto" else recognised(given)
+    if not _told_by(FORMS[name], {**given, **held}):
+        refuse(f"has the columns {_columns_of(given)}; --format {name} is for {FORMS[name].columns}")
+    if name == "plain":
+        held = {"prompt": "", **held}
+    try:
+        if FORMS[name].kind:
+            notes.agree(FORMS[name].kind)
+            return FORMS[name].read(held, where, notes)
+        # What is named "plain" or "trl" is taken to the letter, what looks like it is looked at.
+        return _read_pair(held, where, notes, name if form != "auto" or name == "hh" else "")
+    except Unusable as unusable:
+        return Dropped(where, str(unusable))
 
 
 def recognised(row: Row) -> str:
-    """The name of the form that the columns of a row with chosen and rejected answers tell."""
-    chosen, prompt = row["chosen"], row.get("prompt")
-    if "conversations" in row:
+    """The name of the form that the columns of a row, as columns.renamed gives it, tell. InputError, with the nearest ones, when they
+    tell none."""
+    held = _with_output_pair(present(row))
+    if "chosen" in held and "rejected" in held:
+        return _recognised_pair(row, held)
+    others = [name for name, form in FORMS.items() if form.kind and _told_by(form, held)]
+    if "ranked" in others and not _is_ranked(held):
+        others.remove("ranked")
+    if others:
+        return others[0]
+    if "chosen" not in row and _told_by(FORMS["swift"], {**row, **held}):
+        return "swift"
+    # Of a null no type is known: the pair that it should be tells the form, and the row is dropped.
+    if "chosen" in row and "rejected" in row:
+        return _recognised_pair(row, held)
+    _refuse_unknown(row)
+
+
+def _recognised_pair(row: Row, held: Row) -> str:
+    chosen, prompt = held.get("chosen"), held.get("prompt")
+    if _told_by(FORMS["openai"], held):
+        return "openai"
+    if any(name in held and (name != "messages" or not is_messages(chosen)) for name in DIALOGUES):
         return "sharegpt"
-    if isinstance(chosen, list):
+    if is_messages(chosen):
         return "ultrafeedback" if isinstance(prompt, str) else "trl"
-    if "prompt" in row:
-        is_hh = isinstance(prompt, str) and _HH_TURN.match(prompt) and prompt.rstrip().endswith("\n\nAssistant:")
+    if prompt is not None:
+        is_hh = isinstance(prompt, str) and HH_TURN.match(prompt) and prompt.rstrip().endswith("\n\nAssistant:")
         return "hh" if is_hh else "plain"
-    return "hh" if isinstance(chosen, str) and _HH_TURN.match(chosen) else "trl"
+    if isinstance(chosen, str) and HH_TURN.match(chosen):
+        return "hh"
+    if any(name in held for name in PROMPTS):
+        return "alpaca" if "instruction" in held else "orca"
+    return "plain" if "prompt" in row else "trl"
 
 
-def _conversational(row: Row) -> tuple[Messages, Messages]:
-    chosen, rejected = _messages(row["chosen"], "chosen"), _messages(row["rejected"], "rejected")
-    prompt = row.get("prompt")
-    if prompt is None:
-        return chosen, rejected
-    if isinstance(prompt, list):
-        lead = _messages(prompt, "prompt")
-        # Some data sets repeat the prompt in the answers' columns.
-        is_repeated = _n_shared([*lead, ("", "")], chosen) == len(lead)
-    else:
-        lead = [("user", _text(row, "prompt"))]
-        asked = [text.split() for role, text in chosen if role == "user"]
-        is_repeated = bool(asked)
-        if is_repeated and lead[0][1].split() not in asked:
-            refuse("field 'prompt' is none of the user's messages in 'chosen'")
-    return (chosen, rejected) if is_repeated else ([*lead, *chosen], [*lead, *rejected])
+def _with_output_pair(row: dict[str, object]) -> dict[str, object]:
+    """LLaMA-Factory's older form, output as [better, worse], as a chosen and a rejected answer."""
+    output = row.get("output")
+    if isinstance(output, str) and output.lstrip().startswith("["):
+        output = parsed(output)
+    is_pair = isinstance(output, list) and len(output) == 2 and all(isinstance(text, str) for text in output)
+    if not is_pair or {"chosen", "rejected"} & row.keys() or "instruction" not in row:
+        return row
+    rest = {name: value for name, value in row.items() if name != "output"}
+    return {**rest, "chosen": output[0], "rejected": output[1]}  # type: ignore[index]
 
 
-def _trl(row: Row) -> tuple[Messages, Messages]:
-    if isinstance(row["chosen"], list):
-        return _conversational(row)
-    if "prompt" in row:
-        return _plain(row)
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-    prompt = _shared_words(chosen, rejected)
-    return _answered([("user", prompt)], chosen[len(prompt) :], rejected[len(prompt) :])
+def _is_ranked(row: Row) -> bool:
+    answers = row[next(name for name in ANSWERS if name in row)]
+    is_within = isinstance(answers, str) or answers == [] or (isinstance(answers, list) and isinstance(answers[0], Mapping))
+    return is_within or any(name in row for name in (*SCORES, *RANKS))
 
 
-def _sharegpt(row: Row) -> tuple[Messages, Messages]:
-    lead = _messages(row["conversations"], "conversations")
-    chosen, rejected = (_messages(row[name] if isinstance(row[name], list) else [row[name]], name) for name in ("chosen", "rejected"))
-    return [*lead, *chosen], [*lead, *rejected]
+def _told_by(form: Form, row: Row) -> bool:
+    return all(any(name in row for name in names) for names in form.required)
 
 
-def _hh(row: Row) -> tuple[Messages, Messages]:
-    # Some copies keep the dialogue in a prompt column and the last answers in the others.
-    lead = _text(row, "prompt") if row.get("prompt") else ""
-    return _hh_messages(lead + _text(row, "chosen"), "chosen"), _hh_messages(lead + _text(row, "rejected"), "rejected")
+def _columns_of(row: Row) -> str:
+    return ", ".join(map(repr, row)) or "none"
 
 
-def _plain(row: Row) -> tuple[Messages, Messages]:
-    prompt = "" if row["prompt"] is None else _text(row, "prompt")
-    return _answered([("user", prompt)], _text(row, "chosen"), _text(row, "rejected"))
+def _refuse_unknown(row: Row) -> NoReturn:
+    def nearness(form: Form) -> float:
+        return sum(any(name in row for name in names) for names in form.required) / len(form.required)
 
-
-FORMS = {
-    "ultrafeedback": Form("prompt text, chosen and rejected messages", frozenset({"prompt"}), _conversational),
-    "trl": Form("chosen and rejected, with prompt messages or beginning alike", frozenset(), _trl),
-    "sharegpt": Form("conversations, chosen and rejected messages", frozenset({"conversations"}), _sharegpt),
-    "hh": Form("chosen and rejected texts with Human: and Assistant: turns", frozenset(), _hh),
-    "plain": Form("prompt, chosen and rejected (or reject) texts", frozenset({"prompt"}), _plain),
-}
-
-
-def _known_forms(form: str) -> str:
-    listed = FORMS if form == "auto" else {form: FORMS[form]}
-    return ("a row has " if form == "auto" else "--format ") + ", or ".join(f"{form.columns} ({name})" for name, form in listed.items())
-
-
-def _answered(lead: Messages, chosen: str, rejected: str) -> tuple[Messages, Messages]:
-    return [*lead, ("assistant", chosen)], [*lead, ("assistant", rejected)]
-
-
-def _n_shared(chosen: Messages, rejected: Messages) -> int:
-    """How many messages both dialogues begin with, the last of either left out; outer space does not count."""
-    n = 0
-    for (role, text), (other_role, other_text) in zip(chosen[:-1], rejected[:-1], strict=False):
-        if role != other_role or text.strip() != other_text.strip():
-            break
-        n += 1
-    return n
-
-
-def _alternating(messages: Messages, system: str) -> tuple[str, tuple[str, ...]]:
-    """The system message and the turns of a dialogue that ends with an answer."""
-    if messages[0][0] == "system":
-        system = messages[0][1]
-    turns = messages[1:] if messages[0][0] == "system" else messages
-    for i, (role, _) in enumerate(turns):
-        if role != ("user", "assistant")[i % 2]:
-            number = i + 1 + len(messages) - len(turns)
-            refuse(f"message {number} of the dialogue is from the {role}; expected the {('user', 'assistant')[i % 2]}")
-    return system, tuple(text for _, text in turns)
-
-
-def _messages(messages: object, field: str) -> Messages:
-    if not isinstance(messages, list):
-        refuse(f"field '{field}' is a {type(messages).__name__}; expected a list of messages")
-    return [_message(message, f"field '{field}': message {i}") for i, message in enumerate(messages, start=1)]
-
-
-def _message(message: object, source: str) -> tuple[str, str]:
-    if not isinstance(message, Mapping) or not (message.keys() >= {"role", "content"} or message.keys() >= {"from", "value"}):
-        refuse(f"{source}: expected a role and content, or from and value")
-    role, content = ("role", "content") if message.keys() >= {"role", "content"} else ("from", "value")
-    if (speaker := message[role]) not in list(_ROLES):
-        refuse(f"{source}: is from {speaker!r}; accepted are {', '.join(_ROLES)}")
-    try:
-        return _ROLES[speaker], _text(message, content)
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
-
-
-def _hh_messages(text: str, field: str) -> Messages:
-    lead, *turns = _HH_TURN.split(text)
-    if not turns:
-        refuse(f"field '{field}' has no Human: and Assistant: turns")
-    messages = [(_ROLES[name.lower()], said) for name, said in zip(turns[::2], turns[1::2], strict=True)]
-    return [("system", lead), *messages] if lead.strip() else messages
-
-
-def _shared_words(chosen: str, rejected: str) -> str:
-    """What both texts begin with, to the end of its last whole word (in scripts without spaces, to its last character)."""
-    n = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
-    is_within_word = re.search(r"\w\Z", chosen[:n]) and any(re.match(r"\w", text[n:]) for text in (chosen, rejected))
-    return re.sub(r"(\s)\S+\Z", r"\1", chosen[:n]) if is_within_word else chosen[:n]
-
-
-def _is_tie(row: Row) -> bool:
-    scores = [row.get("score_chosen"), row.get("score_rejected")]
-    if None in scores or "" in scores:
-        return False
-    try:
-        chosen, rejected = (float(score) for score in scores)  # type: ignore[arg-type]  # what is no number raises
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"fields 'score_chosen' and 'score_rejected' are {scores[0]!r} and {scores[1]!r}; expected numbers") from error
-    return chosen == rejected
-
-
-def _text(row: Row, field: str) -> str:
-    text = row.get(field)
-    if not isinstance(text, str):
-        refuse(f"field '{field}' is a {type(text).__name__}; expected text")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"field '{field}' has a lone surrogate at character {error.start}") from error
-    return text
+    # Those with more to miss come last among equals.
+    nearest = sorted(FORMS, key=lambda name: (-nearness(FORMS[name]), name not in ("plain", "ultrafeedback", "ranked")))[:3]
+    listed = ", or ".join(f"{FORMS[name].columns} ({name})" for name in nearest)
+    refuse(f"has the columns {_columns_of(row)}; a row has {listed}; --columns prompt=...,chosen=...,rejected=... names others")

@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from rwkv_dpo.base.errors import refuse
-from rwkv_dpo.data.forms import Dropped, Preference
+from rwkv_dpo.data.preference import Dropped, Preference
 from rwkv_dpo.data.prepare import NextSource, Prepared
 from rwkv_dpo.data.prompts import seeded_fraction
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from rwkv_dpo.data import tokenizer as world
-from rwkv_dpo.data.forms import Dropped, Preference
 from rwkv_dpo.data.pairs import Pair, PairSet, cut_pair, pack_pairs
+from rwkv_dpo.data.preference import Dropped, Preference
 from rwkv_dpo.data.prompts import MODES, Templates, load_templates, render
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rwkv_dpo.base.errors import InputError, refuse
-from rwkv_dpo.data.forms import Preference
+from rwkv_dpo.data.preference import Preference
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """What preparation tells: the figures of report.json, the table that is printed of them, and what of it is to be warned of."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rwkv_dpo.data.pairs import PairSet
+from rwkv_dpo.data.preference import Notes
 
 _PERCENTILES = (50, 90, 99)
 
@@ -45,6 +47,11 @@ def lost_shares(counts: Mapping[str, Any], ctx_len: int) -> list[str]:
     lost.append((counts["cut_prompts"], counts["kept"], f"pairs lost the beginning of their prompt to a ctx_len of {ctx_len}"))
     lost.append((counts["cut_answers"], counts["kept"], f"pairs lost the end of an answer to a ctx_len of {ctx_len}"))
     return [f"{n:,} of {total:,} {what}" for n, total, what in lost if n > total / 5]
+
+
+def no_pair_of(source: str | Path, notes: Notes) -> str:
+    """What to say of rows none of which became a pair."""
+    return f"{source}: no usable pair among its {notes.n_rows:,} rows" + (f"; the first is {notes.first_row}" if notes.first_row else "")
 
 
 def as_table(
