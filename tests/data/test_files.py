@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from rwkv_dpo.base.errors import InputError
-from rwkv_dpo.data import files
+from rwkv_dpo.data import text_files
 from rwkv_dpo.data.files import expand, open_rows, text_field
 from rwkv_dpo.data.text_files import ROW_ENDINGS, ending, open_lines, read_text
 
@@ -67,7 +67,7 @@ json_values = st.recursive(
 def test_an_array_read_in_blocks_of_any_size_is_what_json_reads_whole(tmp_path_factory, rows, block, indent, escaped):
     path = tmp_path_factory.getbasetemp() / "blocks.json"
     path.write_text(json.dumps(rows, indent=indent, ensure_ascii=escaped), "utf-8", newline="")
-    with mock.patch.object(files, "_BLOCK", block):
+    with mock.patch.object(text_files, "BLOCK", block):
         assert [row for _, row in open_rows(path)] == json.loads(path.read_text("utf-8"))
 
 
@@ -184,10 +184,10 @@ def test_text_is_read_whole_or_by_lines(tmp_path):
         (tmp_path / name).write_bytes(data)
         assert [text for _, text in open_lines(tmp_path / name)] == ["one\r\n", "two\u2028\n", "\n", "three é"]
         for block in (1, 2, 1000):
-            with mock.patch.object(files, "_BLOCK", block):
+            with mock.patch.object(text_files, "BLOCK", block):
                 assert read_text(tmp_path / name) == "one\ntwo\u2028\n\nthree é"
     (tmp_path / "a.txt").write_bytes(b"abc\xc3")
-    with mock.patch.object(files, "_BLOCK", 2), pytest.raises(InputError, match=r"not UTF-8: unexpected end of data at byte 3"):
+    with mock.patch.object(text_files, "BLOCK", 2), pytest.raises(InputError, match=r"not UTF-8: unexpected end of data at byte 3"):
         read_text(tmp_path / "a.txt")
     with pytest.raises(InputError, match=r"none.txt: cannot be read: No such file"):
         read_text(tmp_path / "none.txt")
