@@ -241,7 +241,8 @@ def run_under_address_sanitizer(*command: str, shim: Path) -> subprocess.Complet
 BEYOND_THE_END = """
 import ctypes, os, sys, torch
 sys.path[:0] = ["RWKV-v5/src"]
-from rwkv_dpo.kernels.wkv5 import build, cuda
+from rwkv_dpo.kernels import build
+from rwkv_dpo.kernels.wkv5 import cuda
 x = torch.randn(9, 2, 8)
 cuda._segments = lambda *_: cuda.Segments(torch.tensor([[0, 10]]).int(), torch.tensor([0, 1]).int())
 shim = build.bind(ctypes.CDLL(os.environ["WKV_SHIM"]), cuda.ENTRY_POINTS)
