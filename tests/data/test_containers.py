@@ -249,7 +249,7 @@ def test_what_only_begins_like_messages_is_refused_and_other_lists_are_texts(tmp
     assert [row["chosen"] for _, row in open_rows(tmp_path / "a.csv", faults.append)] == texts
     assert len(faults) == 3
     for i, fault in enumerate(faults, start=7):
-        assert f"row {i}: field 'chosen' begins like a printed list of messages" in str(fault)
+        assert f"row {i}: field 'chosen' looks like a printed list of messages" in str(fault)
 
 
 def test_datasets_saved_and_cloned_are_their_rows_alone(tmp_path):

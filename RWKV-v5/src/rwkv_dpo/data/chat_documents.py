@@ -1,17 +1,13 @@
 """Rows of chat data as documents to train on, written in the chat template: dialogues, instructions, prompts with their answers."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from rwkv_dpo.base.errors import InputError, refuse
 from rwkv_dpo.data.files import text_field
-from rwkv_dpo.data.preference import Preference
+from rwkv_dpo.data.messages import to_messages
+from rwkv_dpo.data.preference import Notes, Preference, Unusable
 from rwkv_dpo.data.prompts import MODES, render
 from rwkv_dpo.data.text_files import Row
-
-_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
-_ROLES |= {"chatgpt": "assistant", "system": "system", "developer": "system"}
-
 
 # Columns by what they hold; the first that a row has counts.
 _DIALOGUES = ("messages", "conversations", "conversation")
@@ -38,6 +34,8 @@ def document_of(row: Row, field: str, source: str) -> str:
         return text_field(row, field or "text", source)
     try:
         return _written(_messages_of(row))
+    except Unusable as error:
+        raise InputError(f"{source}: {error}, which the chat template has no words for") from error
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
 
@@ -47,14 +45,13 @@ def _messages_of(row: Row) -> list[tuple[str, str]]:
     dialogue, asked, answered, told, beside = (_first(row, names) for names in (_DIALOGUES, _ASKED, _ANSWERED, _SYSTEM, _BESIDE))
     system = [("system", text_field(row, told, "the row"))] if told and row[told] else []
     if dialogue:
-        return [*system, *_messages(row[dialogue], dialogue)]
+        return [*system, *to_messages(row[dialogue], dialogue, Notes())]
     if not (asked and answered) or row.keys() & _PREFERRED:
         refuse(f"no field 'text', found {', '.join(map(repr, row)) or 'none'}; expected {_EXPECTED}")
-    lead = _messages(row[asked], asked) if isinstance(row[asked], list) else [("user", text_field(row, asked, "the row"))]
+    lead = to_messages(row[asked], asked, Notes(), "user")
     if beside and row[beside]:
         lead[-1] = lead[-1][0], f"{lead[-1][1]}\n{text_field(row, beside, 'the row')}"
-    answer = row[answered]
-    reply = _messages(answer, answered) if isinstance(answer, list) else [("assistant", text_field(row, answered, "the row"))]
+    reply = to_messages(row[answered], answered, Notes(), "assistant")
     return [*system, *_history(row.get("history") or []), *lead, *reply]
 
 
@@ -69,22 +66,6 @@ def _written(messages: list[tuple[str, str]]) -> str:
     *asked, answer = (text for _, text in turns)
     written = render(Preference("", system, tuple(asked), answer, ""), MODES["chat"], seed=0)
     return written.prompt + written.chosen if written.chosen else refuse("the last answer is empty")
-
-
-def _messages(messages: object, field: str) -> list[tuple[str, str]]:
-    if not isinstance(messages, list):
-        refuse(f"field '{field}' is a {type(messages).__name__}; expected a list of messages")
-    return [_message(message, f"field '{field}': message {i}") for i, message in enumerate(messages, start=1)]
-
-
-def _message(message: object, place: str) -> tuple[str, str]:
-    if not isinstance(message, Mapping) or not (message.keys() >= {"role", "content"} or message.keys() >= {"from", "value"}):
-        refuse(f"{place}: expected a role and content, or from and value")
-    role, said = ("role", "content") if message.keys() >= {"role", "content"} else ("from", "value")
-    speaker = str(message[role]).lower()
-    if speaker not in _ROLES:
-        refuse(f"{place}: is from {message[role]!r}; accepted are {', '.join(_ROLES)}")
-    return _ROLES[speaker], text_field(dict(message), said, place)
 
 
 def _history(turns: Any) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_dpo.base.errors import InputError, refuse
-from rwkv_dpo.data.printed_messages import unprinted
+from rwkv_dpo.data.messages import unprinted
 from rwkv_dpo.data.text_files import Reading, beginning, ending, open_lines
 
 # Rows that tell how a table is written.
