@@ -17,8 +17,6 @@ PARQUET, ARROW_FILE = b"PAR1", b"ARROW1"
 
 # Bytes of the columns' pages that are unpacked at once. Programs write pages of a megabyte, some of a hundred.
 LARGEST_PAGES = 128 << 20
-
-
 # Bytes of a batch of rows, and how many rows at most: Python's objects take more than they do in Arrow.
 _BATCH, _ROWS = 64 << 20, 256
 

@@ -15,8 +15,6 @@ _ASKED = ("instruction", "prompt", "question", "query")
 _ANSWERED = ("output", "response", "completion", "answer")
 _SYSTEM = ("system", "system_prompt")
 _BESIDE = ("input", "context")
-
-
 # Of a row that prefers one answer to another: prepare_pairs.py reads it.
 _PREFERRED = frozenset(("chosen", "rejected"))
 

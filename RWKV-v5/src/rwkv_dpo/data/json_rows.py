@@ -13,15 +13,9 @@ from rwkv_dpo.data.text_files import Reading, beginning, ending, open_lines, tex
 
 # Names under which one object holds all rows.
 _WRAPPERS = frozenset(("data", "rows", "examples", "instances", "items", "records", "samples", "dataset"))
-
-
 _SPLITS = re.compile(r"(train|test|valid|validation|val|dev|eval|heldout)(ing)?([_-]\w+)*")
-
-
 # What no object has beside its rows: where it has them, it is a row itself.
 _OF_A_ROW = frozenset(("prompt", "chosen", "rejected", "messages", "conversations", "instruction", "question", "text"))
-
-
 _NESTED = re.compile(rf'\{{\s*"({"|".join(sorted(_WRAPPERS))}|{_SPLITS.pattern})"\s*:\s*[\[{{]')
 
 

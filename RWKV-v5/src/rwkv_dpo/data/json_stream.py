@@ -9,8 +9,6 @@ from typing import Any, NoReturn
 from rwkv_dpo.base.errors import InputError, refuse
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-
-
 _LAST_COMMA = re.compile(r",\s*([}\]])")
 
 

@@ -13,12 +13,8 @@ _STOP, _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = 0, 1
 # Field numbers of what is read, nested as in the format.
 _FOOTER = {4: {1: {3: {5: None, 7: None, 9: None, 11: None}}}}  # row groups: columns: meta data: values, size, first page, dictionary
 _PAGE = {2: None, 3: None, 5: {1: None}, 7: {1: None}, 8: {1: None}}  # sizes, and the number of values by kind of page
-
-
 # A value that is null, or repeats the one before, takes no byte in its page; its place in a list takes two levels of 16 bits.
 _LEAST_OF_A_VALUE = 4
-
-
 # How much is read for the header of a page, whose statistics may hold whole texts.
 _HEADERS = (1 << 9, 1 << 14, 1 << 24)
 

@@ -14,8 +14,6 @@ RowReader = Callable[[Path, Reading], Iterator[tuple[str, Any]]]
 
 
 _BY_CONTENT: tuple[tuple[bytes, RowReader], ...] = ((PARQUET, parquet_rows), (ARROW_FILE, arrow_rows))
-
-
 _BY_NAME: dict[str, RowReader] = dict(
     zip(ROW_ENDINGS, (json_rows, json_rows, json_rows, parquet_rows, arrow_rows, table_rows, table_rows), strict=True)
 )

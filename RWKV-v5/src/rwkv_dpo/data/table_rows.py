@@ -14,11 +14,7 @@ from rwkv_dpo.data.text_files import Reading, beginning, ending, open_lines
 
 # Rows that tell how a table is written.
 _LOOKED_AT = 200
-
-
 _DELIMITERS = {".tsv": "\t,;|", ".csv": ",;\t|"}
-
-
 # As Excel tells itself what parts the fields.
 _TOLD = re.compile(r"sep=(.)\r?\n?")
 

@@ -19,8 +19,6 @@ OnFault = Callable[[InputError], None]
 
 
 ROW_ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv")
-
-
 # All but what comes in a file's place when a download goes wrong.
 _FILES = frozenset(Kind) - {Kind.LFS_POINTER, Kind.WEB_PAGE}
 
@@ -47,12 +45,8 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-
-
 # Bytes that tell how rows are written.
 _BEGINNING = 1 << 18
-
-
 # Encodings of Python's that are no one's files, and run into surprises.
 _NO_CHARSETS = ("idna", "punycode", "undefined", "unicode_escape", "raw_unicode_escape", "mbcs", "oem")
 

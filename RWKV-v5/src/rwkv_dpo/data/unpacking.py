@@ -15,18 +15,12 @@ from typing import Any, BinaryIO
 from rwkv_dpo.base.errors import InputError, refuse
 
 BLOCK = 1 << 20
-
-
+# Of a file's beginning, by which it is told what it is. Larger reads go past this buffer.
+BEGINNING = 1 << 15
 # Text packs some 3 to 20 times. Beyond this ratio a file is made to fill a memory or a disk, and no line of it need ever end.
 LARGEST_RATIO = 200
-
-
 ALWAYS_UNPACKED = 16 << 20
-
-
 PACK_ENDINGS = (".gz", ".zst", ".bz2", ".xz")
-
-
 # xz -9 takes 65 MB to unpack; a file may ask for 4 GB.
 _XZ_MEMORY = 256 << 20
 
@@ -38,16 +32,20 @@ def unpacked_name(path: str | Path) -> str:
     return name[: len(name) - len(packed)]
 
 
+def _pack_of(head: bytes) -> tuple[str, Any]:
+    """The kind of pack that begins so, and what unpacks it; "" and None for none."""
+    return next(((name, unpack) for name, start, unpack in _PACKS if start.match(head)), ("", None))
+
+
 @contextlib.contextmanager
 def opened_bytes(path: Path) -> Iterator[BinaryIO]:
-    """The file's content, unpacked when it is packed; faults in reading it become InputError. Its `peek` shows up to BLOCK bytes."""
+    """The file's content, unpacked when it is packed; faults in reading it become InputError. Its `peek` shows up to BEGINNING bytes."""
     kind = ""
     try:
-        with open(path, "rb", buffering=BLOCK) as file:
-            head = file.peek()  # type: ignore[attr-defined]  # a BufferedReader has it
-            kind, unpack = next(((name, unpack) for name, start, unpack in _PACKS if start.match(head)), ("", None))
+        with open(path, "rb", buffering=BEGINNING) as file:
+            kind, unpack = _pack_of(file.peek())  # type: ignore[attr-defined]  # a BufferedReader has it
             content = _Bounded(unpack(file), path) if unpack else None
-            yield io.BufferedReader(content, BLOCK) if content else file  # type: ignore[misc]
+            yield io.BufferedReader(content, BEGINNING) if content else file  # type: ignore[misc]
     # pyarrow's and lzma's errors for what is no whole pack are OSErrors too, without a number.
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise InputError(f"{path}: not a whole .{kind} file: {error}") from error
