@@ -6,14 +6,21 @@ A fault is one InputError that names the file and the row (counted from 1) or li
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rwkv_dpo.base.errors import InputError, refuse
+from rwkv_dpo.data.arrow_rows import ARROW_FILE, PARQUET, arrow_rows, parquet_rows
 from rwkv_dpo.data.json_rows import json_rows
-from rwkv_dpo.data.row_readers import reader_of
-from rwkv_dpo.data.text_files import ROW_ENDINGS, OnFault, Reading, Row, ending, stop
+from rwkv_dpo.data.table_rows import table_rows
+from rwkv_dpo.data.text_files import ROW_ENDINGS, OnFault, Reading, Row, ending, opened, stop
 
+RowReader = Callable[[Path, Reading], Iterator[tuple[str, Any]]]
+_BY_CONTENT: tuple[tuple[bytes, RowReader], ...] = ((PARQUET, parquet_rows), (ARROW_FILE, arrow_rows))
+_BY_NAME: dict[str, RowReader] = dict(
+    zip(ROW_ENDINGS, (json_rows, json_rows, json_rows, parquet_rows, arrow_rows, table_rows, table_rows), strict=True)
+)
 # What `datasets` and the Hub keep beside the rows of a data set.
 _METADATA = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json"))
 
@@ -77,3 +84,12 @@ def _holds_rows(path: Path, folder: Path) -> bool:
     is_cache = path.name.startswith(("cache-", "tmp")) and ending(path) == ".arrow"
     is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     return not (is_hidden or is_cache or path.name in _METADATA)
+
+
+def reader_of(path: Path) -> RowReader:
+    """The reader for that file. InputError for a name of another kind, and for what came in a file's place."""
+    if ending(path) not in ROW_ENDINGS:
+        refuse(f"{path}: rows are read from {', '.join(ROW_ENDINGS)} files, also packed (.gz, .zst, .bz2, .xz)")
+    with opened(path) as file:
+        head = file.peek(len(ARROW_FILE))  # type: ignore[attr-defined]  # both kinds of file of `opened` have it
+    return next((reader for start, reader in _BY_CONTENT if head.startswith(start)), _BY_NAME[ending(path)])
