@@ -1,6 +1,5 @@
 """What a row of preference data becomes, and what is noted of rows while they are read."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -8,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.files.json_text import as_json
 
 Row = Mapping[str, Any]
 Messages = list[tuple[str, str]]  # (role, text), each role one of system, user, assistant
@@ -87,7 +87,7 @@ def shown(row: Row, longest: int = 60) -> str:
     """The row in a line, long values cut."""
     cells = []
     for name, value in row.items():
-        text = json.dumps(value, ensure_ascii=False, default=repr)
+        text = as_json(value, ensure_ascii=False, default=repr)
         cells.append(f"{name}: {text if len(text) <= longest else text[:longest] + '...'}")
     return "{" + ", ".join(cells) + "}"
 
