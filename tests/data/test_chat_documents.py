@@ -6,6 +6,7 @@ import pytest
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.chat_documents import document_of
 from rwkv_dpo.data.documents import open_documents
+from rwkv_dpo.data.forms import to_preference
 from rwkv_dpo.data.preference import Preference
 from rwkv_dpo.data.prompts import MODES, render
 
@@ -46,7 +47,15 @@ def test_it_is_what_a_preference_of_the_same_turns_would_be():
 @pytest.mark.parametrize("answered", ["output", "response", "completion", "answer"])
 def test_a_question_and_its_answer(asked, answered):
     assert document_of({asked: "Q?", answered: "A."}, "", "row 1") == "User: Q?\n\nAssistant: A.\n\n"
-    assert document_of({asked: "Q?", "context": "C.", answered: "A."}, "", "row 1") == "User: Q?\nC.\n\nAssistant: A.\n\n"
+    # As tables pad rows: another form's columns, with nothing in them.
+    assert document_of({"text": None, "messages": None, asked: "Q?", answered: "A."}, "", "row 1") == "User: Q?\n\nAssistant: A.\n\n"
+
+
+@pytest.mark.parametrize("beside", [{}, {"context": "C."}, {"input": "I."}, {"history": [["a", "b"]]}, {"system_prompt": "S."}])
+def test_what_stands_beside_a_question_is_put_where_pairs_have_it(beside):
+    pair = to_preference({"instruction": "Q?", **beside, "chosen": "A.", "rejected": "B."}, "row 1")
+    written = render(pair, MODES["chat"], seed=0)
+    assert document_of({"instruction": "Q?", **beside, "output": "A."}, "", "row 1") == written.prompt + written.chosen
 
 
 def test_a_text_or_the_field_that_is_named_stays_as_it_is():
@@ -58,21 +67,21 @@ def test_a_text_or_the_field_that_is_named_stays_as_it_is():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"body": "b"}, "no field 'text', found 'body'; expected field 'text', or chat data: messages or"),
+        ({"body": "b"}, "no field 'text', found 'body'; expected field 'text', or chat data: conversations or"),
         ({}, "no field 'text', found none"),
         ({"prompt": "p", "chosen": "c", "rejected": "r"}, "no field 'text', found 'prompt', 'chosen', 'rejected'"),
         ({"messages": "Hi"}, "field 'messages' is a str; expected a list of messages"),
         ({"messages": [{"role": "user"}]}, "field 'messages': message 1: expected a role and content, or from and value"),
         ({"messages": said(("user", "a"), ("tool", "b"))}, "tool turns, which the chat template has no words for"),
-        ({"messages": said(("user", "a"), ("user", "b"))}, "message 2 is from the user; expected the assistant"),
-        ({"messages": said(("system", "s"), ("assistant", "b"))}, "message 2 is from the assistant; expected the user"),
+        ({"messages": said(("user", "a"), ("user", "b"))}, "message 2 of the dialogue is from the user; expected the assistant"),
+        ({"messages": said(("system", "s"), ("assistant", "b"))}, "message 2 of the dialogue is from the assistant; expected the user"),
         ({"messages": said(("user", "a"))}, "the dialogue ends with a message from the user; expected one from the assistant"),
         ({"messages": []}, "the dialogue ends with no message"),
         ({"messages": said(("user", "a"), ("assistant", 7))}, "field 'messages': message 2: field 'content' is a int; expected text"),
         ({"messages": said(("user", "a"), ("assistant", " "))}, "the last answer is empty"),
         ({"prompt": "p", "output": 5}, "field 'output' is a int; expected text or messages"),
-        ({"prompt": "p", "output": "a", "history": ["x"]}, "field 'history' is no list of pairs"),
-        ({"prompt": "p", "output": "a", "history": [["x", None]]}, "field 'history': field 'assistant' is a NoneType"),
+        ({"prompt": "p", "output": "a", "history": ["x"]}, "field 'history' is a list; expected text"),
+        ({"prompt": "p", "output": "a", "history": [["x", None]]}, "field 'history': message 1: expected a role and content"),
     ],
 )
 def test_a_row_that_is_no_dialogue_is_refused_with_what_it_has(row, message):

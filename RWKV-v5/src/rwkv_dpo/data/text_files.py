@@ -13,11 +13,7 @@ from rwkv_dpo.data.unpacking import BLOCK, opened_bytes, unpacked_name
 from rwkv_dpo.files.kinds import Kind, refuse_others
 
 Row = dict[str, Any]
-
-
 OnFault = Callable[[InputError], None]
-
-
 ROW_ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv")
 # All but what comes in a file's place when a download goes wrong.
 _FILES = frozenset(Kind) - {Kind.LFS_POINTER, Kind.WEB_PAGE}
