@@ -1,7 +1,9 @@
 """Derived numbers of a run: steps, epochs, ends."""
 
+import pytest
 from rwkv_dpo.objective.settings import ObjectiveSettings
-from rwkv_dpo.run.settings import settings_of
+from rwkv_dpo.run.settings import FLAGS, PARTS, ROOMS, settings_of
+from rwkv_dpo.settings.fields import Part, flags_of
 
 README_RUN = settings_of({"epoch_steps": 2000, "epoch_count": 4, "accumulate_grad_batches": 20, "micro_bsz": 1, "ctx_len": 4096})
 
@@ -51,3 +53,27 @@ def test_the_ratio_decides_what_is_needed():
     assert [(c.uses_corpus, c.uses_pairs) for c in needs] == [(False, True), (True, True), (True, False)]
     plain = ObjectiveSettings(dpo=0)
     assert (plain.uses_corpus, plain.uses_pairs, plain.ratio) == (True, False, 1.0)
+
+
+def test_what_a_flag_is_to_a_runs_identity():
+    """A flag that is named nowhere here decides the result: a run with another value of it is another run."""
+    parts = {
+        Part.INCIDENTAL: {
+            "proj_dir", "overwrite", "wandb", "enable_progress_bar", "cpu_malloc", "wkv_backend", "accelerator", "resume", "save_every",
+            "keep", "max_bad_steps", "any_base", "gpu_ids",
+        },
+        Part.CONTINUATION: {"load_model", "epoch_begin", "epoch_count", "my_pile_stage", "my_exit", "warmup_steps", "peft_load"},
+        Part.LAYOUT: {
+            "devices", "num_nodes", "strategy", "ds_bucket_mb", "grad_cp", "chunk_ctx", "micro_bsz", "accumulate_grad_batches",
+            "epoch_steps",
+        },
+    }  # fmt: skip
+    expected = {name: part for part, names in parts.items() for name in names}
+    assert {name: expected.get(name, Part.RESULT) for name in FLAGS} == PARTS
+
+
+def test_a_flag_stands_in_one_room():
+    names = [name for room in ROOMS.values() for name in flags_of(room)]
+    assert len(names) == len(set(names)) == len(FLAGS)
+    with pytest.raises(AssertionError, match="no such flags: lr_inti"):
+        settings_of({"lr_inti": 1.0})
