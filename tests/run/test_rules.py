@@ -1,0 +1,46 @@
+"""Settings of which each by itself is accepted, and which make no sense together."""
+
+import pytest
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.run.rules import RULES, check
+from rwkv_dpo.run.settings import settings_of
+
+STAGE = {"my_pile_stage": 2, "dpo": 0, "data_file": "x"}
+LORA = {"peft": "lora", "load_model": "m.pth"}
+STAGE_3 = {"strategy": "deepspeed_stage_3"}
+
+# In the order of RULES.
+BROKEN = [
+    ({"dpo_beta": 0.0}, "--dpo_beta 0.0: more than 0 is accepted"),
+    ({"epoch_steps": 5, "accumulate_grad_batches": 2}, "--epoch_steps 5 is not a multiple of --accumulate_grad_batches 2: .*; 4 would do"),
+    ({"dpo": 0}, "--data_file is needed for the language-model loss"),
+    ({"dpo_train_file": ""}, "--dpo_train_file is needed with --dpo 1"),
+    ({**STAGE, "my_pile_stage": 1, "magic_prime": 101, "load_model": "m.pth"}, "--load_model m.pth: --my_pile_stage 1 makes initial"),
+    ({"my_pile_shift": 5}, "--my_pile_shift 5 shifts the windows of --magic_prime, which is not given"),
+    (STAGE, "--my_pile_stage 2 needs --magic_prime"),
+    # 40,320 = 2^7 * 3^2 * 5 * 7.
+    ({**STAGE, "magic_prime": 101, "micro_bsz": 11, "devices": 2}, "--micro_bsz 11 on 2 devices: .* a product that divides 40320"),
+    ({"optim": "adamw8bit", "strategy": "deepspeed_stage_2_offload"}, "--optim adamw8bit: --strategy deepspeed_stage_2_offload takes"),
+    ({"strategy": "deepspeed_stage_1", "precision": "tf32", "accelerator": "cpu"}, "--precision tf32 means nothing on a CPU"),
+    ({"chunk_ctx": 16, **STAGE_3}, "--chunk_ctx 16: not with --strategy deepspeed_stage_3"),
+    ({"tbptt": 1}, "--tbptt 1 .* needs --chunk_ctx"),
+    ({"peft_load": "adapter-3"}, "--peft_load adapter-3 needs the --peft that it was trained with"),
+    ({"peft": "lora"}, "--peft lora needs --load_model"),
+    ({**LORA, "load_partial": 1}, "--load_partial 1: --peft lora trains beside the weights of a whole checkpoint"),
+    ({**LORA, "peft": "pissa", "weight_decay_final": 0.1}, "--weight_decay with --peft pissa would shrink"),
+    ({**LORA, **STAGE_3}, "--strategy deepspeed_stage_3: DeepSpeed doesn't share out weights that --peft freezes"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("i", "flags", "words"), [(i, *case) for i, case in enumerate(BROKEN)], ids=lambda case: str(case)[:60])
+def test_what_breaks_one_rule_alone_is_refused_in_its_words(i, flags, words):
+    settings = settings_of(flags)
+    assert [bool(rule.broken(settings)) for rule in RULES] == [at == i for at in range(len(RULES))]
+    with pytest.raises(InputError, match=words):
+        check(settings)
+
+
+def test_every_rule_has_a_case_and_defaults_break_none():
+    assert len(BROKEN) == len(RULES)
+    check(settings_of({}))
+    check(settings_of({**STAGE, "magic_prime": 101, "micro_bsz": 10, "devices": 2}))
