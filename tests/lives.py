@@ -178,15 +178,22 @@ def _wait_for_a_moment(runs: list, folder: Path, chance: random.Random, wants_sa
     n_steps = chance.randint(1, 6)
     begin = None
     while all(run.is_alive() for run in runs):
-        metrics = folder / "metrics.jsonl"
-        n = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-        # A resumed life first takes lines away.
+        n = steps_written(folder)
+        # A resumed life first takes lines away; one that starts anew, the whole file.
         begin = n if begin is None or n < begin else begin
         if n - begin >= n_steps and (not wants_save or any((folder / "last").glob(".*.part"))):
             time.sleep(0 if wants_save else chance.uniform(0, 0.03))
             return True
         time.sleep(0.0005)
     return False
+
+
+def steps_written(folder: Path) -> int:
+    """0 as well at the moment when a life that starts anew sets metrics.jsonl aside."""
+    try:
+        return (folder / "metrics.jsonl").read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
 
 
 def records(folder: Path) -> list[dict]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import train
 from conftest import random_model
-from lives import free_port
+from lives import free_port, steps_written
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.data.pairs import PairSet, pack_pairs
 from rwkv_dpo.evaluation.scoring import score_pairs
@@ -52,11 +52,6 @@ def flags(data: Path, proj_dir: Path, **changes: Any) -> list[str]:
     }  # fmt: skip
     given = {name: str(value).replace("DATA/", f"{data}/") for name, value in values.items() if value is not None}
     return [part for name, value in given.items() for part in (f"--{name}", value)]
-
-
-def steps_written(folder: Path) -> int:
-    metrics = folder / "metrics.jsonl"
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 def terminate() -> None:

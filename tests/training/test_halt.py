@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import runs
 import train
-from lives import hang, wait_for_hang, wait_until
-from runs import environment, steps_written
+from lives import hang, steps_written, wait_for_hang, wait_until
+from runs import environment
 from rwkv_dpo.training.halt import Halt, StopOnSignal
 
 flags = functools.partial(runs.flags, epoch_steps=300, epoch_count=1, dropout=0.1)

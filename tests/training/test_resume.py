@@ -14,8 +14,8 @@ import pytest
 import runs
 import torch
 import train
-from lives import records
-from runs import run_to, run_until, steps_written
+from lives import records, steps_written
+from runs import run_to, run_until
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.files.hashed import fault_of
 from rwkv_dpo.files.json_text import as_json
