@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Here, not above: --help and a mistyped flag need no PyTorch.
     from rwkv_dpo.devices.device import COMPUTE_DTYPES, pick_device, set_up
     from rwkv_dpo.evaluation.generate import generate
-    from rwkv_dpo.evaluation.origin import betas, run_of
+    from rwkv_dpo.evaluation.origin import objectives, run_of
     from rwkv_dpo.evaluation.scoring import corpus_loss, evaluate_pairs
     from rwkv_dpo.model.checkpoint import load_model
     from rwkv_dpo.tuning.tuning import load_tuned
@@ -54,7 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     if pairs is not None:
         tell_doubts(pairs, args.pairs, [(tuned or path, run) for (path, tuned), run in zip(columns, origins, strict=True)])
     reports = []
-    for (path, tuned), beta in zip(columns, betas(origins, ObjectiveSettings.dpo_beta), strict=True):
+    default = ObjectiveSettings.dpo_beta, ObjectiveSettings.dpo_loss
+    for (path, tuned), (beta, loss) in zip(columns, objectives(origins, default), strict=True):
         model = load_model(path, device=device, compute_dtype=COMPUTE_DTYPES[args.precision], wkv_backend=args.wkv_backend)
         if tuned:
             load_tuned(model, tuned, path, args.any_base == 1)
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         if pairs is not None:
             check_pairs(pairs, args.pairs, model.shape.vocab_size)
             with tqdm(total=len(pairs), unit="pair", desc=tuned or path, leave=False, disable=None) as bar:
-                report |= evaluate_pairs(model, pairs, args.dpo_beta or beta, args.batch_tokens, bar.update)
+                report |= evaluate_pairs(model, pairs, args.dpo_beta or beta, args.batch_tokens, bar.update, loss)
             report |= {"dpo_beta": args.dpo_beta or beta} if pairs.is_scored else {}
         if args.data_file:
             data_file, data_type = name_corpus(args.data_file, args.data_type)

@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     prepared = prepare(read_sources(sources, read), WorldTokenizer(), args.ctx_len, args.templates, args.seed)
     prepared, by_source = mixed(prepared, sources, args.seed)
+    prepared = prepared.grown(args.tree_tokens or 4 * args.ctx_len)
     lengths = length_percentiles(prepared.pairs)
     tell_dropped(prepared.report)
     print(as_table(counts=prepared.report.counts(), lengths=lengths, sources=by_source), *notes.lines(), sep="\n", flush=True)
@@ -105,6 +106,9 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
         "--rank_pairs", default="best_worst", help=f"pairs made of several rated answers: {', '.join(RANK_PAIRS)} or random:N (best_worst)"
     )
     parser.add_argument("--min_gap", type=float, default=0, help="least difference of a pair's scores, where it has any (0)")
+    parser.add_argument(
+        "--tree_tokens", type=int, default=0, help="pairs of one prompt are a sample of up to so many tokens (0: 4 times ctx_len)"
+    )
     parser.add_argument("--on_error", choices=ON_ERROR, default="stop", help="malformed rows: stop, or skip and count them (stop)")
     parser.add_argument("--load_model", required=True, help="the reference: the .pth that training will start from")
     parser.add_argument("--out_dir", type=Path, default=Path(), help="where the files go (the current folder)")
@@ -131,7 +135,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuses what makes no sense together, or would fail after hours."""
-    for name, least in (("limit", 0), ("ctx_len", 2), ("batch_tokens", 1)):
+    for name, least in (("limit", 0), ("ctx_len", 2), ("tree_tokens", 0), ("batch_tokens", 1)):
         if getattr(args, name) < least:
             refuse(f"--{name} {getattr(args, name)}: at least {least} is accepted")
     if not (args.valid_ratio >= 0 and args.test_ratio >= 0 and args.valid_ratio + args.test_ratio < 1):

@@ -67,13 +67,18 @@ answers = st.lists(st.integers(0, 3), min_size=1, max_size=6)
 @given(
     st.lists(st.tuples(answers | st.just([1, 2]), answers, answers), max_size=4),
     st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=5), max_size=3),
-    st.booleans(),
+    st.sampled_from(["alone", "by prompt", "together"]),
 )
-def test_every_answer_token_is_scored_after_its_own_prefix(pairs, windows, share_prompts):
+def test_every_answer_token_is_scored_after_its_own_prefix(pairs, windows, trees):
+    """Together: prompts of one tree differ, as those of the turns of a dialogue do."""
     if not pairs and not windows:
         return
     arrays = [tuple(np.array(part) for part in pair) for pair in pairs]
-    step = build_step([np.array(w) for w in windows], arrays, share_prompts)
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i, (prompt, _, _) in enumerate(pairs):
+        by_prompt.setdefault(tuple(prompt), []).append(i)
+    numbers = {"alone": None, "by prompt": list(by_prompt.values()), "together": [range(len(pairs))] if pairs else []}
+    step = build_step([np.array(w) for w in windows], arrays, numbers[trees])
     prefixes = _prefixes(step.forest)
 
     scored = [(prefixes[row], target) for row, target in zip(step.scored_rows.tolist(), step.targets.tolist(), strict=True)]
@@ -82,9 +87,12 @@ def test_every_answer_token_is_scored_after_its_own_prefix(pairs, windows, share
 
     for i, (prompt, *both) in enumerate(pairs):
         for a, answer in enumerate(both):
-            entries = step.entry_rows[step.entry_answers == 2 * i + a].tolist()
+            entries = step.entry_rows[step.entry_answers == step.compared.pairs[i, a]].tolist()
             expected = [(tuple(prompt + answer[:t]), answer[t]) for t in range(len(answer))]
             assert sorted(scored[e] for e in entries) == sorted(expected)
+    if trees == "together":
+        inputs = {tuple((*prompt, *answer)[:n]) for prompt, *both in pairs for answer in both for n in range(1, len(prompt + answer))}
+        assert step.forest.tokens.numel() == len(inputs) + sum(len(w) - 1 for w in windows)
 
 
 def _prefixes(forest) -> list[tuple[int, ...]]:

@@ -91,7 +91,7 @@ def test_rankings_without_a_pair_are_dropped_by_reason():
 
 
 def test_a_pair_with_scores_of_its_own_heeds_min_gap_and_one_without_does_not():
-    pairs = [Preference(f"row {i}", "", ("p",), "c", "r", gap) for i, gap in enumerate((0.5, 2.0, None))]
+    pairs = [Preference(f"row {i}", "", ("p",), "c", "r", scores) for i, scores in enumerate(((1.5, 1.0), (3.0, 1.0), None))]
     assert made(pairs, Pairing(min_gap=1)) == [Dropped("row 0", "gap below --min_gap"), *pairs[1:]]
 
 

@@ -1,6 +1,7 @@
 """evaluate.py, and the numbers in its report."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import evaluate
@@ -10,7 +11,7 @@ import torch
 from conftest import random_model
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
-from rwkv_dpo.data.pairs import PairSet, content_sha256, pack_pairs
+from rwkv_dpo.data.pairs import content_sha256, pack_pairs
 from rwkv_dpo.evaluation.scoring import evaluate_pairs, score_pairs
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
@@ -203,7 +204,7 @@ def test_pairs_of_the_run_are_told_and_those_of_another_preparation_refused(two_
     save_run(two_models, sha256="0" * 64)
     report_of(two_models, "--load_model", tuned, "--pairs", two_models / "some.save")
     assert capsys.readouterr().err == ""
-    other = PairSet(pairs.tokens, pairs.offsets, pairs.ref_logps, {"source_id": "s", "preparation_id": "b" * 64})
+    other = replace(pairs, header={"source_id": "s", "preparation_id": "b" * 64})
     save_pairs(two_models / "other.save", other)
     with pytest.raises(InputError, match=r"--pairs .*other.save and .*pairs.save, which .*pth was trained with, are of two prep"):
         report_of(two_models, "--load_model", tuned, "--pairs", two_models / "other.save")

@@ -219,7 +219,7 @@ def test_shared_prompts_score_as_two_full_forwards_a_pair(tiny_shape, batch_toke
 
 def test_a_shared_prompt_is_computed_once_and_so_is_what_answers_have_in_common():
     pairs = [tuple(map(np.array, pair)) for pair in SHARING]
-    step = build_step([], pairs, share_prompts=True)
+    step = build_step([], pairs, [[0, 2, 3], [1]])
     # The prompts; 9, which three answers begin with; 10 and 12, before which answers part or go on; 1 of the last and 4.
     assert sorted(step.forest.tokens.tolist()) == sorted([5, 6, 7, 1, 2, 9, 10, 12, 1, 4])
     assert build_step([], pairs).forest.tokens.numel() > step.forest.tokens.numel()

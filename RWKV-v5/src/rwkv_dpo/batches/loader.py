@@ -41,32 +41,36 @@ class MicroBatches:
     position: Position = field(default_factory=Position)
 
     def __getitem__(self, k: int) -> MicroBatch:
-        starts, rows = self.contents(k, self.rank)
-        windows, pairs, ref_logps = [], [], np.zeros((0, 2))
-        if self.corpus is not None:
-            windows = [self.corpus.window(start, self.ctx_len + 1) for start in starts]
-        if self.pairs is not None:
-            pairs, ref_logps = [self.pairs.pair(row) for row in rows], self.pairs.ref_logps[rows]
-        return collate(windows, pairs, ref_logps, self.settings.chunk_ctx, self.settings.tbptt == 1)
+        starts, trees = self.contents(k, self.rank)
+        chunk_ctx, truncated = self.settings.chunk_ctx, self.settings.tbptt == 1
+        windows = [] if self.corpus is None else [self.corpus.window(start, self.ctx_len + 1) for start in starts]
+        if self.pairs is None:
+            return collate(windows, [], np.zeros((0, 2)), chunk_ctx, truncated)
+        numbers = [i for t in trees for i in self.pairs.tree(t)]
+        ends = np.cumsum([len(self.pairs.tree(t)) for t in trees])
+        return collate(
+            windows, [self.pairs.pair(i) for i in numbers], self.pairs.ref_logps[numbers], chunk_ctx, truncated,
+            [range(end - len(self.pairs.tree(t)), end) for t, end in zip(trees, ends, strict=True)], self.pairs.scores[numbers],
+        )  # fmt: skip
 
     def contents(self, k: int, rank: int) -> tuple[list[int], list[int]]:
-        """What micro-batch k of `rank` holds: first tokens of corpus windows, and rows of the pair file."""
+        """What micro-batch k of `rank` holds: first tokens of corpus windows, and trees of the pair file."""
         n, shift = self.settings.micro_bsz, self.position.shift
         samples = [shift + global_index(k, slot, rank, self.world_size, n) for slot in range(n)]
-        starts, rows = [], []
+        starts, trees = [], []
         if self.corpus is not None:
             starts = [self._window_start(self.corpus, i) for i in samples]
         if self.pairs is not None:
             if self.settings.balance == "tokens":
-                rows = self._length_order.rank_items(k, rank, self.world_size, n, shift)
+                trees = self._length_order.rank_items(k, rank, self.world_size, n, shift)
             else:
-                rows = [item_at(i, len(self.pairs), self.seed) for i in samples]
-        return starts, rows
+                trees = [item_at(i, self.pairs.n_trees, self.seed) for i in samples]
+        return starts, trees
 
     @cached_property
     def _length_order(self) -> LengthOrder:
         assert self.pairs is not None
-        return LengthOrder(np.diff(self.pairs.offsets[::3]).tolist(), self.seed)
+        return LengthOrder(self.pairs.tree_tokens.tolist(), self.seed)
 
     def _window_start(self, corpus: Corpus, sample: int) -> int:
         prime, shift = self.settings.magic_prime, max(self.settings.my_pile_shift, 0)

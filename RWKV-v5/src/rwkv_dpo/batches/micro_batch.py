@@ -29,10 +29,12 @@ class MicroBatch:
 
 
 def collate(
-    windows: Sequence[np.ndarray], pairs: Sequence[Pair], ref_logps: np.ndarray, chunk_ctx: int = 0, truncated: bool = False
-) -> MicroBatch:
-    """Windows [T + 1] token ids each; pairs of (prompt, chosen, rejected) ids with their reference log-probs [pairs, 2].
+    windows: Sequence[np.ndarray], pairs: Sequence[Pair], ref_logps: np.ndarray, chunk_ctx: int = 0, truncated: bool = False,
+    trees: Sequence[Sequence[int]] | None = None, scores: np.ndarray | None = None,
+) -> MicroBatch:  # fmt: skip
+    """Windows [T + 1] token ids each; pairs of (prompt, chosen, rejected) ids with their reference log-probs [pairs, 2]; their trees and
+    scores as build_step takes them.
     chunk_ctx: tokens in a chunk; 0: everything at once. truncated: states carry no gradients from chunk to chunk."""
-    step = build_step(windows, pairs)
+    step = build_step(windows, pairs, trees, scores)
     refs = torch.from_numpy(ref_logps.reshape(-1, 2).astype(np.float32))
     return MicroBatch(step, refs, len(windows), plan_chunks(step, chunk_ctx, truncated) if chunk_ctx else None)

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rwkv_dpo.batches.comparisons import Comparisons, Sequences, compare
 from rwkv_dpo.batches.forest import Forest, ForestBuilder
 from rwkv_dpo.data.pairs import Pair
 
@@ -18,7 +20,7 @@ class Step:
 
     Scored rows come windows first. A row before which answers haven't parted counts for all of them, so sequence
     log-probabilities are sums over (entry_rows, entry_answers): scored row entry_rows[e] counts towards answer
-    entry_answers[e]. Answers are numbered 2 * pair for the chosen one, 2 * pair + 1 for the rejected one.
+    entry_answers[e].
     """
 
     forest: Forest
@@ -27,7 +29,12 @@ class Step:
     n_window_rows: int  # the first n_window_rows of the scored rows belong to corpus windows
     entry_rows: Tensor  # int64 [E], into the scored rows
     entry_answers: Tensor  # int64 [E]
-    n_pairs: int
+    compared: Comparisons  # of the answers
+
+    @property
+    def n_pairs(self) -> int:
+        """Pairs of answers that are compared."""
+        return len(self.compared.pairs)
 
     def to(self, device: torch.device) -> "Step":
         """On another device."""
@@ -41,18 +48,26 @@ class Step:
             targets=move(self.targets),
             entry_rows=move(self.entry_rows),
             entry_answers=move(self.entry_answers),
+            compared=self.compared.to(device),
         )
 
 
-def build_step(windows: Sequence[np.ndarray], pairs: Sequence[Pair], share_prompts: bool = False) -> Step:
+def build_step(
+    windows: Sequence[np.ndarray], pairs: Sequence[Pair], trees: Sequence[Sequence[int]] | None = None, scores: np.ndarray | None = None
+) -> Step:
     """Windows are [T + 1] token ids (inputs and next tokens); pairs need a prompt and answers of at least one token.
 
-    What both full sequences of a pair, prompt + chosen and prompt + rejected, begin with is its trunk; the last token of an answer is
-    only ever a target. share_prompts: pairs with the same prompt share one trunk, and whatever else their answers have in common.
+    trees, scores: of the pairs, as comparisons.compare takes them. What sequences of a tree, prompt + answer, begin with alike is
+    computed once; the last token of an answer is only ever a target.
     """
     builder = ForestBuilder()
     window_handles = [builder.add(window[:-1]) for window in windows]
-    parts = [part for rows in _trees(pairs, share_prompts) for part in _add_tree(builder, pairs, rows)]
+    compared, sequences = compare(pairs, trees, scores)
+    parts: list[_Scored] = []
+    first = 0
+    for tree in sequences:
+        parts += _add_tree(builder, tree, first)
+        first += len(tree)
     forest, starts = builder.build()
 
     rows = [starts[handle] + np.arange(window.size - 1) for handle, window in zip(window_handles, windows, strict=True)]
@@ -75,7 +90,7 @@ def build_step(windows: Sequence[np.ndarray], pairs: Sequence[Pair], share_promp
         n_window_rows,
         _concatenate(entry_rows),
         _concatenate(entry_answers),
-        n_pairs=len(pairs),
+        compared,
     )
 
 
@@ -84,7 +99,7 @@ class _Scored(NamedTuple):
 
     places: list[tuple[int, int]]  # (segment handle, offset in it) of each row
     targets: np.ndarray
-    answers: list[int]  # as a Step numbers them
+    answers: list[int]  # as the comparisons number them
 
 
 class _Branch(NamedTuple):
@@ -95,33 +110,27 @@ class _Branch(NamedTuple):
     before: tuple[int, int]  # where the token before `depth` is: (segment handle, offset in it)
 
 
-def _trees(pairs: Sequence[Pair], share_prompts: bool) -> list[list[int]]:
-    """The numbers of the pairs of each tree."""
-    if not share_prompts:
-        return [[i] for i in range(len(pairs))]
-    trees: dict[bytes, list[int]] = {}
-    for i, (prompt, _, _) in enumerate(pairs):
-        trees.setdefault(np.asarray(prompt, dtype=np.int64).tobytes(), []).append(i)
-    return list(trees.values())
-
-
-def _add_tree(builder: ForestBuilder, pairs: Sequence[Pair], rows: list[int]) -> list[_Scored]:
-    """Adds pairs with the same prompt: what sequences have in common is one segment, and where they part each way is a child."""
-    n_prompt = pairs[rows[0]][0].size
-    full = {2 * i + a: np.concatenate([pairs[i][0], pairs[i][1 + a]]) for i in rows for a in (0, 1)}
+def _add_tree(builder: ForestBuilder, sequences: Sequences, first: int) -> list[_Scored]:
+    """Adds a tree, whose answers are numbered from `first` on: what sequences have in common is one segment, and where they part each
+    way is a child."""
+    full = {first + i: np.concatenate(sequence) for i, sequence in enumerate(sequences)}
+    n_prompt = {first + i: prompt.size for i, (prompt, _) in enumerate(sequences)}
     scored = []
     branches = [_Branch(list(full), 0, (-1, 0))]
     for answers, depth, before in branches:  # which grows meanwhile
-        first = full[answers[0]]
-        end = min(_n_common(first, full[answer]) for answer in answers)
+        tokens = full[answers[0]]
+        end = min(_n_common(tokens, full[answer]) for answer in answers)
         going_on: dict[int, list[int]] = {}
         for answer in answers:
             if full[answer].size > end:
                 going_on.setdefault(int(full[answer][end]), []).append(answer)
-        segment = builder.add(first[depth : end if going_on else end - 1], before[0])
+        segment = builder.add(tokens[depth : end if going_on else end - 1], before[0])
         places = [before, *((segment, offset) for offset in range(end - depth - 1))]
-        n_unscored = max(n_prompt - depth, 0)
-        scored.append(_Scored(places[n_unscored:], first[depth + n_unscored : end], answers))
+        # What belongs to the prompt of one answer may belong to another one, to an earlier turn.
+        begins = sorted({max(n_prompt[answer], depth) for answer in answers})
+        for start, stop in pairwise([*(begin for begin in begins if begin < end), end]):
+            is_scored = [answer for answer in answers if n_prompt[answer] <= start]
+            scored.append(_Scored(places[start - depth : stop - depth], tokens[start:stop], is_scored))
         branches += [_Branch(others, end, (segment, end - depth - 1)) for others in going_on.values()]
     return scored
 

@@ -109,22 +109,23 @@ def unknown_texts(row: Row) -> list[str]:
     ]
 
 
-def gap_of(row: Row) -> float | None:
-    """By how much the chosen answer is better by the row's own scores, None without any. Unusable for a tie, and when scores say that
-    the rejected one is better."""
-    gaps = []
+def scores_of(row: Row) -> tuple[float, float] | None:
+    """What the row says of the chosen and the rejected answer, of a margin alone (margin, 0); None without any. Unusable for a tie, and
+    when scores say that the rejected one is better."""
+    found = []
     for name in row:
         if _CHOSEN_SCORE.fullmatch(name):
             other = re.sub("chosen", "rejected", name, flags=re.IGNORECASE)
             scores = [number_of(row[one], one) if one in row else None for one in (name, other)]
             if scores[0] is not None and scores[1] is not None:
-                gaps.append(scores[0] - scores[1])
+                found.append((scores[0], scores[1]))
     for name in _MARGINS:
         if (margin := number_of(row.get(name), name)) is not None:
-            gaps.append(margin)
+            found.append((margin, 0.0))
+    gaps = [chosen - rejected for chosen, rejected in found]
     if any(gap < 0 for gap in gaps):
         raise Unusable("scores contradict")
     # distilabel says so where both got the same rating.
     if (gaps and not any(gaps)) or row.get("status") == "tie":
         raise Unusable("tie")
-    return next((gap for gap in gaps if gap), None)
+    return next((scores for scores, gap in zip(found, gaps, strict=True) if gap), None)

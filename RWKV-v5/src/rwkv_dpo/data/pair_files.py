@@ -1,10 +1,16 @@
-"""Pair files (*.save): our packed form, read within the bounds that its bytes set, and the original's list."""
+"""Pair files (*.save): our packed form, read within the bounds that its bytes set, and the original's list.
+
+The packed form has two versions. Version 1 holds pairs that are trees of their own, without scores: three rows a pair, in their order.
+Version 2 holds the rest, and is only written where version 1 can't say it, so that programs that know no other read what they can.
+"""
 
 import io
 import json
 import math
 import os
 import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,10 +18,18 @@ import numpy as np
 
 from rwkv_dpo.base.errors import InputError, refuse
 from rwkv_dpo.data.original_pairs import read_original, write_original
-from rwkv_dpo.data.pairs import FORMAT, VERSION, PairSet, check_pairs, pack_pairs
+from rwkv_dpo.data.pairs import PairSet, check_pairs, pack_pairs, plain_pairs
 from rwkv_dpo.files.atomic import atomic_write
 from rwkv_dpo.files.json_text import as_json
 from rwkv_dpo.files.kinds import Kind, kind_of, refuse_others
+
+FORMAT = "rwkv_dpo pairs"
+_Version = tuple[tuple[str, ...], Callable[..., PairSet]]  # its arrays, and what makes pairs of them
+_UNKNOWN: _Version = ((), PairSet)
+_VERSIONS: dict[int, _Version] = {
+    1: (("tokens", "offsets", "ref_logps"), plain_pairs),
+    2: (("tokens", "offsets", "rows", "trees", "scores", "ref_logps"), PairSet),
+}
 
 
 def load_pairs(path: str | Path, vocab_size: int | None = None) -> PairSet:
@@ -49,9 +63,10 @@ def save_pairs(path: str | Path, pairs: PairSet) -> None:
 
 def write_packed(file: BinaryIO, pairs: PairSet) -> None:
     """Equal sets make equal bytes."""
-    header = {**pairs.header, "format": FORMAT, "version": VERSION, "n_pairs": len(pairs)}
+    version = 1 if pairs.is_plain else 2
+    header = {**pairs.header, "format": FORMAT, "version": version, "n_pairs": len(pairs)}
     encoded = np.frombuffer(as_json(header, sort_keys=True).encode(), dtype=np.uint8)
-    np.savez(file, header=encoded, tokens=pairs.tokens, offsets=pairs.offsets, ref_logps=pairs.ref_logps)
+    np.savez(file, header=encoded, **{name: getattr(pairs, name) for name in _VERSIONS[version][0]})
 
 
 def save_original(path: str | Path, pairs: PairSet) -> None:
@@ -70,20 +85,19 @@ def write_as_original(file: BinaryIO, pairs: PairSet) -> None:
 def _read_packed(path: Path) -> PairSet:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = ("header", "tokens", "offsets", "ref_logps")
-            encoded, tokens, offsets, ref_logps = (_member(archive, name, path.stat().st_size) for name in names)
-            header = json.loads(encoded.tobytes())
-            pairs = PairSet(tokens, offsets, ref_logps, header)
+            header = json.loads(_member(archive, "header", path.stat().st_size).tobytes())
+            names, make = _VERSIONS.get(header.get("version", 0), _UNKNOWN) if isinstance(header, dict) else _UNKNOWN
+            arrays = {name: _member(archive, name, path.stat().st_size) for name in names}
     # A damaged archive can fail anywhere in zipfile, zlib, numpy's header or JSON, and they promise no particular exception.
     except Exception as error:
         raise InputError(f"{path}: not a whole pair file: {error or type(error).__name__}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         refuse(f"{path}: not a pair file: its header does not say {FORMAT!r}")
-    if header.get("version") != VERSION:
-        refuse(f"{path}: pair format version {header.get('version')}; only version {VERSION} is known")
-    if not _is_packed_well(pairs):
+    if not arrays:
+        refuse(f"{path}: pair format version {header.get('version')}; versions {' and '.join(map(str, _VERSIONS))} are known")
+    if not all(array.ndim for array in arrays.values()) or not _is_packed_well(pairs := make(**arrays)):
         refuse(f"{path}: not a pair file: its arrays disagree with each other")
-    return pairs
+    return replace(pairs, header=header)
 
 
 def _member(archive: zipfile.ZipFile, name: str, limit: int) -> np.ndarray:
@@ -104,14 +118,27 @@ def _member(archive: zipfile.ZipFile, name: str, limit: int) -> np.ndarray:
 
 
 def _is_packed_well(pairs: PairSet) -> bool:
-    tokens, offsets, ref_logps = pairs.tokens, pairs.offsets, pairs.ref_logps
+    offsets, rows, trees, n = pairs.offsets, pairs.rows, pairs.trees, len(pairs.ref_logps)
+    if (pairs.tokens.dtype, pairs.tokens.ndim) != (np.int32, 1):
+        return False
+    if any(array.dtype != np.int64 for array in (offsets, rows, trees)):
+        return False
+    if not pairs.scores.dtype == pairs.ref_logps.dtype == np.float64:
+        return False
     return (
-        (tokens.dtype, offsets.dtype, ref_logps.dtype) == (np.int32, np.int64, np.float64)
-        and tokens.ndim == offsets.ndim == 1
-        and ref_logps.shape == (len(offsets) // 3, 2)
-        and len(offsets) % 3 == 1
-        and offsets[0] == 0
-        and offsets[-1] == len(tokens)
-        # Not by their differences, which wrap around.
-        and bool((offsets[1:] >= offsets[:-1]).all())
+        offsets.ndim == trees.ndim == 1
+        and rows.shape == (n, 3)
+        and pairs.scores.shape == pairs.ref_logps.shape == (n, 2)
+        and _are_bounds(offsets, len(pairs.tokens))
+        and _are_bounds(trees, n)
+        # Every row is of use, and either a prompt or an answer.
+        and np.array_equal(np.unique(rows), np.arange(len(offsets) - 1))
+        and not np.isin(rows[:, 0], rows[:, 1:]).any()
+        and bool((trees[1:] > trees[:-1]).all())
+        and not np.isinf(pairs.scores).any()
     )
+
+
+def _are_bounds(bounds: np.ndarray, end: int) -> bool:
+    # Not by their differences, which wrap around.
+    return bool(len(bounds)) and bounds[0] == 0 and bounds[-1] == end and bool((bounds[1:] >= bounds[:-1]).all())

@@ -6,7 +6,7 @@ from typing import Any
 
 from rwkv_dpo.base.errors import refuse
 from rwkv_dpo.data.chat_marks import WRAPPED, unwrapped_answer, unwrapped_dialogue, unwrapped_prompt
-from rwkv_dpo.data.columns import DIALOGUES, PROMPTS, first_of, gap_of, unknown_texts
+from rwkv_dpo.data.columns import DIALOGUES, PROMPTS, first_of, scores_of, unknown_texts
 from rwkv_dpo.data.dialogues import context_of, prompt_messages, turns_of
 from rwkv_dpo.data.messages import is_messages, to_messages, unprinted
 from rwkv_dpo.data.preference import Messages, Notes, Preference, Ranking, Row, Unusable, text_of
@@ -23,7 +23,7 @@ def read_pair(row: Row, where: str, notes: Notes, form: str) -> Preference | Ran
         raise Unusable("no rejected answer")
     if not (row.get("chosen") or ("chosen" not in row and first_of(row, DIALOGUES))):
         raise Unusable("empty answer")
-    gap = gap_of(row)
+    scores = scores_of(row)
     if form not in ("hh", "plain", "trl") and (several := _several(row)):
         system, turns = turns_of(row, prompt_messages(row, notes))
         return Ranking(where, system, turns, *several)
@@ -37,7 +37,7 @@ def read_pair(row: Row, where: str, notes: Notes, form: str) -> Preference | Ran
     system, turns = turns_of(row, chosen[: n + 1])
     if len(chosen) > n + 1 or len(rejected) > n + 1:
         raise Unusable("answers of several turns")
-    return Preference(where, system, turns[:-1], chosen[-1][1], rejected[-1][1], gap)
+    return Preference(where, system, turns[:-1], chosen[-1][1], rejected[-1][1], scores)
 
 
 def _several(row: Row) -> tuple[tuple[str, ...], tuple[float, ...]] | None:

@@ -17,15 +17,20 @@ _NO_NUMBER = ("", "n/a", "na", "nan", "none", "null")
 @dataclass(frozen=True)
 class Preference:
     """A dialogue and two answers to its last turn. `where`: the row it was read from, for messages; `turns`: user and assistant
-    by turns, the first and the last by the user; `system` may be empty. `gap`: how much better the chosen answer is by the row's
-    own scores, None without any."""
+    by turns, the first and the last by the user; `system` may be empty. `scores`: of the chosen and the rejected answer in the row's
+    own words, None without any; a margin alone is kept as (margin, 0)."""
 
     where: str
     system: str
     turns: tuple[str, ...]
     chosen: str
     rejected: str
-    gap: float | None = field(default=None, compare=False, repr=False)
+    scores: tuple[float, float] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def gap(self) -> float | None:
+        """By how much the chosen answer is better."""
+        return None if self.scores is None else self.scores[0] - self.scores[1]
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ whatever file it stands in. Prompts that the cut makes the same are the exceptio
 """
 
 import hashlib
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from rwkv_dpo.data import tokenizer as world
 from rwkv_dpo.data.pairs import Pair, PairSet, cut_pair, pack_pairs
 from rwkv_dpo.data.preference import Dropped, Preference
 from rwkv_dpo.data.prompts import MODES, Templates, load_templates, render
+from rwkv_dpo.data.trees import grow
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,14 @@ class Prepared:
         """The pairs of those rows."""
         return Prepared(self.pairs.select(rows), [self.prompt_keys[row] for row in rows], self.report)
 
+    def grown(self, tree_tokens: int) -> "Prepared":
+        """The pairs in trees of up to so many tokens (trees.grow). Pairs that are related belong into one split."""
+        pairs, before, relatives = grow(self.pairs, tree_tokens)
+        least: dict[int, str] = {}
+        for i, relative in zip(before, relatives, strict=True):
+            least[relative] = min(self.prompt_keys[i], least.get(relative, self.prompt_keys[i]))
+        return Prepared(pairs, [least[relative] for relative in relatives], self.report)
+
 
 def prepare(
     preferences: Iterable[Preference | Dropped | NextSource], tokenizer: world.WorldTokenizer, ctx_len: int, templates: str, seed: int
@@ -89,12 +99,13 @@ def prepare(
     """
     written = load_templates(templates)
     report = Report()
-    kept: list[Pair] = []
+    kept: list[list[np.ndarray]] = []
+    scores: list[tuple[float, float]] = []
     prompt_keys: list[str] = []
     seen: set[bytes] = set()
     merged = _MergedKeys()
     source = 0
-    for preference in preferences:
+    for preference, tokens in _tokenized(preferences, tokenizer, written, seed):
         if isinstance(preference, NextSource):
             report.starts.append((preference.name, report.n_read, len(kept), len(report.refused)))
             continue
@@ -102,10 +113,12 @@ def prepare(
         if isinstance(preference, Dropped):
             report.refused.append((preference.where, preference.reason))
             continue
+        assert tokens is not None, "of every preference"
         source += _digest(preference)
-        pair, n_prompt_cut, n_answers_cut, n_cue = _tokenize(preference, tokenizer, ctx_len, written, seed)
+        *pair, n_prompt_cut, n_chosen_cut, n_rejected_cut = cut_pair(*tokens.pair, ctx_len, tokens.longest)
+        n_answers_cut = n_chosen_cut + n_rejected_cut
         content = hashlib.blake2b(b"/".join(row.tobytes() for row in pair), digest_size=16).digest()
-        is_prompt_lost = n_prompt_cut > 0 and len(pair[0]) <= n_cue
+        is_prompt_lost = n_prompt_cut > 0 and len(pair[0]) <= tokens.n_cue
         key = prompt_key(preference)
         reason = "duplicate" if content in seen else _unusable_because(preference, pair, is_prompt_lost, n_answers_cut)
         if reason in (None, "duplicate"):
@@ -115,6 +128,7 @@ def prepare(
             continue
         seen.add(content)
         kept.append(pair)
+        scores.append(preference.scores or (np.nan, np.nan))
         prompt_keys.append(key)
         report.n_cut_prompts += n_prompt_cut > 0
         report.n_cut_answers += n_answers_cut > 0
@@ -128,7 +142,7 @@ def prepare(
         "seed": seed,
         "counts": report.counts(),
     }
-    return Prepared(pack_pairs(kept, header=header), [merged.least(key) for key in prompt_keys], report)
+    return Prepared(pack_pairs(kept, header=header, scores=np.array(scores)), [merged.least(key) for key in prompt_keys], report)
 
 
 def _digest(preference: Preference) -> int:
@@ -162,17 +176,35 @@ def prompt_key(preference: Preference) -> str:
     return "\n".join(" ".join(turn.casefold().split()) for turn in preference.turns)
 
 
-def _tokenize(
-    preference: Preference, tokenizer: world.WorldTokenizer, ctx_len: int, templates: Templates, seed: int
-) -> tuple[Pair, int, int, int]:
-    """The cut pair, how many tokens its prompt and its answers lost, and the tokens of the prompt's cue."""
-    texts = render(preference, templates, seed)
-    prompt, chosen, rejected, cue = (np.asarray(tokenizer.encode(text), dtype=np.int32) for text in texts)
-    prompt, chosen, rejected, n_prompt_cut, n_chosen_cut, n_rejected_cut = cut_pair(prompt, chosen, rejected, ctx_len)
-    return (prompt, chosen, rejected), n_prompt_cut, n_chosen_cut + n_rejected_cut, len(cue)
+class _Tokens(NamedTuple):
+    """Of a preference, before the cut. longest: of the answers to its prompt that come one after the other; n_cue: of the prompt's cue."""
+
+    pair: Pair
+    longest: int
+    n_cue: int
 
 
-def _unusable_because(preference: Preference, pair: Pair, is_prompt_lost: bool, n_answers_cut: int) -> str | None:
+def _tokenized(
+    preferences: Iterable[Preference | Dropped | NextSource], tokenizer: world.WorldTokenizer, templates: Templates, seed: int
+) -> Iterator[tuple[Preference | Dropped | NextSource, _Tokens | None]]:
+    """Each with its tokens, None for what is no preference."""
+    def encoded(text: str) -> np.ndarray:
+        return np.asarray(tokenizer.encode(text), dtype=np.int32)
+
+    for _, run in itertools.groupby(preferences, lambda one: (one.system, one.turns) if isinstance(one, Preference) else one):
+        together = list(run)
+        if not isinstance(together[0], Preference):
+            yield from ((one, None) for one in together)
+            continue
+        texts = [render(one, templates, seed) for one in together if isinstance(one, Preference)]
+        prompt, n_cue = encoded(texts[0].prompt), len(encoded(texts[0].cue))
+        answers = {text: encoded(text) for both in texts for text in (both.chosen, both.rejected)}
+        longest = max(map(len, answers.values()))
+        for one, both in zip(together, texts, strict=True):
+            yield one, _Tokens((prompt, answers[both.chosen], answers[both.rejected]), longest, n_cue)
+
+
+def _unusable_because(preference: Preference, pair: Sequence[np.ndarray], is_prompt_lost: bool, n_answers_cut: int) -> str | None:
     _, chosen, rejected = pair
     if not preference.turns[-1].strip():
         return "empty prompt"

@@ -118,8 +118,8 @@ def _of_ranking(
         notes.counts[UNUSED] += n_unused
     for better, worse in made:
         where = rows[0] if n == 2 and len(rows) == 1 else f"{answers[better]} over {answers[worse]}"
-        gap = ranking.scores[better] - ranking.scores[worse]
-        yield Preference(where, ranking.system, ranking.turns, ranking.answers[better], ranking.answers[worse], gap)
+        scores = ranking.scores[better], ranking.scores[worse]
+        yield Preference(where, ranking.system, ranking.turns, ranking.answers[better], ranking.answers[worse], scores)
 
 
 def _n_random(rank_pairs: str) -> int | None:

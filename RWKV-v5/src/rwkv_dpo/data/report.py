@@ -18,7 +18,7 @@ def length_percentiles(pairs: PairSet) -> dict[str, dict[str, int]]:
     exceed. Empty without pairs."""
     if not len(pairs):
         return {}
-    lengths = np.diff(pairs.offsets).reshape(-1, 3)
+    lengths = pairs.lengths
     common = np.array([_n_common(*pairs.pair(i)[1:]) for i in range(len(pairs))])
     columns = {"prompt": lengths[:, 0], "chosen": lengths[:, 1], "rejected": lengths[:, 2], "common_prefix": common}
     return {name: _percentiles(column) for name, column in columns.items()}
@@ -27,7 +27,7 @@ def length_percentiles(pairs: PairSet) -> dict[str, dict[str, int]]:
 def reference_summary(pairs: PairSet) -> dict[str, Any]:
     """Log-probabilities of the answers under the reference in nats, and the share of pairs (scored, at least one) whose chosen
     answer it finds likelier already."""
-    n_tokens = np.diff(pairs.offsets).reshape(-1, 3)[:, 1:]
+    n_tokens = pairs.lengths[:, 1:]
     summary: dict[str, Any] = {}
     for column, name in enumerate(("chosen", "rejected")):
         logps = pairs.ref_logps[:, column]

@@ -100,7 +100,8 @@ def _is_of(path: Path, pairs: PairSet, rows: Sequence[int], is_packed: bool, rep
         there = load_pairs(path)
     except InputError:
         return False
-    if bool(there.header) != is_packed or pairs_sha256(there) != pairs_sha256(pairs.select(rows)):
+    wanted = pairs.select(rows)
+    if bool(there.header) != is_packed or pairs_sha256(there) != pairs_sha256(wanted if is_packed else wanted.alone()):
         return False
     # The original's form has no header, but a report.
     known = there.header if is_packed else report.get("pairs", {})

@@ -24,10 +24,13 @@ def run_of(checkpoint: str | Path) -> Mapping[str, Any]:
     return settings if is_ours and _is_beta(settings.get("dpo_beta")) else {}
 
 
-def betas(runs: Sequence[Mapping[str, Any]], default: float) -> list[float]:
-    """Each run's own beta; for a checkpoint without a run, which stands beside others to be compared, the first that is known."""
-    first = next((run["dpo_beta"] for run in runs if run), default)
-    return [float(run.get("dpo_beta", first)) for run in runs]
+def objectives(runs: Sequence[Mapping[str, Any]], default: tuple[float, str]) -> list[tuple[float, str]]:
+    """Each run's own beta and preference loss; for a checkpoint without a run, which stands beside others to be compared, those of the
+    first that is known."""
+    # Earlier runs had one loss.
+    own = [(float(run["dpo_beta"]), run.get("dpo_loss", "sigmoid")) if run else None for run in runs]
+    first = next((one for one in own if one), default)
+    return [one or first for one in own]
 
 
 def check_not_trained_on(pairs: PairSet, name: str, run: Mapping[str, Any], checkpoint: str) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from rwkv_dpo.batches.chunks import plan_chunks
+from rwkv_dpo.batches.comparisons import compare
 from rwkv_dpo.batches.step import Step, build_step
 from rwkv_dpo.data.pairs import PairSet
 from rwkv_dpo.kernels.linear_logprobs import LogProbs
@@ -30,7 +31,10 @@ def score_pairs(model: RWKV, pairs: PairSet, batch_tokens: int, progress: Callab
 def score_batch(model: RWKV, pairs: PairSet, rows: np.ndarray, batch_tokens: int) -> np.ndarray:
     """Log-probabilities [len(rows), 2] of both answers of those pairs, computing a shared prompt once: in one model call, or, where
     they are more than batch_tokens tokens, in chunks of so many."""
-    step = build_step([], [pairs.pair(i) for i in rows], share_prompts=True)
+    trees: dict[bytes, list[int]] = {}
+    for place, i in enumerate(rows):
+        trees.setdefault(_shared(pairs, i), []).append(place)
+    step = build_step([], [pairs.pair(i) for i in rows], list(trees.values()))
     logps = _score_in_parts(model, step, batch_tokens).logps
     return answer_logps(logps, step.to(logps.device)).double().cpu().numpy()
 
@@ -43,21 +47,37 @@ def _score_in_parts(model: RWKV, step: Step, batch_tokens: int) -> LogProbs:
 
 
 def scoring_batches(pairs: PairSet, batch_tokens: int) -> list[np.ndarray]:
-    """Rows of the pairs that are scored together: up to batch_tokens tokens, sorted by length, pairs with the same prompt side by side
-    (its tokens count once). The same for the same pairs, whatever was scored before."""
+    """Pairs that are scored together: up to batch_tokens tokens, sorted by length, pairs with the same prompt side by side (its tokens
+    count once, and those of an answer that is in several). The same for the same pairs, whatever was scored before."""
     sharing: dict[bytes, list[int]] = {}
     for i in range(len(pairs)):
-        sharing.setdefault(pairs.pair(i)[0].tobytes(), []).append(i)
-    parts = np.diff(pairs.offsets).reshape(-1, 3)
-    n_prompt, n_answers = parts[:, 0], parts[:, 1] + parts[:, 2]
-    # A prompt that more pairs share than fit is computed once in each batch.
-    groups = []
-    for rows in sharing.values():
-        room = batch_tokens - n_prompt[rows[0]]
-        groups += [np.array(rows)[batch] for batch in token_batches(np.arange(len(rows)), n_answers[rows], room)]
-    lengths = np.array([n_prompt[rows[0]] + n_answers[rows].sum() for rows in groups])
-    batches = token_batches(np.argsort(lengths, kind="stable"), lengths, batch_tokens)
+        sharing.setdefault(_shared(pairs, i), []).append(i)
+    sizes = np.diff(pairs.offsets)
+    groups: list[list[int]] = []
+    lengths: list[int] = []
+    for sharers in sharing.values():
+        # A prompt that more pairs share than fit is computed once in each batch.
+        first = sharers[0]
+        computed: set[int] = set()
+        for i in sharers:
+            rows = set(pairs.rows[i].tolist())
+            if np.array_equal(pairs.pair(i)[0], pairs.pair(first)[0]):
+                rows = rows - {pairs.rows[i, 0]} | {pairs.rows[first, 0]}
+            n_more = int(sizes[list(rows - computed)].sum())
+            if i == first or lengths[-1] + n_more > batch_tokens:
+                groups.append([])
+                lengths.append(0)
+                n_more, computed = int(sizes[list(rows)].sum()), set()
+            groups[-1].append(i)
+            lengths[-1] += n_more
+            computed |= rows
+    batches = token_batches(np.argsort(lengths, kind="stable"), np.array(lengths), batch_tokens)
     return [np.concatenate([groups[i] for i in batch]) for batch in batches]
+
+
+def _shared(pairs: PairSet, i: int) -> bytes:
+    """What pairs that are computed together have in common: the first prompt of their tree."""
+    return pairs.pair(pairs.trees[pairs.tree_of(i)])[0].tobytes()
 
 
 def token_batches(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
@@ -85,14 +105,18 @@ def corpus_loss(model: RWKV, windows: Iterable[np.ndarray], batch_tokens: int) -
 
 
 def evaluate_pairs(
-    model: RWKV, pairs: PairSet, beta: float, batch_tokens: int, progress: Callable[[int], object] = lambda n: None
-) -> dict[str, float]:
-    """Means over all pairs, under the names of metrics.jsonl; logps/accuracies: the share of pairs whose chosen answer is the more
-    probable one, reference aside. Of pairs that are not scored only what needs no reference. `progress` is told how many pairs each
-    batch held."""
+    model: RWKV, pairs: PairSet, beta: float, batch_tokens: int, progress: Callable[[int], object] = lambda n: None,
+    loss_name: str = "sigmoid",
+) -> dict[str, float]:  # fmt: skip
+    """Means over all pairs (of losses of rankings, over all rankings), under the names of metrics.jsonl; logps/accuracies: the share of
+    pairs whose chosen answer is the more probable one, reference aside. Of pairs that are not scored only what needs no reference.
+    `progress` is told how many pairs each batch held."""
     logps = torch.from_numpy(score_pairs(model, pairs, batch_tokens, progress))
     refs = torch.from_numpy(pairs.ref_logps)
-    metrics = {name: float(value) for name, value in pair_metrics(logps, refs, dpo_loss(logps, refs, beta)).items()}
+    trees = [pairs.tree(t) for t in range(pairs.n_trees)]
+    compared, _ = compare([pairs.pair(i) for i in range(len(pairs))], trees, pairs.scores)
+    terms = dpo_loss(logps, refs, beta, compared, loss_name)
+    metrics = {name: float(value) for name, value in pair_metrics(logps, refs, terms).items()}
     if not pairs.is_scored:
         metrics = {name: value for name, value in metrics.items() if name.startswith("logps/")}
     return {**metrics, "logps/accuracies": float((logps[:, 0] > logps[:, 1]).double().mean())}

@@ -23,15 +23,15 @@ def score_rows(model: RWKV, step: Step, plan: ChunkPlan | None = None) -> LogPro
 
 
 def answer_logps(logps: Tensor, step: Step) -> Tensor:
-    """Sums over each answer's tokens [pairs, 2]: chosen, rejected. fp32."""
-    sums = logps.new_zeros(2 * step.n_pairs)
-    return sums.index_add(0, step.entry_answers, logps.index_select(0, step.entry_rows)).view(-1, 2)
+    """Sums over the tokens of each pair's answers [pairs, 2]: chosen, rejected. fp32."""
+    sums = logps.new_zeros(step.compared.n_answers)
+    return sums.index_add(0, step.entry_answers, logps.index_select(0, step.entry_rows))[step.compared.pairs]
 
 
-def objective(model: RWKV, batch: MicroBatch, beta: float, ratio: float) -> tuple[Tensor, dict[str, Tensor]]:
+def objective(model: RWKV, batch: MicroBatch, beta: float, ratio: float, loss_name: str = "sigmoid") -> tuple[Tensor, dict[str, Tensor]]:
     """ratio * LM + (1 - ratio) * DPO of one micro-batch, and metrics under TRL's names (0-d tensors, means over the batch).
 
-    A micro-batch without windows needs ratio 0, one without pairs ratio 1.
+    loss_name: of DPO_LOSSES. A micro-batch without windows needs ratio 0, one without pairs ratio 1.
     """
     n, plan, truncated = batch.step.n_window_rows, batch.plan, None
     if plan and plan.n_window_chunks and model.compute_dtype != torch.float16:
@@ -45,7 +45,7 @@ def objective(model: RWKV, batch: MicroBatch, beta: float, ratio: float) -> tupl
         metrics["loss_general"] = loss_general.detach()
     if batch.step.n_pairs:
         logps = answer_logps(rows.logps, batch.step)
-        terms = dpo_loss(logps, batch.ref_logps.to(logps.dtype), beta)
+        terms = dpo_loss(logps, batch.ref_logps.to(logps.dtype), beta, batch.step.compared, loss_name)
         loss_dpo = terms.losses.mean()
         metrics |= pair_metrics(logps, batch.ref_logps, terms)
     loss = mix(loss_general, loss_dpo, ratio)

@@ -17,6 +17,11 @@ class ObjectiveSettings:
         "file", "the reference model: file: that which scored the pair files; recompute: the model as training starts, which scores "
         "them before the first step", choices=("file", "recompute"),
     )  # fmt: skip
+    dpo_loss: str = flag(
+        "sigmoid", "of preferences: sigmoid: DPO, pair by pair; of all answers to a prompt together: plackett_luce: the probability of "
+        "their ranking; softmax: the best one against all others; all_pairs: sigmoid weighted by the difference of scores",
+        choices=("sigmoid", "plackett_luce", "softmax", "all_pairs"),
+    )  # fmt: skip
     dpo_beta: float = flag(0.01, "strength of the pull towards the reference model")
     dpo_general_corpus_ratio: float = flag(
         0.0, "r in loss = r * language model + (1 - r) * DPO; 0: pairs only, 1: corpus only", SHARE

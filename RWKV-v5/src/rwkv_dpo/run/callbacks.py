@@ -44,7 +44,7 @@ def build_callbacks(
         callbacks.append(ReferenceCheck(data.pairs, s.devices.precision, is_recomputed, chunk_ctx or 4096))
     held_out = None
     if data.valid is not None:
-        held_out = ValidPairs(data.valid, s.objective.dpo_beta, scored_at_once, length, folder, halt, shows_bar)
+        held_out = ValidPairs(data.valid, s.objective.dpo_beta, s.objective.dpo_loss, scored_at_once, length, folder, halt, shows_bar)
         callbacks.append(held_out)
     if s.training.wandb:
         callbacks.append(WandbLog(s.training.wandb, flags, folder, metrics, held_out))

@@ -78,10 +78,11 @@ def doubts(settings: RunSettings, data: RunData) -> list[str]:
     """What to warn of before the run begins. InputError for held-out pairs that are none."""
     lines, files = [], settings.data
     micro_bsz, world_size = settings.batches.micro_bsz, settings.devices.world_size
-    if data.pairs is not None and settings.length.samples > len(data.pairs):
+    if data.pairs is not None and settings.length.samples > data.pairs.n_trees:
+        what = "pairs" if data.pairs.n_trees == len(data.pairs) else "trees"
         lines.append(
-            f"--micro_bsz {micro_bsz}{f' on {world_size} devices' if world_size > 1 else ''}: a micro-batch has more pairs than the "
-            f"{len(data.pairs)} of {files.dpo_train_file}, so that some count in it several times"
+            f"--micro_bsz {micro_bsz}{f' on {world_size} devices' if world_size > 1 else ''}: a micro-batch has more {what} than the "
+            f"{data.pairs.n_trees} of {files.dpo_train_file}, so that some count in it several times"
         )
     if data.pairs is not None and data.valid is not None:
         names = (f"--{flag} {getattr(files, flag)}" for flag in ("dpo_valid_file", "dpo_train_file"))

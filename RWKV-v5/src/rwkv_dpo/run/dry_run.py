@@ -61,7 +61,7 @@ def plan_of(settings: RunSettings, model: RWKV) -> tuple[Plan, str]:
     n_trainable = n_weights if peft == "none" else n_added + sum(model.get_parameter(name).numel() for name in extra)
     compute_bytes = COMPUTE_DTYPES[devices.precision].itemsize
     windows = micro_bsz if settings.objective.uses_corpus else 0
-    pair_sizes, pair_words = np.zeros((0, 2), dtype=np.int64), ""
+    pair_sizes, pair_words = np.zeros((0, 3), dtype=np.int64), ""
     if settings.objective.uses_pairs:
         pair_sizes, pair_words = _largest_pairs(settings.data, micro_bsz)
     on_gpu = devices.accelerator in ("gpu", "cuda") or (devices.accelerator == "auto" and torch.cuda.is_available())
@@ -72,7 +72,7 @@ def plan_of(settings: RunSettings, model: RWKV) -> tuple[Plan, str]:
         trains_head=peft == "none" or "head.weight" in extra, frozen_bytes=compute_bytes,
         compute_bytes=compute_bytes, optim=optim, grad_cp=settings.model.grad_cp, chunk_ctx=settings.batches.chunk_ctx,
         n_tokens=windows * ctx_len + int(pair_sizes[:, 0].sum()), n_rows=windows * ctx_len + int(pair_sizes[:, 1].sum()),
-        n_segments=windows + 3 * len(pair_sizes),
+        n_segments=windows + int(pair_sizes[:, 2].sum()),
         accumulates=settings.length.accumulated > 1,
         on_gpu=on_gpu, wkv_backend=devices.wkv_backend if devices.wkv_backend != "auto" else "cuda" if on_gpu else "cpu",
         keeps_heap=not on_gpu and devices.cpu_malloc == 1, trained_bytes=2 if zero_stage and devices.precision == "fp16" else 4,
@@ -108,21 +108,28 @@ def _file_bytes(checkpoint: str, n_weights: int) -> int:
 
 
 def _largest_pairs(settings: DataSettings, n: int) -> tuple[np.ndarray, str]:
-    """Tokens and scored rows [n, 2] of the n pairs that make the largest micro-batch, and what they are in words."""
+    """Tokens, scored rows and segments [n, 3] of the n trees that make the largest micro-batch, and what they are in words."""
     if not Path(settings.dpo_train_file).is_file():
         log.warning("--dpo_train_file %s is not there: pairs are taken to be --ctx_len long, half of it answers", settings.dpo_train_file)
         half = max(settings.ctx_len // 2, 1)
-        return np.tile([half + 2 * half, 2 * half], (n, 1)), f"{n} made-up pairs of {half} + {half} or {half} tokens"
-    sizes = _pair_sizes(open_pairs("dpo_train_file", settings.dpo_train_file))
+        return np.tile([half + 2 * half, 2 * half, 3], (n, 1)), f"{n} made-up pairs of {half} + {half} or {half} tokens"
+    pairs = open_pairs("dpo_train_file", settings.dpo_train_file)
+    sizes = _tree_sizes(pairs)
     longest = sizes[np.argsort(sizes[:, 0], kind="stable")[::-1]]
-    # Fewer pairs than a micro-batch holds come several times.
-    return np.resize(longest, (n, 2)), f"the {n} longest of {len(sizes):,} pairs"
+    # Fewer than a micro-batch holds come several times.
+    what = "pairs" if pairs.n_trees == len(pairs) else f"trees of {len(pairs):,} pairs"
+    return np.resize(longest, (n, 3)), f"the {n} longest of {len(sizes):,} {what}"
 
 
-def _pair_sizes(pairs: PairSet) -> np.ndarray:
-    """Tokens and scored rows [n, 2]: prompt and answers once, without each answer's last token, which is only a target."""
-    lengths = np.diff(pairs.offsets).reshape(-1, 3)
-    return np.stack([lengths.sum(1) - 2, lengths[:, 1] + lengths[:, 2]], axis=1)
+def _tree_sizes(pairs: PairSet) -> np.ndarray:
+    """Tokens, scored rows and segments [m, 3]: prompts and answers once, without each answer's last token, which is only a target."""
+    n_rows = len(pairs.offsets) - 1
+    numbers = pairs.tree_numbers[:, None] * n_rows
+    answers = np.unique(numbers + pairs.rows[:, 1:])
+    n_answers = np.bincount(answers // n_rows, minlength=pairs.n_trees)
+    n_scored = np.bincount(answers // n_rows, np.diff(pairs.offsets)[answers % n_rows], minlength=pairs.n_trees).astype(np.int64)
+    n_prompts = np.bincount(np.unique(numbers[:, 0] + pairs.rows[:, 0]) // n_rows, minlength=pairs.n_trees)
+    return np.stack([pairs.tree_tokens - n_answers, n_scored, n_answers + n_prompts], axis=1)
 
 
 def _model_without_memory(shape: ModelShape) -> RWKV:

@@ -117,6 +117,7 @@ def fit(run: Prepared, device: torch.device) -> None:
             build_optimizer, settings=settings.optimizer, pile_stage=settings.general.my_pile_stage, seed=settings.general.seed,
             offload="offload" in settings.devices.strategy,
         ),
+        settings.objective.dpo_loss,
     )  # fmt: skip
     try:
         trainer.fit(module, loader_of(settings, run.data, trainer.global_rank, on_gpu=device.type == "cuda"))

@@ -23,10 +23,10 @@ class ValidPairs(pl.Callback):
     """Loss, accuracy and margins on held-out pairs at the end of every epoch: a printed line and a line of valid.jsonl."""
 
     def __init__(
-        self, pairs: PairSet, beta: float, batch_tokens: int, length: RunLength, folder: Path, halt: Halt, shows_bar: bool
+        self, pairs: PairSet, beta: float, loss_name: str, batch_tokens: int, length: RunLength, folder: Path, halt: Halt, shows_bar: bool
     ) -> None:
         """batch_tokens: scored at once."""
-        self.pairs, self.beta, self.batch_tokens, self.length = pairs, beta, batch_tokens, length
+        self.pairs, self.beta, self.loss_name, self.batch_tokens, self.length = pairs, beta, loss_name, batch_tokens, length
         self.folder, self.halt, self.shows_bar = folder, halt, shows_bar
         self.record: dict[str, Any] = {}  # of the last epoch
 
@@ -35,7 +35,7 @@ class ValidPairs(pl.Callback):
         length, shows = self.length, self.shows_bar and trainer.is_global_zero
         module.model.eval()
         with tqdm(total=len(self.pairs), unit="pair", desc="held-out", leave=False, disable=None if shows else True) as bar:
-            metrics = evaluate_pairs(module.model, self.pairs, self.beta, self.batch_tokens, bar.update)
+            metrics = evaluate_pairs(module.model, self.pairs, self.beta, self.batch_tokens, bar.update, self.loss_name)
         module.model.train()
         epoch = length.epoch_begin + trainer.current_epoch
         step = length.epoch_begin * length.steps_per_epoch + trainer.global_step
