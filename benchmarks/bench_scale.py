@@ -128,7 +128,7 @@ def balance(args: argparse.Namespace) -> list[dict]:
                     for rank in range(world_size):
                         indices = [global_index(step, slot, rank, world_size, micro_bsz) for slot in range(micro_bsz)]
                         plain = [item_at(i, len(lengths), 1) for i in indices]
-                        items = plain if name == "none" else order.rank_items(step, rank, world_size, micro_bsz)
+                        items = plain if name == "none" else order.dealt(step, world_size, micro_bsz)[rank]
                         tokens.append(sum(lengths[item] for item in items))
                     excesses.append(max(tokens) / mean(tokens) - 1)
                 row |= {f"{name} mean %": 100 * mean(excesses), f"{name} p95 %": 100 * sorted(excesses)[int(0.95 * len(excesses))]}

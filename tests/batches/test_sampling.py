@@ -238,7 +238,7 @@ def test_passes_longer_than_a_block_hold_each_item_once(n):
 def test_steps_take_the_same_sequence_whatever_the_ranks(n, world_size, micro_bsz, first_step):
     order, n_step = LengthOrder([(7 * i) % 31 for i in range(n)], seed=4), world_size * micro_bsz
     for step in (first_step, first_step + 1):
-        ranks = [order.rank_items(step, rank, world_size, micro_bsz) for rank in range(world_size)]
+        ranks = order.dealt(step, world_size, micro_bsz)
         assert [len(items) for items in ranks] == [micro_bsz] * world_size
         assert sorted(itertools.chain(*ranks)) == sorted(order.item_at(i) for i in range(step * n_step, (step + 1) * n_step))
 
@@ -262,7 +262,7 @@ def test_runs_of_like_length_stay_together_and_come_in_an_order_of_their_own():
 
 def test_a_resumed_run_deals_from_the_sample_that_is_next():
     order = LengthOrder([(7 * i) % 31 for i in range(50)], seed=4)
-    taken = [item for rank in range(3) for item in order.rank_items(2, rank, 3, 2, shift=5)]
+    taken = [item for items in order.dealt(2, 3, 2, shift=5) for item in items]
     assert sorted(taken) == sorted(order.item_at(i) for i in range(5 + 2 * 6, 5 + 3 * 6))
 
 
@@ -271,7 +271,7 @@ def test_one_pass_in_length_order_on_any_number_of_ranks_holds_every_item_once(w
     n = 2048
     order = LengthOrder(log_normal_lengths(n), seed=1)
     steps, ranks = range(n // (2 * world_size)), range(world_size)
-    seen = [item for step in steps for rank in ranks for item in order.rank_items(step, rank, world_size, 2)]
+    seen = [item for step in steps for rank in ranks for item in order.dealt(step, world_size, 2)[rank]]
     assert sorted(seen) == list(range(n))
 
 
@@ -293,6 +293,6 @@ def test_the_slowest_rank_has_at_most_15_percent_more_tokens_than_the_mean(world
     n_steps = 3 * len(lengths) // (world_size * micro_bsz)
     excesses = []
     for step in range(n_steps):
-        tokens = [sum(lengths[item] for item in order.rank_items(step, rank, world_size, micro_bsz)) for rank in range(world_size)]
+        tokens = [sum(lengths[item] for item in items) for items in order.dealt(step, world_size, micro_bsz)]
         excesses.append(max(tokens) * world_size / sum(tokens) - 1)
     assert sum(excesses) / n_steps < 0.15

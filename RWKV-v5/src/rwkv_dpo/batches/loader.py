@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -48,10 +48,17 @@ class MicroBatches:
             return collate(windows, [], np.zeros((0, 2)), chunk_ctx, truncated)
         numbers = [i for t in trees for i in self.pairs.tree(t)]
         ends = np.cumsum([len(self.pairs.tree(t)) for t in trees])
-        return collate(
+        batch = collate(
             windows, [self.pairs.pair(i) for i in numbers], self.pairs.ref_logps[numbers], chunk_ctx, truncated,
             [range(end - len(self.pairs.tree(t)), end) for t, end in zip(trees, ends, strict=True)], self.pairs.scores[numbers],
         )  # fmt: skip
+        if self.world_size == 1:
+            return batch
+        pair_share, ranking_share = (
+            self.world_size * sizes[self.rank].sum() / sizes.sum()
+            for sizes in (of_tree[self._trees(k)] for of_tree in (np.diff(self.pairs.trees), self.pairs.tree_prompts))
+        )
+        return replace(batch, pair_share=pair_share, ranking_share=ranking_share)
 
     def contents(self, k: int, rank: int) -> tuple[list[int], list[int]]:
         """What micro-batch k of `rank` holds: first tokens of corpus windows, and trees of the pair file."""
@@ -61,11 +68,17 @@ class MicroBatches:
         if self.corpus is not None:
             starts = [self._window_start(self.corpus, i) for i in samples]
         if self.pairs is not None:
-            if self.settings.balance == "tokens":
-                trees = self._length_order.rank_items(k, rank, self.world_size, n, shift)
-            else:
-                trees = [item_at(i, self.pairs.n_trees, self.seed) for i in samples]
+            trees = self._trees(k)[rank]
         return starts, trees
+
+    def _trees(self, k: int) -> list[list[int]]:
+        """What of the pair file micro-batch k of each rank holds."""
+        assert self.pairs is not None
+        n, shift = self.settings.micro_bsz, self.position.shift
+        if self.settings.balance == "tokens":
+            return self._length_order.dealt(k, self.world_size, n, shift)
+        numbers = [[shift + global_index(k, slot, rank, self.world_size, n) for slot in range(n)] for rank in range(self.world_size)]
+        return [[item_at(i, self.pairs.n_trees, self.seed) for i in of_rank] for of_rank in numbers]
 
     @cached_property
     def _length_order(self) -> LengthOrder:

@@ -1,7 +1,7 @@
 """What one optimizer micro-step sees."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,17 +15,20 @@ from rwkv_dpo.data.pairs import Pair
 @dataclass(frozen=True)
 class MicroBatch:
     """What one optimizer micro-step sees. ref_logps: fp32 [pairs, 2], nats, chosen then rejected. plan: the step in chunks, when it
-    is to run so."""
+    is to run so. pair_share, ranking_share: by what the mean over its pairs, or rankings, is to be multiplied, so that the mean over
+    the ranks is that over all of their pairs."""
 
     step: Step
     ref_logps: Tensor
     n_windows: int
     plan: ChunkPlan | None = None
+    pair_share: float = 1.0
+    ranking_share: float = 1.0
 
     def to(self, device: torch.device) -> "MicroBatch":
         """On another device."""
         plan = self.plan.to(device) if self.plan else None
-        return MicroBatch(self.step.to(device), self.ref_logps.to(device, non_blocking=True), self.n_windows, plan)
+        return replace(self, step=self.step.to(device), ref_logps=self.ref_logps.to(device, non_blocking=True), plan=plan)
 
 
 def collate(

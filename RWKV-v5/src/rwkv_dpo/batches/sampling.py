@@ -68,12 +68,12 @@ class LengthOrder:
         pass_number, position = divmod(index, len(self.lengths))
         return _block(self, pass_number, position // BLOCK)[position % BLOCK]
 
-    def rank_items(self, step: int, rank: int, world_size: int, micro_bsz: int, shift: int = 0) -> list[int]:
-        """The micro_bsz items of `rank` in micro-batch `step`, which takes the next world_size * micro_bsz of the sequence, whose
+    def dealt(self, step: int, world_size: int, micro_bsz: int, shift: int = 0) -> list[list[int]]:
+        """The micro_bsz items of each rank in micro-batch `step`, which takes the next world_size * micro_bsz of the sequence, whose
         first is at `shift`."""
         n = world_size * micro_bsz
         first = shift + step * n
-        return deal([self.item_at(i) for i in range(first, first + n)], self.lengths, world_size)[rank]
+        return deal([self.item_at(i) for i in range(first, first + n)], self.lengths, world_size)
 
 
 @functools.lru_cache(maxsize=4)

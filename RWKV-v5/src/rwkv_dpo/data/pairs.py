@@ -80,6 +80,12 @@ class PairSet:
         counted = np.bincount(used // max(n_rows, 1), np.diff(self.offsets)[used % max(n_rows, 1)], minlength=self.n_trees)
         return counted.astype(np.int64)
 
+    @cached_property
+    def tree_prompts(self) -> np.ndarray:
+        """int64 [m], prompts of each tree."""
+        used = np.unique(self.tree_numbers * len(self.offsets) + self.rows[:, 0])
+        return np.bincount(used // len(self.offsets), minlength=self.n_trees)
+
     @property
     def is_scored(self) -> bool:
         """Whether every pair has its reference log-probabilities."""

@@ -76,6 +76,11 @@ DPO_LOSSES: dict[str, Callable[[Tensor, Comparisons], Tensor]] = {
 }  # fmt: skip
 
 
+def is_per_pair(loss: str) -> bool:
+    """Whether the loss of DPO_LOSSES of that name has a value a pair, and not a ranking."""
+    return loss == "sigmoid"
+
+
 def l2wrap(loss: Tensor, max_logits: Tensor) -> Tensor:
     """`loss` unchanged in value, with RWKV-LM's L2Wrap added to its gradient, scaled by the incoming gradient.
 

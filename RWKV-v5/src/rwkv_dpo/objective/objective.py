@@ -11,7 +11,7 @@ from rwkv_dpo.batches.step import Step
 from rwkv_dpo.kernels.linear_logprobs import LogProbs
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.objective.chunked_step import score_chunks, truncated_loss
-from rwkv_dpo.objective.losses import DPOTerms, dpo_loss, l2wrap, mix
+from rwkv_dpo.objective.losses import DPOTerms, dpo_loss, is_per_pair, l2wrap, mix
 
 
 def score_rows(model: RWKV, step: Step, plan: ChunkPlan | None = None) -> LogProbs:
@@ -46,7 +46,7 @@ def objective(model: RWKV, batch: MicroBatch, beta: float, ratio: float, loss_na
     if batch.step.n_pairs:
         logps = answer_logps(rows.logps, batch.step)
         terms = dpo_loss(logps, batch.ref_logps.to(logps.dtype), beta, batch.step.compared, loss_name)
-        loss_dpo = terms.losses.mean()
+        loss_dpo = terms.losses.mean() * (batch.pair_share if is_per_pair(loss_name) else batch.ranking_share)
         metrics |= pair_metrics(logps, batch.ref_logps, terms)
     loss = mix(loss_general, loss_dpo, ratio)
     metrics["loss"] = loss.detach()

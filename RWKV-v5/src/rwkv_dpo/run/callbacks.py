@@ -30,7 +30,7 @@ def build_callbacks(
     s, halt, flags = settings, Halt(), settings.as_flags()
     folder, length, chunk_ctx = s.folder.path, s.length, s.batches.chunk_ctx
     scored_at_once, shows_bar = chunk_ctx or 2 * s.data.ctx_len, s.training.enable_progress_bar
-    metrics = MetricsLog(length, s.objective.uses_pairs, flags, folder, halt)
+    metrics = MetricsLog(length, len(data.pairs) / data.pairs.n_trees if data.pairs else 0, flags, folder, halt)
     checkpoints = Checkpoints(folder, s.saving.epoch_save, s.training.max_bad_steps, length, s.tuning.peft, metrics, tuning, identity)
     callbacks: list[pl.Callback] = [WeightsOfRankZero()] if s.general.is_staged else []
     callbacks += [metrics, checkpoints]

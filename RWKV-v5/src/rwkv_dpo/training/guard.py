@@ -67,7 +67,7 @@ def name_samples(trainer: pl.Trainer, dataset: MicroBatches, losses: list[tuple[
         on_ranks = [[k for k, _ in losses]] * trainer.world_size
     contents = [dataset.contents(k, rank) for rank, numbers in enumerate(on_ranks) for k in numbers]
     windows = sorted(start for starts, _ in contents for start in starts)
-    rows = sorted(row for _, rows in contents for row in rows)
+    rows = sorted(row for _, trees in contents for t in trees for row in dataset.pairs.tree(t)) if dataset.pairs else []
     named = [f"pairs in rows {_some(rows)} of dpo_train_file"] if rows else []
     named += [f"corpus windows from tokens {_some(windows)}"] if windows else []
     return ", ".join(named)

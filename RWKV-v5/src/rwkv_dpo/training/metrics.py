@@ -16,6 +16,7 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from typing_extensions import override
 
 from rwkv_dpo.files.json_text import as_json
+from rwkv_dpo.objective.losses import is_per_pair
 from rwkv_dpo.optimizer.length import RunLength
 from rwkv_dpo.training.guard import is_bad, name_samples
 from rwkv_dpo.training.halt import Halt
@@ -28,11 +29,11 @@ class MetricsLog(pl.Callback):
     """One JSON line an optimizer step, averaged over the pairs, or the windows' tokens, of its micro-batches on all ranks; and the
     original's train_log.txt, a line an epoch."""
 
-    def __init__(self, length: RunLength, uses_pairs: bool, flags: Mapping[str, Any], folder: Path, halt: Halt) -> None:
-        """flags: of the run, for the head of train_log.txt."""
+    def __init__(self, length: RunLength, pairs_a_sample: float, flags: Mapping[str, Any], folder: Path, halt: Halt) -> None:
+        """pairs_a_sample: on average. flags: of the run, for the head of train_log.txt."""
         self.length, self.flags, self.folder, self.halt = length, flags, folder, halt
-        self.pairs_at_once = length.samples * uses_pairs  # in a micro-batch on all devices
-        self.pairs_seen = length.epoch_begin * length.epoch_steps * self.pairs_at_once
+        # Of earlier epochs: by their number of samples.
+        self.pairs_seen = round(length.epoch_begin * length.epoch_steps * length.samples * pairs_a_sample)
         self.sums: dict[str, torch.Tensor] = {}  # by metric: the weighted sum and the sum of the weights
         self.losses: list[tuple[int, torch.Tensor]] = []  # of this rank's micro-batches, by their numbers
         self.n_tokens = self.steps_done = self.skipped_steps = self.bad_in_a_row = 0
@@ -57,8 +58,10 @@ class MetricsLog(pl.Callback):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        n_losses = batch.step.n_pairs if is_per_pair(module.loss_name) else batch.step.compared.n_rankings
+        weights = {"loss": 1, "loss_general": batch.step.n_window_rows, "loss_dpo": n_losses}
         for name, value in module.metrics.items():
-            weight = {"loss": 1, "loss_general": batch.step.n_window_rows}.get(name, batch.step.n_pairs)
+            weight = weights.get(name, batch.step.n_pairs)
             self.sums[name] = self.sums.get(name, 0) + weight * torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])
         first = (self.length.epoch_begin + trainer.current_epoch) * self.length.epoch_steps
         self.losses.append((first + batch_idx, module.metrics["loss"]))
@@ -84,7 +87,7 @@ class MetricsLog(pl.Callback):
         self.stops = signals > 0
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        self.pairs_seen += len(self.losses) * self.pairs_at_once
+        self.pairs_seen += int(sums[names.index("rewards/margins"), 1]) if "rewards/margins" in names else 0
         loss, grad_norm = means[names.index("loss")], float(module.grad_norm)
         bad = is_bad(trainer, loss, grad_norm)
         self.skipped_steps, self.bad_in_a_row = self.skipped_steps + bad, self.bad_in_a_row + 1 if bad else 0
