@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-v5" / "src"))
 from measure import alternate, machine, save
 from rwkv_dpo.batches.micro_batch import MicroBatch, collate
 from rwkv_dpo.batches.step import build_step
-from rwkv_dpo.data.pairs import Pair, pack_pairs
+from rwkv_dpo.data.pairs import Pair, PairSet, pack_pairs
+from rwkv_dpo.data.trees import grow
 from rwkv_dpo.devices.device import tune_cpu
 from rwkv_dpo.evaluation.scoring import score_pairs
 from rwkv_dpo.kernels.wkv5 import choose_backend
@@ -185,6 +186,57 @@ def time_scoring(args: argparse.Namespace, device: torch.device) -> dict:
     })  # fmt: skip
 
 
+def ranking(vocab_size: int) -> PairSet:
+    """All six pairs of four answers of 150 tokens to a prompt of 256, as a tree."""
+    prompt, *answers = (row for pair in make_pairs((256, 150, 150), 2, vocab_size) for row in pair)
+    answers = [answers[0], answers[1], *answers[3:]]
+    pairs = [(prompt, answers[i], answers[j]) for i in range(4) for j in range(i + 1, 4)]
+    return grow(pack_pairs(pairs, np.full((6, 2), -2000.0)), 10_000).pairs
+
+
+def batch_of_ranking(pairs: PairSet, numbers: range) -> MicroBatch:
+    return collate([], [pairs.pair(i) for i in numbers], pairs.ref_logps[numbers], trees=[range(len(numbers))])
+
+
+def time_trees(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """A ranking's six pairs as one sample against the same pairs one by one, each as a forest: forward and backward, whole steps with
+    clipping and AdamW, reference scoring; and the memory of a sample above weights and gradients, a pair."""
+    pairs, rows = ranking(args.shape.vocab_size), []
+    tree, single = [range(6)], [range(i, i + 1) for i in range(6)]
+    for p in DTYPES:
+        model = build("forest", args.shape, p, args.wkv_backend, device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+        def train(samples: list[range], step: bool, model: RWKV = model, optimizer: torch.optim.AdamW = optimizer) -> Callable[[], None]:
+            batches = [batch_of_ranking(pairs, numbers).to(device) for numbers in samples]
+
+            def run() -> None:
+                for batch in batches:
+                    ours(model, batch)
+                    if step:
+                        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                        optimizer.step()
+                        optimizer.zero_grad(set_to_none=True)
+                model.zero_grad(set_to_none=True)
+
+            return run
+
+        def score(samples: list[range], model: RWKV = model) -> Callable[[], None]:
+            sets = [pairs.select(numbers) for numbers in samples]
+            return lambda: [score_pairs(model, each, 4096) for each in sets] and None
+
+        jobs = {"gradients": (train(tree, False), train(single, False)), "steps": (train(tree, True), train(single, True)),
+                "scoring": (score(tree), score(single))}  # fmt: skip
+        for job, (together, one_by_one) in jobs.items():
+            seconds = alternate({"tree": together, "pairs": one_by_one}, args.repeats, WARMUP // 4)
+            row: dict = {"job": job, "precision": p, **{f"{name} ms/pair": 1000 * s / 6 for name, s in seconds.items()}}
+            rows.append(report(row | {"pairs/s, tree / pairs": seconds["pairs"] / seconds["tree"]}))
+        megabytes = {name: _child("memory", "forest", p, "lean", name) for name in ("tree", "pair of the tree")}
+        row = {"job": "memory", "precision": p, "tree MB": megabytes["tree"], "pair MB": megabytes["pair of the tree"]}
+        rows.append(report(row | {"MB a pair, tree / pairs": megabytes["tree"] / 6 / megabytes["pair of the tree"]}))
+    return rows
+
+
 def time_language_model(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """A whole step (forward, backward, AdamW) on one window, against the rate of a large matrix product in the same process."""
     return [report(_child("language_model", "forest", precision, "tuned", "")) for precision in DTYPES]
@@ -273,6 +325,8 @@ def child(args: argparse.Namespace, device: torch.device) -> Any:
     pairs = make_pairs(CASES.get(case, CASES["256/200/150"]), MICRO_BSZ, args.shape.vocab_size)
     refs = np.full((MICRO_BSZ, 2), -2000.0)
     batch = collate([], pairs, refs).to(device)
+    if "tree" in case:
+        batch = batch_of_ranking(ranking(args.shape.vocab_size), range(6 if case == "tree" else 1)).to(device)
 
     def run() -> None:
         if case == "scoring":
@@ -315,6 +369,7 @@ PARTS = {
     "recomputing": time_recomputing,
     "against_stock": against_stock,
     "scoring": time_scoring,
+    "trees": time_trees,
     "language_model": time_language_model,
     "memory": memory,
 }
