@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make pair files of a preference data set: trainset.save, validset.save, testset.save and report.json.
+"""Make pair files of a preference data set: trainset.save, validset.save, testset.save, report.json and report.html.
 
     prepare_pairs.py --source preferences.json --load_model base.pth --out_dir pairs --ctx_len 4096
     prepare_pairs.py --source ours.jsonl:0.7 public.parquet:0.3 --load_model base.pth --out_dir pairs
@@ -30,11 +30,14 @@ try:
     from rwkv_dpo.data.prepare import Report, prepare
     from rwkv_dpo.data.prompts import load_templates
     from rwkv_dpo.data.rankings import RANK_PAIRS, Pairing
-    from rwkv_dpo.data.report import as_table, length_percentiles, lost_shares, no_pair_of, reference_summary
     from rwkv_dpo.data.sources import FORMATS, ON_ERROR, Dropped, Preference, read_preferences
-    from rwkv_dpo.data.splits import file_of, identified, is_prepared, split_rows, write_splits
+    from rwkv_dpo.data.splits import PAGE, file_of, identified, is_prepared, split_rows, write_splits
     from rwkv_dpo.data.text_files import ROW_ENDINGS, check_encoding
     from rwkv_dpo.data.tokenizer import WorldTokenizer
+    from rwkv_dpo.report.figures import lost_shares
+    from rwkv_dpo.report.look import look, whole_report
+    from rwkv_dpo.report.page import as_page
+    from rwkv_dpo.report.table import as_table, no_pair_of
 except ModuleNotFoundError as error:
     leave_without(error)
 
@@ -50,21 +53,23 @@ def main(arguments: list[str] | None = None) -> None:
             name, args.limit, args.split, args.format, args.on_error, encoding=args.encoding, columns=columns, pairing=pairing, notes=notes
         )
 
-    prepared = prepare(read_sources(sources, read), WorldTokenizer(), args.ctx_len, args.templates, args.seed)
+    tokenizer = WorldTokenizer()
+    prepared = prepare(read_sources(sources, read), tokenizer, args.ctx_len, args.templates, args.seed)
     prepared, by_source = mixed(prepared, sources, args.seed)
     prepared = prepared.grown(args.tree_tokens or 4 * args.ctx_len)
-    lengths = length_percentiles(prepared.pairs)
+    rows = split_rows(prepared.prompt_keys, args.valid_ratio, args.test_ratio, args.seed)
+    counts = prepared.report.counts()
+    looked = look(prepared, rows, tokenizer, args.ctx_len, args.seed) if len(prepared.pairs) else {}
     tell_dropped(prepared.report)
-    print(as_table(counts=prepared.report.counts(), lengths=lengths, sources=by_source), *notes.lines(), sep="\n", flush=True)
+    print(as_table(counts=counts, looked=looked, sources=by_source), *notes.lines(), sep="\n", flush=True)
     # Here, not above: --help and a mistyped flag need no PyTorch.
     from rwkv_dpo.evaluation.reference import discard_journal, score_with_checkpoint
     from tqdm import tqdm
 
-    for line in lost_shares(prepared.report.counts(), args.ctx_len):
+    for line in looked["warnings"] if looked else lost_shares(counts, args.ctx_len):
         warn(line)
-    if not len(prepared.pairs):
+    if not looked:
         refuse(no_pair_of(", ".join(args.source), notes))
-    rows = split_rows(prepared.prompt_keys, args.valid_ratio, args.test_ratio, args.seed)
     for name, ratio in (("train", 1), ("valid", args.valid_ratio), ("test", args.test_ratio)):
         if ratio and not rows[name]:
             warn(f"{file_of(args.out_dir, name)} will hold no pair: none of the {len(set(prepared.prompt_keys))} prompts falls into it")
@@ -78,13 +83,9 @@ def main(arguments: list[str] | None = None) -> None:
             unscored, args.load_model, args.out_dir, device=args.device, precision=args.precision, batch_tokens=args.batch_tokens,
             wkv_backend=args.wkv_backend, progress=bar.update,
         )  # fmt: skip
-    reference = reference_summary(pairs)
-    told = {"sources": by_source} if by_source else {}
-    report = {
-        "source": notes.as_json(), **told, "dropped_rows": prepared.report.dropped_rows(), "lengths": lengths, "reference": reference
-    }
-    files = write_splits(args.out_dir, pairs, rows, report, write_as_original if args.original_format else write_packed)
-    print(as_table(reference=reference, files=files))
+    report = whole_report(looked, prepared, notes, by_source, pairs)
+    files = write_splits(args.out_dir, pairs, rows, report, as_page, write_as_original if args.original_format else write_packed)
+    print(as_table(reference=report["reference"], files=files), f"{args.out_dir / PAGE} shows them", sep="\n")
     discard_journal(args.out_dir)
 
 

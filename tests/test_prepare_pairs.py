@@ -134,7 +134,7 @@ def test_a_run_that_is_killed_anywhere_and_started_again_ends_with_the_same_byte
 
     assert life(source.parent / "whole", 0) == 0, log.read_text()
     whole = contents(source.parent / "whole")
-    assert sorted(whole) == ["report.json", "testset.save", "trainset.save", "validset.save"]
+    assert sorted(whole) == ["report.html", "report.json", "testset.save", "trainset.save", "validset.save"]
 
     # In the journal (before the first, after the second, before the fourth batch is on the disk): every run goes further.
     sizes = []

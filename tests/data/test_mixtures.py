@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.mixtures import Source, apportioned, mixed, parse_sources, read_sources
 from rwkv_dpo.data.prepare import prepare
-from rwkv_dpo.data.report import as_table
 from rwkv_dpo.data.sources import read_preferences
 from rwkv_dpo.data.tokenizer import WorldTokenizer
+from rwkv_dpo.report.table import as_table
 
 
 def test_names_and_shares_are_told_apart(tmp_path, monkeypatch):

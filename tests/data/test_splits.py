@@ -18,7 +18,7 @@ from rwkv_dpo.files.hashed import file_sha256
 
 TOKENIZER = WorldTokenizer()
 FORMS = {"packed": write_packed, "original": write_as_original}
-IN_ORDER = ["trainset.save", "validset.save", "testset.save", "report.json"]
+IN_ORDER = ["trainset.save", "validset.save", "testset.save", "report.html", "report.json"]
 
 
 def prepared(reference, seed=0, n=30, precision="fp32", ctx_len=64):
@@ -31,7 +31,7 @@ def prepared(reference, seed=0, n=30, precision="fp32", ctx_len=64):
 
 def write(folder, pairs, rows, form="packed"):
     scored = pairs.with_ref_logps(np.full((len(pairs), 2), -1.5), pairs.header["reference_sha256"], pairs.header["reference_precision"])
-    return write_splits(folder, scored, rows, {"lengths": {}}, FORMS[form])
+    return write_splits(folder, scored, rows, {"lengths": {}}, str, FORMS[form])
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("n", range(5))
+@pytest.mark.parametrize("n", range(6))
 def test_a_kill_between_the_names_never_leaves_files_of_two_preparations(tmp_path, reference, monkeypatch, n):
     folder = tmp_path / "pairs"
     write(folder, *prepared(reference))
@@ -113,12 +113,12 @@ def test_a_kill_between_the_names_never_leaves_files_of_two_preparations(tmp_pat
         os.rename(old, name)
 
     monkeypatch.setattr(atomic.os, "replace", replace)
-    with pytest.raises(Killed) if n < 4 else monkeypatch.context():
+    with pytest.raises(Killed) if n < 5 else monkeypatch.context():
         write(folder, new, rows)
     there = sorted(path.name for path in folder.iterdir())
     assert there == sorted(IN_ORDER[:n])
     assert {load_pairs(folder / name).header["preparation_id"] for name in IN_ORDER[: min(n, 3)]} <= {new.header["preparation_id"]}
-    assert is_prepared(folder, new, rows, is_packed=True) == (n == 4)
+    assert is_prepared(folder, new, rows, is_packed=True) == (n == 5)
 
 
 def test_a_failure_before_the_names_leaves_the_old_files(tmp_path, reference):
@@ -130,7 +130,7 @@ def test_a_failure_before_the_names_leaves_the_old_files(tmp_path, reference):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(InputError, match=r"pairs/trainset.save: cannot be written: No space left"):
-        write_splits(folder, pairs, rows, {}, partial(fail, pairs))
+        write_splits(folder, pairs, rows, {}, str, partial(fail, pairs))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -139,7 +139,7 @@ def test_all_is_on_the_disk_before_the_first_file_takes_its_name(tmp_path, refer
     monkeypatch.setattr(atomic, "os", recording)
     write(tmp_path / "pairs", *prepared(reference))
     events = [event[0] for event in recording.record]
-    assert events[:4] == ["fsync"] * 4
+    assert events[:5] == ["fsync"] * 5
     assert [event[1] for event in recording.record if event[0] == "rename"] == IN_ORDER
-    sizes = [event[2] for event in recording.record[:4]]
+    sizes = [event[2] for event in recording.record[:5]]
     assert sizes == [(tmp_path / "pairs" / name).stat().st_size for name in IN_ORDER]

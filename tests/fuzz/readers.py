@@ -16,6 +16,7 @@ from rwkv_dpo.data.binidx import DTYPES, read_binidx, write_binidx
 from rwkv_dpo.data.corpus import open_corpus
 from rwkv_dpo.data.pair_files import load_pairs, save_original, save_pairs
 from rwkv_dpo.data.pairs import pack_pairs
+from rwkv_dpo.data.trees import grow
 
 from fuzz import evil, mutations
 from fuzz.mutations import Mutator, join
@@ -59,7 +60,9 @@ def _read_vocabulary(path: Path) -> None:
 def _read_pairs(path: Path) -> None:
     pairs = load_pairs(path, 100)
     n = sum(len(row) for i in range(len(pairs)) for row in pairs.pair(i))
-    assert n == len(pairs.tokens) <= 7 * path.stat().st_size
+    # A row of a tree is in several pairs.
+    assert n >= len(pairs.tokens) <= 7 * path.stat().st_size
+    assert n == len(pairs.tokens) or not pairs.is_plain
 
 
 def _read_weights(path: Path) -> None:
@@ -166,6 +169,11 @@ def _corpora() -> list[bytes]:
 def _pairs():
     rows = [([1, 2, 3], [4], [5, 6]), ([7], [8, 9], [8, 10]), ([70] * 30, [71] * 3, [72] * 9)]
     return pack_pairs(rows, np.array([[-1.5, -2.25], [-3, -4.0], [-8.5, -9]]), {"ctx_len": 64})
+
+
+def _trees():
+    rows = [([1, 2], [4], [5, 6]), ([1, 2], [4], [7]), ([8], [1], [2])]
+    return grow(pack_pairs(rows, np.full((3, 2), -1.5), scores=np.array([[3, 2], [3, 1], [np.nan, np.nan]])), 100).pairs
 
 
 def _pickled_pairs() -> list[bytes]:
@@ -415,7 +423,7 @@ READERS: dict[str, Reader] = {
     "pairs_packed": Reader(
         ".save",
         _read_pairs,
-        lambda: [_written(lambda path: save_pairs(path, _pairs()))],
+        lambda: [_written(lambda path, pairs=pairs: save_pairs(path, pairs)) for pairs in (_pairs(), _trees())],
         mutations.zip_members(mutations.npy_header),
         evil.packed_pairs,
         share=4,

@@ -22,7 +22,7 @@ from rwkv_dpo.files.hashed import file_sha256
 from rwkv_dpo.files.json_text import as_json
 
 SPLITS = ("train", "valid", "test")
-REPORT = "report.json"
+REPORT, PAGE = "report.json", "report.html"
 Rows = Mapping[str, Sequence[int]]  # of each split
 
 
@@ -65,9 +65,11 @@ def file_of(folder: Path, split: str) -> Path:
 
 
 def write_splits(
-    folder: Path, pairs: PairSet, rows: Rows, report: Mapping[str, Any], write: Callable[[BinaryIO, PairSet], None] = write_packed
-) -> dict[str, dict[str, Any]]:
-    """Write a file per split, and the report, which names the preparation and each file's number of pairs and sha256; returns these.
+    folder: Path, pairs: PairSet, rows: Rows, report: Mapping[str, Any], as_page: Callable[[Mapping[str, Any]], str],
+    write: Callable[[BinaryIO, PairSet], None] = write_packed,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Write a file per split, and the report, as JSON and as a page, which names the preparation and each file's number of pairs and
+    sha256; returns these.
 
     All are on the disk before the first takes its name. What had those names goes before that, so that a kill in between leaves some
     of the files, and not some of each.
@@ -80,14 +82,20 @@ def write_splits(
         file.flush()
         files[paths[name].name] = _entry(file.name, rows[name])
 
+    def whole() -> dict[str, Any]:
+        return {"pairs": dict(pairs.header), **report, "files": files}
+
+    def write_page(file: BinaryIO) -> None:
+        file.write(as_page(whole()).encode())
+
     def write_report(file: BinaryIO) -> None:
-        whole = {"pairs": dict(pairs.header), **report, "files": files}
-        file.write(as_json(whole, indent=2, ensure_ascii=False).encode() + b"\n")
+        file.write(as_json(whole(), indent=2, ensure_ascii=False).encode() + b"\n")
         file.flush()
-        for path in (folder / REPORT, *paths.values()):
+        for path in (folder / REPORT, folder / PAGE, *paths.values()):
             path.unlink(missing_ok=True)
 
-    write_together({**{path: partial(write_split, name) for name, path in paths.items()}, folder / REPORT: write_report})
+    splits = {path: partial(write_split, name) for name, path in paths.items()}
+    write_together({**splits, folder / PAGE: write_page, folder / REPORT: write_report})
     return files
 
 
