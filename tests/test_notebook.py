@@ -73,12 +73,23 @@ def test_without_the_hub_the_demo_preferences_become_three_scored_files(settings
     counts = report["pairs"]["counts"]
     assert counts["read"] == 40
     assert counts["kept"] == sum(file["pairs"] for file in report["files"].values())
+    assert (folder / "report.html").read_text().count("<details") == len(report["samples"]) + len(report["doubts"])
 
 
 @pytest.mark.slow
 def test_a_file_is_read_from_any_folder_of_the_repository(settings):
     told = run_notebook({**settings, "SOURCE": str(DEMO), "SPLIT": ""}, n_cells=4, folder=ROOT / "tests" / "data")
     assert told == "40 rows\n"
+
+
+@pytest.mark.slow
+def test_several_sources_are_mixed_in_their_shares(settings, tmp_path):
+    rows = "".join(f"N\u00e9{i}?,Oui.,Non.\n" for i in range(30))
+    (tmp_path / "other.csv").write_bytes(f"prompt,chosen,rejected\n{rows}".encode("cp1252"))
+    sources = [f"{DEMO}:0.75", f"{tmp_path / 'other.csv'}:0.25"]
+    told = run_notebook({**settings, "SOURCE": sources, "SPLIT": "", "ENCODING": "cp1252"}, n_cells=5)
+    (line,) = (line.split() for line in told.splitlines() if "other.csv" in line)
+    assert line[1:] == ["30", "30", "25.0%", "13"]
 
 
 @pytest.mark.slow

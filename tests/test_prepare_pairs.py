@@ -231,7 +231,10 @@ def test_rankings_of_named_columns_become_pairs_and_templates_are_told_once(sour
     assert [[tokenizer.decode(part.tolist()) for part in train.pair(i)] for i in (0, 1)] == [
         ["User: Question 0?\n\nAssistant:", " a\n\n", " b\n\n"], ["User: Question 0?\n\nAssistant:", " b\n\n", " c\n\n"]
     ]  # fmt: skip
-    assert len(train) == 8
+    assert (len(train), train.n_trees) == (8, 4)
+    assert [train.scores[i].tolist() for i in (0, 1)] == [[3, 2], [2, 1]]
+    assert report["trees"] == {"trees": 4, "answers": 12, "most_pairs": 2, "most_tokens": train.tree_tokens.max()}
+    assert "Question 0?" in (out / "report.html").read_text()
     script.main([*scored_by_a_tiny_model(source), "--out_dir", str(out / "far"), "--min_gap", "2", *flags[:2], *flags[4:]])
     assert len(load_splits(out / "far")[0]) == 4
 
