@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
     if pairs is not None:
         tell_doubts(pairs, args.pairs, [(tuned or path, run) for (path, tuned), run in zip(columns, origins, strict=True)])
     reports = []
-    default = ObjectiveSettings.dpo_beta, ObjectiveSettings.dpo_loss
-    for (path, tuned), (beta, loss) in zip(columns, objectives(origins, default), strict=True):
+    for (path, tuned), own in zip(columns, objectives(origins), strict=True):
+        mixture = replace(own, options=replace(own.options, beta=args.dpo_beta or own.options.beta))
         model = load_model(path, device=device, compute_dtype=COMPUTE_DTYPES[args.precision], wkv_backend=args.wkv_backend)
         if tuned:
             load_tuned(model, tuned, path, args.any_base == 1)
@@ -63,8 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
         if pairs is not None:
             check_pairs(pairs, args.pairs, model.shape.vocab_size)
             with tqdm(total=len(pairs), unit="pair", desc=tuned or path, leave=False, disable=None) as bar:
-                report |= evaluate_pairs(model, pairs, args.dpo_beta or beta, args.batch_tokens, bar.update, loss)
-            report |= {"dpo_beta": args.dpo_beta or beta} if pairs.is_scored else {}
+                report |= evaluate_pairs(model, pairs, mixture, args.batch_tokens, bar.update)
+            report |= {"dpo_beta": mixture.options.beta} if pairs.is_scored else {}
         if args.data_file:
             data_file, data_type = name_corpus(args.data_file, args.data_type)
             corpus = open_corpus(data_file, data_type, model.shape.vocab_size, args.ctx_len, path)

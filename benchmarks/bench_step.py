@@ -40,7 +40,7 @@ from rwkv_dpo.model.linear import Linear
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.model.v5 import relu_squared
-from rwkv_dpo.objective.losses import dpo_loss, l2wrap
+from rwkv_dpo.objective.losses import dpo, l2wrap
 from rwkv_dpo.objective.objective import objective
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -92,11 +92,16 @@ def original_answer_logp(model: RWKV, prompt: np.ndarray, answer: np.ndarray) ->
     return -F.cross_entropy(logits, targets, reduction="none")[-len(answer) :].sum()
 
 
+def sigmoid_loss(logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
+    ratios = logps - ref_logps
+    return -F.logsigmoid(BETA * (ratios[:, 0] - ratios[:, 1])).mean()
+
+
 def original_loss(model: RWKV, windows: list[np.ndarray], pairs: list[Pair], refs: np.ndarray) -> torch.Tensor:
     loss = torch.zeros((), device=model.head.weight.device)
     for (prompt, chosen, rejected), ref in zip(pairs, refs, strict=True):
         logps = torch.stack([original_answer_logp(model, prompt, answer).float() for answer in (chosen, rejected)])[None]
-        loss = loss + dpo_loss(logps, torch.from_numpy(ref).float().to(loss.device)[None], BETA).losses.mean() / len(pairs)
+        loss = loss + sigmoid_loss(logps, torch.from_numpy(ref).float().to(loss.device)[None]) / len(pairs)
     for window in windows:
         logits = original_logits(model, window[:-1])
         general = F.cross_entropy(logits, torch.from_numpy(window[1:]).to(logits.device))
@@ -119,7 +124,7 @@ def check_parity(backend: str, device: torch.device) -> None:
     losses, grads = [], []
     for model, loss in (
         (original, original_loss(original, windows, pairs, refs)),
-        (forest, objective(forest, collate(windows, pairs, refs).to(device), BETA, RATIO)[0]),
+        (forest, objective(forest, collate(windows, pairs, refs).to(device), dpo(BETA), RATIO)[0]),
     ):
         losses.append(loss.item())
         grads.append(torch.autograd.grad(loss, list(model.parameters())))
@@ -131,7 +136,7 @@ def check_parity(backend: str, device: torch.device) -> None:
 
 def ours(model: RWKV, batch: MicroBatch) -> None:
     ratio = RATIO if batch.n_windows and batch.step.n_pairs else float(batch.n_windows > 0)
-    objective(model, batch, BETA, ratio)[0].backward()
+    objective(model, batch, dpo(BETA), ratio)[0].backward()
 
 
 def theirs(model: RWKV, windows: list[np.ndarray], pairs: list[Pair], refs: np.ndarray) -> None:
@@ -250,7 +255,7 @@ def language_model_child(args: argparse.Namespace, model: RWKV, precision: str) 
     square = torch.randn(2048, 2048, dtype=DTYPES[precision], device=device)
 
     def step() -> None:
-        objective(model, batch, BETA, 1.0)[0].backward()
+        objective(model, batch, dpo(BETA), 1.0)[0].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

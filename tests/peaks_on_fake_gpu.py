@@ -25,18 +25,19 @@ from rwkv_dpo.memory import estimate as memory  # noqa: E402
 from rwkv_dpo.run import dry_run  # noqa: E402
 from rwkv_dpo.run.flags import parse_flags  # noqa: E402
 from rwkv_dpo.run.model import expected_shape  # noqa: E402
-from rwkv_dpo.training import checkpoints, last  # noqa: E402
+from rwkv_dpo.training import checkpoints, last, module  # noqa: E402
 
 
 def prepare() -> None:
-    """Kernels would do nothing, so they needn't be compiled; and values, which mean nothing, must not make DeepSpeed skip a step or a run
-    refuse to save."""
+    """Kernels would do nothing, so they needn't be compiled; and values, which mean nothing, must not make an optimizer skip a step or a
+    run refuse to save."""
     kernels = SimpleNamespace(wkv5_forward=lambda *_: 0, wkv5_backward=lambda *_: 0)
     cuda._library = lambda: kernels  # type: ignore[assignment]
     cuda.unusable_because = lambda device: None  # type: ignore[assignment]
     for zero, optimizer in ((stages_1_and_2, "DeepSpeedZeroOptimizer"), (stage_3, "DeepSpeedZeroOptimizer_Stage3")):
         zero.is_invalid_grad_norm = lambda norm: False
         getattr(zero, optimizer).has_overflow = lambda *_, **__: False
+    module.skip_unless_finite = lambda *_: None  # type: ignore[attr-defined]
     checkpoints.not_finite = last.not_finite = lambda weights: ""  # type: ignore[attr-defined]
     # A real CUDA can't be used on both sides of a fork; this one has no state.
     torch.cuda._is_in_bad_fork = lambda: False  # type: ignore[attr-defined]

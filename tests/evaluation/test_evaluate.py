@@ -15,6 +15,7 @@ from rwkv_dpo.data.pairs import content_sha256, pack_pairs
 from rwkv_dpo.evaluation.scoring import evaluate_pairs, score_pairs
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.objective.losses import dpo
 from rwkv_dpo.tuning.settings import TuningSettings
 from rwkv_dpo.tuning.tuning import begin_tuning
 
@@ -25,7 +26,7 @@ def test_metrics_of_known_scores(tiny_shape):
     pairs = pack_pairs([tuple(rng.integers(0, 61, n) for n in (3, 4, 5)) for _ in range(20)])
     logps = score_pairs(model, pairs, 1000)
     shifted = pairs.with_ref_logps(logps + np.where(np.arange(20)[:, None] < 15, [[-1.0, 1.0]], [[1.0, -1.0]]), "0" * 64, "fp32")
-    got = evaluate_pairs(model, shifted, beta=0.5, batch_tokens=1000)
+    got = evaluate_pairs(model, shifted, dpo(0.5), batch_tokens=1000)
     assert got["rewards/accuracies"] == 0.75
     assert got["rewards/margins"] == pytest.approx(0.5)  # (15 * 1 - 5 * 1) / 20
     assert got["logps/accuracies"] == (logps[:, 0] > logps[:, 1]).mean()
@@ -37,7 +38,7 @@ def test_metrics_by_hand_with_ties(monkeypatch):
     refs = np.array([[-12.0, -15.0], [-1.0, -3.0], [-7.0, -9.0], [-4.0, -2.0]])
     monkeypatch.setattr("rwkv_dpo.evaluation.scoring.score_pairs", lambda *given: logps)
     pairs = pack_pairs([([1], [2], [3])] * 4, refs)
-    got = evaluate_pairs(None, pairs, beta=0.5, batch_tokens=1)
+    got = evaluate_pairs(None, pairs, dpo(0.5), batch_tokens=1)
     assert (got["logps/accuracies"], got["rewards/accuracies"]) == (0.5, 0.25)
     assert got["rewards/margins"] == pytest.approx(0.5 * (7 - 2) / 4)
     assert (got["logps/rejected"], got["ref_logps/chosen"]) == (-9.0, -6.0)
@@ -99,7 +100,7 @@ def test_adapters_and_states_get_a_column_each(tmp_path, capsys):
             for p in trained.values():
                 p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
         tuning.save(trained, tmp_path, "final")
-        want.append(evaluate_pairs(model.eval(), load_pairs(tmp_path / "p.save", 65536), 0.1, 99))
+        want.append(evaluate_pairs(model.eval(), load_pairs(tmp_path / "p.save", 65536), dpo(0.1), 99))
     arguments = ["--peft_load", tmp_path / "adapter-final", tmp_path / "state-final.pth", "--device", "cpu", "--out", tmp_path / "r.json"]
     arguments += ["--pairs", tmp_path / "p.save", "--dpo_beta", 0.1]
     evaluate.main(list(map(str, ["--load_model", tmp_path / "base.pth", *arguments])))

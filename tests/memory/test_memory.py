@@ -10,6 +10,7 @@ from rwkv_dpo.batches.micro_batch import collate
 from rwkv_dpo.kernels.wkv5 import chunked, cpu
 from rwkv_dpo.memory.estimate import PARTS, Plan, alternatives, estimate, total
 from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.objective.losses import dpo
 from rwkv_dpo.objective.objective import objective
 from rwkv_dpo.optimizer.adamw import build_optimizer
 from rwkv_dpo.optimizer.settings import OptimizerSettings
@@ -73,7 +74,7 @@ def measured(plan: Plan, window: int, pair_lengths: tuple[int, ...]) -> tuple[Pl
     optimizer = build_optimizer(model.named_parameters(), OptimizerSettings(optim=plan.optim))
 
     def backward() -> None:
-        objective(model, batch, 0.1, ratio)[0].backward()
+        objective(model, batch, dpo(0.1), ratio)[0].backward()
 
     def update() -> None:
         optimizer.step()

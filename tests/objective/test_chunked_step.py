@@ -19,8 +19,9 @@ from rwkv_dpo.kernels.linear_logprobs import LogProbs
 from rwkv_dpo.kernels.wkv5 import choose_backend
 from rwkv_dpo.objective import chunked_step
 from rwkv_dpo.objective.chunked_step import score_chunks
-from rwkv_dpo.objective.losses import dpo_loss, l2wrap, mix
+from rwkv_dpo.objective.losses import dpo, l2wrap, mix, preference_loss
 from rwkv_dpo.objective.objective import answer_logps, objective, score_rows
+from rwkv_dpo.objective.preferences import preferences
 
 BETA = 0.3
 RNG = np.random.default_rng(0)
@@ -54,7 +55,7 @@ def loss_and_gradients(model, case, chunk_ctx, truncated=False):
     batch, ratio = batch_of(case, chunk_ctx, truncated)
     assert (batch.plan is not None) == bool(chunk_ctx)
     model.zero_grad()
-    loss, metrics = objective(model, batch, BETA, ratio)
+    loss, metrics = objective(model, batch, dpo(BETA), ratio)
     # Whatever scales the loss (loss scaling, accumulation) has to reach the gradients.
     (3 * loss).backward()
     return loss, metrics, {name: p.grad for name, p in model.named_parameters()}
@@ -152,13 +153,14 @@ def test_truncated_gradients_are_those_of_states_without_gradients(tiny_shape, c
     got = loss_and_gradients(model, case, 16, truncated=True)
     batch, ratio = batch_of(case, 16, truncated=True)
     rows, n = chunk_by_chunk(model, batch.plan, truncated=True), batch.step.n_window_rows
-    general, dpo = torch.zeros(()), torch.zeros(())
+    general, of_pairs = torch.zeros(()), torch.zeros(())
     if n:
         general = l2wrap(-rows.logps[:n].mean(), rows.max_logits[:n])
     if batch.step.n_pairs:
-        dpo = dpo_loss(answer_logps(rows.logps, batch.step), batch.ref_logps, BETA).losses.mean()
+        given = preferences(answer_logps(rows.logps, batch.step), batch.ref_logps, batch.step.compared)
+        of_pairs = preference_loss(given, dpo(BETA))
     model.zero_grad()
-    loss = mix(general, dpo, ratio)
+    loss = mix(general, of_pairs, ratio)
     (3 * loss).backward()
     assert got[0].item() == pytest.approx(loss.item(), rel=1e-9)
     exact = loss_and_gradients(random_model(tiny_shape), case, 16)
@@ -230,7 +232,7 @@ def test_on_a_gpu_what_its_generator_draws_is_drawn_again_too(monkeypatch):
 def test_a_second_derivative_is_refused_instead_of_being_wrong(tiny_shape, truncated):
     model = random_model(tiny_shape)
     batch, ratio = batch_of("one window", 16, truncated)
-    loss, _ = objective(model, batch, BETA, ratio)
+    loss, _ = objective(model, batch, dpo(BETA), ratio)
     grads = torch.autograd.grad(loss.square(), list(model.parameters()), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         sum(grad.sum() for grad in grads).backward()

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rwkv_dpo.batches.comparisons import compare
 from rwkv_dpo.data.rankings import Pairing, pairs_of
-from rwkv_dpo.objective.losses import DPO_LOSSES, dpo_loss
+from rwkv_dpo.objective.losses import LOSSES
+from rwkv_dpo.objective.preferences import Options, preferences
+from rwkv_dpo.objective.settings import LOSSES_OF_RANKINGS
 
 rewards_of = st.lists(st.floats(-30, 30), min_size=2, max_size=5)
 
@@ -35,7 +37,7 @@ def losses(name, rankings, rewards, rank_pairs="all"):
     """A value a ranking, of a reward for every answer of every ranking, in their order."""
     graph, numbers = compared(rankings, rank_pairs)
     logps = torch.tensor([value for of_ranking in rewards for value in of_ranking], dtype=torch.float64)[numbers]
-    return dpo_loss(logps, torch.zeros_like(logps), 1.0, graph, name).losses
+    return LOSSES[name](preferences(logps, torch.zeros_like(logps), graph), Options(1.0))
 
 
 @given(rewards_of)
@@ -72,7 +74,7 @@ def test_pairs_weigh_as_much_as_their_scores_differ_by_hand():
     assert got.tolist() == pytest.approx([want, pair(2)], rel=1e-6)  # weights are fp32
 
 
-@pytest.mark.parametrize("name", [name for name in DPO_LOSSES if name != "sigmoid"])
+@pytest.mark.parametrize("name", LOSSES_OF_RANKINGS)
 def test_a_ranking_of_two_is_a_pair(name):
     rewards = [[3.0, 1.0], [-2.0, 5.0], [0.0, 0.0]]
     got = losses(name, [[1, 0]] * 3, rewards)
@@ -100,7 +102,7 @@ def test_pairs_without_scores_weigh_alike_even_beside_one_that_has_them():
     assert graph.n_rankings == 2
 
 
-@pytest.mark.parametrize("name", DPO_LOSSES)
+@pytest.mark.parametrize("name", LOSSES_OF_RANKINGS)
 @pytest.mark.parametrize("size", [1.0, 1e4])
 def test_gradients_are_finite_and_right_whatever_the_margins(name, size):
     graph, numbers = compared([[3, 2, 1], [1, 0], [1, 4, 2, 4]])
@@ -108,7 +110,8 @@ def test_gradients_are_finite_and_right_whatever_the_margins(name, size):
     rewards.requires_grad_()
 
     def loss(values):
-        return dpo_loss(values[numbers], torch.zeros(len(numbers), 2, dtype=torch.float64), 1.0, graph, name).losses.mean()
+        refs = torch.zeros(len(numbers), 2, dtype=torch.float64)
+        return LOSSES[name](preferences(values[numbers], refs, graph), Options(1.0)).mean()
 
     (gradient,) = torch.autograd.grad(loss(rewards), rewards)
     assert torch.isfinite(gradient).all()

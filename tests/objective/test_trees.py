@@ -9,8 +9,9 @@ from rwkv_dpo.batches.step import build_step
 from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.data.trees import grow
 from rwkv_dpo.evaluation.scoring import evaluate_pairs, score_pairs
-from rwkv_dpo.objective.losses import DPO_LOSSES
+from rwkv_dpo.objective.losses import LOSSES, Mixture, dpo
 from rwkv_dpo.objective.objective import objective
+from rwkv_dpo.objective.preferences import Options
 from test_objective import full_forward_loss
 
 RNG = np.random.default_rng(0)
@@ -35,6 +36,10 @@ PAIRS = [
 ]
 SCORES = np.array([[4, 3], [4, 2], [4, 1], [3, 2], [3, 1], [2, 1], [9, 1], [np.nan, np.nan], [2, 1], [0.5, 0]])
 WINDOWS = [tokens(13), tokens(21)]
+
+
+def mixture(loss):
+    return Mixture({loss: 1.0}, Options(0.3, label_smoothing=0.1))
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +74,19 @@ def test_trees_are_worth_two_full_forwards_a_pair(tiny_shape, grown, chunk_ctx):
     model = random_model(tiny_shape)
     pairs = [grown.pair(i) for i in range(len(grown))]
     want = full_forward_loss(model, WINDOWS, pairs, grown.ref_logps, beta=0.3, ratio=0.7)
-    got, _ = objective(model, batch_of(grown, WINDOWS, chunk_ctx), beta=0.3, ratio=0.7)
+    got, _ = objective(model, batch_of(grown, WINDOWS, chunk_ctx), dpo(0.3), ratio=0.7)
     assert_same_gradients(got, want, model)
 
 
-@pytest.mark.parametrize("loss", DPO_LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_is_the_same_in_chunks_and_of_trees_that_share_nothing(tiny_shape, grown, loss):
     model = random_model(tiny_shape)
-    want, _ = objective(model, batch_of(grown), 0.3, 0.0, loss)
-    got, _ = objective(model, batch_of(grown, chunk_ctx=16), 0.3, 0.0, loss)
+    want, _ = objective(model, batch_of(grown), mixture(loss), 0.0)
+    got, _ = objective(model, batch_of(grown, chunk_ctx=16), mixture(loss), 0.0)
     assert_same_gradients(got, want, model)
     if loss == "sigmoid":
-        alone, _ = objective(model, batch_of(grown, trees=False), 0.3, 0.0, loss)
-        want, _ = objective(model, batch_of(grown), 0.3, 0.0, loss)
+        alone, _ = objective(model, batch_of(grown, trees=False), mixture(loss), 0.0)
+        want, _ = objective(model, batch_of(grown), mixture(loss), 0.0)
         assert_same_gradients(alone, want, model)
 
 
@@ -102,10 +107,10 @@ def test_scores_of_trees_are_those_of_their_pairs(tiny_shape, grown, batch_token
     assert score_pairs(model, grown, batch_tokens) == pytest.approx(want, rel=1e-9)
 
 
-@pytest.mark.parametrize("loss", DPO_LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_held_out_trees_are_measured_by_the_loss_of_training(tiny_shape, grown, loss):
     model = random_model(tiny_shape)
-    want, metrics = objective(model, batch_of(grown), 0.3, 0.0, loss)
-    got = evaluate_pairs(model, grown, 0.3, 100, loss_name=loss)
+    want, metrics = objective(model, batch_of(grown), mixture(loss), 0.0)
+    got = evaluate_pairs(model, grown, mixture(loss), 100)
     assert got["loss_dpo"] == pytest.approx(want.item(), rel=1e-6)  # weights are fp32
     assert got["rewards/margins"] == pytest.approx(metrics["rewards/margins"].item(), rel=1e-9)

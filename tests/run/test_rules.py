@@ -11,6 +11,9 @@ STAGE_3 = {"strategy": "deepspeed_stage_3"}
 
 # In the order of RULES.
 BROKEN = [
+    ({"dpo_loss": "sigmoid,ipo", "dpo_label_smoothing": 0.1}, "--dpo_label_smoothing 0.1: --dpo_loss sigmoid,ipo has no use .*; cdpo, "),
+    ({"dpo_loss": "sigmoid,ipo", "dpo_loss_weights": "1"}, "--dpo_loss_weights 1: 1 for the 2 of --dpo_loss sigmoid,ipo"),
+    ({"dpo_loss": "exo_pair"}, "--dpo_loss exo_pair needs --dpo_label_smoothing above 0; its paper takes 0.001"),
     ({"dpo_beta": 0.0}, "--dpo_beta 0.0: more than 0 is accepted"),
     ({"epoch_steps": 5, "accumulate_grad_batches": 2}, "--epoch_steps 5 is not a multiple of --accumulate_grad_batches 2: .*; 4 would do"),
     ({"dpo": 0}, "--data_file is needed for the language-model loss"),
@@ -38,6 +41,27 @@ def test_what_breaks_one_rule_alone_is_refused_in_its_words(i, flags, words):
     assert [bool(rule.broken(settings)) for rule in RULES] == [at == i for at in range(len(RULES))]
     with pytest.raises(InputError, match=words):
         check(settings)
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    ({"simpo_gamma": 1.0}, "--simpo_gamma 1.0: --dpo_loss sigmoid has no use for it; simpo do"),
+    ({"dpop_lambda": 1.0, "dpo_loss": "simpo"}, "--dpop_lambda 1.0: --dpo_loss simpo has no use for it; dpop do"),
+    ({"dpo_loss": "sigmoid,nca_pair", "dpo_f_divergence": "js"}, "--dpo_f_divergence js: --dpo_loss nca_pair does not compare"),
+    ({"dpo_f_alpha": 0.3}, "--dpo_f_alpha 0.3: --dpo_f_divergence reverse_kl has none"),
+    ({"dpo_loss": "dpo"}, "--dpo_loss dpo: accepted are sigmoid, cdpo, "),
+    ({"dpo_loss": "ipo,ipo"}, "--dpo_loss ipo,ipo: accepted are .*, each once"),
+    ({"dpo_loss_weights": "0"}, "--dpo_loss_weights 0: numbers above 0"),
+    ({"dpo_loss_weights": "x"}, "--dpo_loss_weights x: numbers above 0"),
+    ({"dpo_loss": "robust", "dpo_label_smoothing": 0.5}, "--dpo_label_smoothing 0.5: from 0 up to but without 0.5"),
+])  # fmt: skip
+def test_an_option_that_a_loss_cannot_use_is_refused_by_both_names(flags, words):
+    with pytest.raises(InputError, match=words):
+        check(settings_of(flags))
+
+
+def test_options_that_a_loss_uses_are_accepted():
+    check(settings_of({"dpo_loss": "robust, simpo", "dpo_loss_weights": "1, 0.5", "dpo_label_smoothing": 0.1, "simpo_gamma": 1.0}))
+    check(settings_of({"dpo_loss": "plackett_luce", "dpo_f_divergence": "alpha", "dpo_f_alpha": 0.3}))
 
 
 def test_every_rule_has_a_case_and_defaults_break_none():

@@ -17,6 +17,7 @@ from rwkv_dpo.data.pairs import PairSet, pack_pairs
 from rwkv_dpo.data.tokenizer import WorldTokenizer
 from rwkv_dpo.evaluation.scoring import evaluate_pairs, score_pairs
 from rwkv_dpo.model.checkpoint import load_model
+from rwkv_dpo.objective.losses import dpo
 from rwkv_dpo.tuning.tuning import load_tuned
 
 ROOT = Path(train.__file__).resolve().parents[1]
@@ -67,7 +68,7 @@ def demo(tmp_path_factory):
 
 
 def accuracy(model, demo):
-    return evaluate_pairs(model, demo.held_out, 0.1, 8192)["logps/accuracies"]
+    return evaluate_pairs(model, demo.held_out, dpo(0.1), 8192)["logps/accuracies"]
 
 
 @pytest.mark.parametrize(("flags", "saved"), [

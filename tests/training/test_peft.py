@@ -14,6 +14,7 @@ from rwkv_dpo.evaluation.scoring import score_pairs
 from rwkv_dpo.files.hashed import file_sha256
 from rwkv_dpo.model.checkpoint import load_model, read_weights, save_weights
 from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.objective.losses import mixture_of
 from rwkv_dpo.objective.objective import objective
 from rwkv_dpo.run.data import RunData
 from rwkv_dpo.run.flags import parse_flags
@@ -137,7 +138,7 @@ def test_lora_trains_as_a_hand_written_parametrization_does(data, tmp_path):
     batches = loader_of(settings, RunData(corpus, load_pairs(data / "train.save", TINY.vocab_size)), 0, on_gpu=False).dataset
     for k in range(settings.epochs.epoch_steps):
         optimizer.zero_grad()
-        objective(Materialised(plain, weights()), batches[k], settings.objective.dpo_beta, settings.objective.ratio)[0].backward()
+        objective(Materialised(plain, weights()), batches[k], mixture_of(settings.objective), settings.objective.ratio)[0].backward()
         torch.nn.utils.clip_grad_norm_(list(start.values()), 1.0)
         optimizer.step()
     assert set(got.tensors) | set(got.extra) == {name.replace(".default", "") for name in start}

@@ -17,6 +17,7 @@ from conftest import random_model
 from runs import TINY, run_to
 from rwkv_dpo.data.pair_files import load_pairs
 from rwkv_dpo.evaluation.scoring import evaluate_pairs
+from rwkv_dpo.objective.losses import dpo
 from rwkv_dpo.run.callbacks import next_commands
 from rwkv_dpo.run.settings import settings_of
 from rwkv_dpo.training.progress import best_and_last
@@ -113,6 +114,6 @@ def test_evaluate_shows_how_far_it_is_in_a_terminal_alone(data, monkeypatch, cap
 
 def test_evaluating_tells_of_every_pair(data):
     pairs, seen = load_pairs(data / "train.save"), []
-    evaluate_pairs(random_model(TINY, torch.float32), pairs, 0.1, 20, seen.append)
+    evaluate_pairs(random_model(TINY, torch.float32), pairs, dpo(0.1), 20, seen.append)
     assert sum(seen) == len(pairs) == 10
     assert len(seen) > 1

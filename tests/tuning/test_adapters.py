@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.batches.micro_batch import collate
 from rwkv_dpo.model.linear import Linear
+from rwkv_dpo.objective.losses import dpo
 from rwkv_dpo.objective.objective import objective
 from rwkv_dpo.tuning.adapter_files import METHODS, read_adapter
 from rwkv_dpo.tuning.adapters import add_adapter, merged_weights, parse_layers, plan_adapter
@@ -102,9 +103,9 @@ def materialised(model, method):
 def test_loss_and_gradients_are_those_of_materialised_weights(tiny_shape, method, grad_cp):
     model, _ = adapted(tiny_shape, method, torch.float64, grad_cp=grad_cp, extra="time,ln,head")
     plain = random_model(tiny_shape, torch.float64)
-    loss, _ = objective(model, batch(tiny_shape), 0.3, 0.5)
+    loss, _ = objective(model, batch(tiny_shape), dpo(0.3), 0.5)
     got = torch.autograd.grad(loss, list(trained(model).values()))
-    want_loss, _ = objective(Materialised(plain, materialised(model, method)), batch(tiny_shape), 0.3, 0.5)
+    want_loss, _ = objective(Materialised(plain, materialised(model, method)), batch(tiny_shape), dpo(0.3), 0.5)
     want = torch.autograd.grad(want_loss, list(trained(model).values()))
     # float64 sums of a few hundred terms, in another order.
     torch.testing.assert_close(loss, want_loss, rtol=1e-9, atol=1e-9)

@@ -19,6 +19,7 @@ class Comparisons:
     pairs: Tensor  # int64 [P, 2], the chosen and the rejected answer
     rankings: Tensor  # int64 [A], the ranking that each answer is in
     n_rankings: int
+    lengths: Tensor  # int64 [A], tokens of each answer
     weights: Tensor  # fp32 [P], each pair's share of its ranking, by the difference of its scores; equal shares where one is unknown
 
     @property
@@ -28,7 +29,7 @@ class Comparisons:
 
     def to(self, device: torch.device) -> "Comparisons":
         """On another device."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("pairs", "rankings", "weights")}
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("pairs", "rankings", "lengths", "weights")}
         return replace(self, **moved)
 
 
@@ -61,7 +62,9 @@ def compare(
         n_rankings += len(of_prompt)
     in_rankings = np.array(rankings, np.int64)
     weights = _weights(in_rankings[numbers[:, 0]], n_rankings, scores)
-    return Comparisons(torch.from_numpy(numbers), torch.from_numpy(in_rankings), n_rankings, torch.from_numpy(weights)), sequences
+    lengths = torch.tensor([answer.size for tree in sequences for _, answer in tree], dtype=torch.int64)
+    compared = Comparisons(torch.from_numpy(numbers), torch.from_numpy(in_rankings), n_rankings, lengths, torch.from_numpy(weights))
+    return compared, sequences
 
 
 def _weights(rankings: np.ndarray, n_rankings: int, scores: np.ndarray | None) -> np.ndarray:

@@ -10,6 +10,7 @@ from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.held_out import check_held_out, refuse_mixture
 from rwkv_dpo.data.pair_files import load_pairs
 from rwkv_dpo.data.pairs import PairSet, content_sha256
+from rwkv_dpo.objective.losses import Mixture, mixture_of_flags
 
 
 def run_of(checkpoint: str | Path) -> Mapping[str, Any]:
@@ -24,13 +25,11 @@ def run_of(checkpoint: str | Path) -> Mapping[str, Any]:
     return settings if is_ours and _is_beta(settings.get("dpo_beta")) else {}
 
 
-def objectives(runs: Sequence[Mapping[str, Any]], default: tuple[float, str]) -> list[tuple[float, str]]:
-    """Each run's own beta and preference loss; for a checkpoint without a run, which stands beside others to be compared, those of the
-    first that is known."""
-    # Earlier runs had one loss.
-    own = [(float(run["dpo_beta"]), run.get("dpo_loss", "sigmoid")) if run else None for run in runs]
-    first = next((one for one in own if one), default)
-    return [one or first for one in own]
+def objectives(runs: Sequence[Mapping[str, Any]]) -> list[Mixture]:
+    """The preference losses of each run; for a checkpoint without a run, which stands beside others to be compared, those of the first
+    that is known."""
+    first: Mapping[str, Any] = next((run for run in runs if run), {})
+    return [mixture_of_flags(run or first) for run in runs]
 
 
 def check_not_trained_on(pairs: PairSet, name: str, run: Mapping[str, Any], checkpoint: str) -> str:

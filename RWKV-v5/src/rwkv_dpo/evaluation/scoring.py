@@ -11,8 +11,9 @@ from rwkv_dpo.batches.step import Step, build_step
 from rwkv_dpo.data.pairs import PairSet
 from rwkv_dpo.kernels.linear_logprobs import LogProbs
 from rwkv_dpo.model.rwkv import RWKV
-from rwkv_dpo.objective.losses import dpo_loss
+from rwkv_dpo.objective.losses import Mixture, preference_loss
 from rwkv_dpo.objective.objective import answer_logps, pair_metrics, score_rows
+from rwkv_dpo.objective.preferences import preferences
 
 
 def score_pairs(model: RWKV, pairs: PairSet, batch_tokens: int, progress: Callable[[int], object] = lambda n: None) -> np.ndarray:
@@ -105,9 +106,8 @@ def corpus_loss(model: RWKV, windows: Iterable[np.ndarray], batch_tokens: int) -
 
 
 def evaluate_pairs(
-    model: RWKV, pairs: PairSet, beta: float, batch_tokens: int, progress: Callable[[int], object] = lambda n: None,
-    loss_name: str = "sigmoid",
-) -> dict[str, float]:  # fmt: skip
+    model: RWKV, pairs: PairSet, mixture: Mixture, batch_tokens: int, progress: Callable[[int], object] = lambda n: None
+) -> dict[str, float]:
     """Means over all pairs (of losses of rankings, over all rankings), under the names of metrics.jsonl; logps/accuracies: the share of
     pairs whose chosen answer is the more probable one, reference aside. Of pairs that are not scored only what needs no reference.
     `progress` is told how many pairs each batch held."""
@@ -115,8 +115,9 @@ def evaluate_pairs(
     refs = torch.from_numpy(pairs.ref_logps)
     trees = [pairs.tree(t) for t in range(pairs.n_trees)]
     compared, _ = compare([pairs.pair(i) for i in range(len(pairs))], trees, pairs.scores)
-    terms = dpo_loss(logps, refs, beta, compared, loss_name)
-    metrics = {name: float(value) for name, value in pair_metrics(logps, refs, terms).items()}
-    if not pairs.is_scored:
+    given = preferences(logps, refs, compared)
+    loss = preference_loss(given, mixture)
+    metrics = {name: float(value) for name, value in pair_metrics(given, loss, mixture.options.beta).items()}
+    if not pairs.is_scored and mixture.uses_reference:
         metrics = {name: value for name, value in metrics.items() if name.startswith("logps/")}
     return {**metrics, "logps/accuracies": float((logps[:, 0] > logps[:, 1]).double().mean())}

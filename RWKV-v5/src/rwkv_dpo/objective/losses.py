@@ -1,84 +1,82 @@
-"""The losses, as pure functions of log-probabilities. Everything here is fp32 (or float64) and differentiable."""
+"""The losses that there are, how several of them are one, and how pairs and corpus are. Everything is fp32 (or float64) and
+differentiable."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from rwkv_dpo.batches.comparisons import Comparisons
+from rwkv_dpo.objective import pair_losses, ranking_losses
+from rwkv_dpo.objective.preferences import Loss, Options, Preferences
+from rwkv_dpo.objective.settings import LOSSES_OF_PAIRS, LOSSES_OF_RANKINGS, OVER_BATCHES, WITHOUT_REFERENCE, ObjectiveSettings
+from rwkv_dpo.objective.whole_batch import across_ranks
+from rwkv_dpo.settings.fields import flags_of
 
 # RWKV-LM's pull of each row's largest logit towards 0, which keeps logits in the range of bf16.
 L2WRAP_FACTOR = 1e-4
+LOSSES: Mapping[str, Loss] = {
+    **{name: getattr(pair_losses, name) for name in LOSSES_OF_PAIRS},
+    **{name: getattr(ranking_losses, name) for name in LOSSES_OF_RANKINGS},
+}
 
 
-class DPOTerms(NamedTuple):
-    """What a preference loss is the mean of, and the rewards that it compares."""
+@dataclass(frozen=True)
+class Mixture:
+    """Losses by name, the weight of each in their sum, and their options."""
 
-    losses: Tensor  # [pairs] or [rankings], as the loss has it
-    chosen_rewards: Tensor  # [pairs] beta * (logp - ref_logp), as TRL names it; no gradient
-    rejected_rewards: Tensor  # [pairs]
+    weights: Mapping[str, float]
+    options: Options
 
+    @property
+    def counts_rankings(self) -> bool:
+        """Whether its values are of rankings, and not of pairs."""
+        return set(self.weights) <= set(LOSSES_OF_RANKINGS)
 
-def dpo_loss(logps: Tensor, ref_logps: Tensor, beta: float, compared: Comparisons | None = None, loss: str = "sigmoid") -> DPOTerms:
-    """One of DPO_LOSSES. logps, ref_logps [pairs, 2]: sums of log-probabilities over the tokens of the chosen and the rejected answer,
-    in nats, under the policy and the reference. compared: the pairs; sigmoid takes each by itself and needs none."""
-    chosen_rewards, rejected_rewards = (beta * (logps - ref_logps)).unbind(1)
-    margins = chosen_rewards - rejected_rewards
-    losses = sigmoid(margins) if compared is None else DPO_LOSSES[loss](margins, compared)
-    return DPOTerms(losses, chosen_rewards.detach(), rejected_rewards.detach())
-
-
-def sigmoid(margins: Tensor, compared: Comparisons | None = None) -> Tensor:
-    """Rafailov et al. 2023 (arXiv:2305.18290), equation 7, one value a pair, of the margins [pairs] of its rewards."""
-    return -F.logsigmoid(margins)
+    @property
+    def uses_reference(self) -> bool:
+        """Whether any of them does."""
+        return not set(self.weights) <= set(WITHOUT_REFERENCE)
 
 
-def all_pairs(margins: Tensor, compared: Comparisons) -> Tensor:
-    """One value a ranking: the mean of sigmoid over its pairs, each weighted by the difference of its scores."""
-    weighted = compared.weights.to(margins.dtype) * sigmoid(margins)
-    rankings = compared.rankings[compared.pairs[:, 0]]
-    return margins.new_zeros(compared.n_rankings).index_add(0, rankings, weighted)
+def mixture_of(settings: ObjectiveSettings) -> Mixture:
+    """What a run minimises of its pairs."""
+    options = Options(
+        settings.dpo_beta, settings.dpo_label_smoothing, settings.simpo_gamma, settings.dpop_lambda, settings.dpo_f_divergence,
+        settings.dpo_f_alpha,
+    )  # fmt: skip
+    return Mixture(dict(zip(settings.losses, settings.loss_weights, strict=True)), options)
 
 
-def plackett_luce(margins: Tensor, compared: Comparisons) -> Tensor:
-    """One value a ranking: -log of the probability that Plackett and Luce's model gives it, the product over its answers of the softmax
-    of each one's reward among its own and those of the answers below it (Rafailov et al. 2023, equation 20). Below an answer are
-    those that it is chosen over in a pair; so answers of the same score are not compared."""
-    values = _against_rejected(margins, compared)
-    return margins.new_zeros(compared.n_rankings).index_add(0, compared.rankings, values)
+def mixture_of_flags(values: Mapping[str, Any]) -> Mixture:
+    """The same, of a run's flags by name, some of which it may not have known."""
+    return mixture_of(ObjectiveSettings(**{name: values[name] for name in flags_of(ObjectiveSettings) if name in values}))
 
 
-def softmax(margins: Tensor, compared: Comparisons) -> Tensor:
-    """One value a ranking: -log softmax of the best answer's reward among its own and those of the answers that it is chosen over (Chen
-    et al. 2024, "On Softmax Direct Preference Optimization for Recommendation", arXiv:2406.09215); the mean where several are best."""
-    is_best = torch.zeros_like(compared.rankings, dtype=torch.bool).index_fill(0, compared.pairs[:, 0], True)
-    is_best = is_best.index_fill(0, compared.pairs[:, 1], False).to(margins.dtype)
-    sums, counts = (
-        margins.new_zeros(compared.n_rankings).index_add(0, compared.rankings, part)
-        for part in (is_best * _against_rejected(margins, compared), is_best)
-    )
-    return sums / counts.clamp(min=1)
+def dpo(beta: float) -> Mixture:
+    """DPO alone."""
+    return Mixture({"sigmoid": 1.0}, Options(beta))
 
 
-def _against_rejected(margins: Tensor, compared: Comparisons) -> Tensor:
-    """[answers] -log softmax of each answer's reward among its own and those of the answers that it is chosen over; 0 without any."""
-    chosen, n = compared.pairs[:, 0], compared.n_answers
-    # Around the largest, so that no exponential overflows: of 1, the answer itself, and exp(-margin) of each answer below it.
-    largest = margins.new_zeros(n).scatter_reduce(0, chosen, -margins.detach(), "amax")
-    terms = torch.exp(-margins - largest[chosen])
-    return largest + torch.log(torch.exp(-largest).index_add(0, chosen, terms))
+def preference_loss(
+    given: Preferences, mixture: Mixture, pair_share: float = 1.0, ranking_share: float = 1.0, is_training: bool = False
+) -> Tensor:
+    """The weighted sum of the losses' means (0-d). pair_share, ranking_share: as in a MicroBatch. is_training: each rank of a step has a
+    part of its pairs, and losses over a batch see all of them."""
+    total = given.logps.new_zeros(())
+    for name, weight in mixture.weights.items():
+        mean_of = partial(_mean, LOSSES[name], options=mixture.options)
+        if name in OVER_BATCHES and is_training:
+            loss = across_ranks(given, mean_of)
+        else:
+            loss = mean_of(given) * (ranking_share if name in LOSSES_OF_RANKINGS else pair_share)
+        total = total + weight * loss
+    return total
 
 
-DPO_LOSSES: dict[str, Callable[[Tensor, Comparisons], Tensor]] = {
-    "sigmoid": sigmoid, "plackett_luce": plackett_luce, "softmax": softmax, "all_pairs": all_pairs,
-}  # fmt: skip
-
-
-def is_per_pair(loss: str) -> bool:
-    """Whether the loss of DPO_LOSSES of that name has a value a pair, and not a ranking."""
-    return loss == "sigmoid"
+def _mean(loss: Loss, given: Preferences, options: Options) -> Tensor:
+    return loss(given, options).mean()
 
 
 def l2wrap(loss: Tensor, max_logits: Tensor) -> Tensor:

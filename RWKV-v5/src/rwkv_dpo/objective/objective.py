@@ -11,7 +11,8 @@ from rwkv_dpo.batches.step import Step
 from rwkv_dpo.kernels.linear_logprobs import LogProbs
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.objective.chunked_step import score_chunks, truncated_loss
-from rwkv_dpo.objective.losses import DPOTerms, dpo_loss, is_per_pair, l2wrap, mix
+from rwkv_dpo.objective.losses import Mixture, l2wrap, mix, preference_loss
+from rwkv_dpo.objective.preferences import Preferences, preferences
 
 
 def score_rows(model: RWKV, step: Step, plan: ChunkPlan | None = None) -> LogProbs:
@@ -28,10 +29,10 @@ def answer_logps(logps: Tensor, step: Step) -> Tensor:
     return sums.index_add(0, step.entry_answers, logps.index_select(0, step.entry_rows))[step.compared.pairs]
 
 
-def objective(model: RWKV, batch: MicroBatch, beta: float, ratio: float, loss_name: str = "sigmoid") -> tuple[Tensor, dict[str, Tensor]]:
-    """ratio * LM + (1 - ratio) * DPO of one micro-batch, and metrics under TRL's names (0-d tensors, means over the batch).
+def objective(model: RWKV, batch: MicroBatch, mixture: Mixture, ratio: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """ratio * LM + (1 - ratio) * preference losses of one micro-batch, and metrics under TRL's names (0-d tensors, means over the batch).
 
-    loss_name: of DPO_LOSSES. A micro-batch without windows needs ratio 0, one without pairs ratio 1.
+    A micro-batch without windows needs ratio 0, one without pairs ratio 1.
     """
     n, plan, truncated = batch.step.n_window_rows, batch.plan, None
     if plan and plan.n_window_chunks and model.compute_dtype != torch.float16:
@@ -44,10 +45,11 @@ def objective(model: RWKV, batch: MicroBatch, beta: float, ratio: float, loss_na
         loss_general = general_loss(LogProbs(rows.logps[:n], rows.max_logits[:n])) if truncated is None else truncated
         metrics["loss_general"] = loss_general.detach()
     if batch.step.n_pairs:
-        logps = answer_logps(rows.logps, batch.step)
-        terms = dpo_loss(logps, batch.ref_logps.to(logps.dtype), beta, batch.step.compared, loss_name)
-        loss_dpo = terms.losses.mean() * (batch.pair_share if is_per_pair(loss_name) else batch.ranking_share)
-        metrics |= pair_metrics(logps, batch.ref_logps, terms)
+        given = preferences(answer_logps(rows.logps, batch.step), batch.ref_logps, batch.step.compared)
+        loss_dpo = preference_loss(given, mixture, batch.pair_share, batch.ranking_share, is_training=True)
+        # Of this rank's own, as the means below are.
+        own = loss_dpo if batch.pair_share == batch.ranking_share == 1 else preference_loss(given, mixture)
+        metrics |= pair_metrics(given, own, mixture.options.beta)
     loss = mix(loss_general, loss_dpo, ratio)
     metrics["loss"] = loss.detach()
     return loss, metrics
@@ -58,20 +60,20 @@ def general_loss(rows: LogProbs) -> Tensor:
     return l2wrap(-rows.logps.mean(), rows.max_logits)
 
 
-def pair_metrics(logps: Tensor, ref_logps: Tensor, terms: DPOTerms) -> dict[str, Tensor]:
-    """Means over pairs [pairs, 2]. rewards/accuracies: the share of pairs whose chosen answer has the larger reward."""
-    margins = terms.chosen_rewards - terms.rejected_rewards
+def pair_metrics(given: Preferences, loss: Tensor, beta: float) -> dict[str, Tensor]:
+    """Means over pairs, and their loss. rewards/accuracies: the share of pairs whose chosen answer has the larger reward, beta times its
+    log-ratio."""
+    logps = given.logps.detach()
+    rewards = beta * (logps - given.ref_logps)
     values = {
-        "loss_dpo": terms.losses.detach(),
-        "rewards/chosen": terms.chosen_rewards,
-        "rewards/rejected": terms.rejected_rewards,
-        "rewards/margins": margins,
-        "rewards/accuracies": (margins > 0).to(margins.dtype),
-        "logps/chosen": logps[:, 0].detach(),
-        "logps/rejected": logps[:, 1].detach(),
-        "ref_logps/chosen": ref_logps[:, 0],
-        "ref_logps/rejected": ref_logps[:, 1],
+        "loss_dpo": loss.detach(),
+        "rewards/chosen": rewards[:, 0],
+        "rewards/rejected": rewards[:, 1],
+        "rewards/margins": rewards[:, 0] - rewards[:, 1],
+        "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).to(rewards.dtype),
+        "logps/chosen": logps[:, 0],
+        "logps/rejected": logps[:, 1],
+        "ref_logps/chosen": given.ref_logps[:, 0],
+        "ref_logps/rejected": given.ref_logps[:, 1],
     }
     return {name: value.mean() for name, value in values.items()}
-
-

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
+from rwkv_dpo.objective.losses import mixture_of
 from rwkv_dpo.run.data import RunData
 from rwkv_dpo.run.settings import RunSettings
 from rwkv_dpo.run_folder.contents import saved_name
@@ -40,11 +41,11 @@ def build_callbacks(
             list(data.pair_files.values()), s.devices.precision, scored_at_once, s.devices.wkv_backend, length.epoch_begin > 0, folder,
             halt, shows_bar,
         ))  # fmt: skip
-    if data.pairs is not None:
+    if data.pairs is not None and (is_recomputed or data.pairs.is_scored):
         callbacks.append(ReferenceCheck(data.pairs, s.devices.precision, is_recomputed, chunk_ctx or 4096))
     held_out = None
     if data.valid is not None:
-        held_out = ValidPairs(data.valid, s.objective.dpo_beta, s.objective.dpo_loss, scored_at_once, length, folder, halt, shows_bar)
+        held_out = ValidPairs(data.valid, mixture_of(s.objective), scored_at_once, length, folder, halt, shows_bar)
         callbacks.append(held_out)
     if s.training.wandb:
         callbacks.append(WandbLog(s.training.wandb, flags, folder, metrics, held_out))

@@ -47,14 +47,14 @@ def open_data(settings: RunSettings, vocab_size: int) -> RunData:
     if corpus is not None and batches.magic_prime:
         check_magic_prime(batches.magic_prime, corpus.n_tokens, d.ctx_len, batches.my_pile_shift)
     vocab_size = vocab_size or (corpus.vocab_size if corpus else 0)
-    is_scored_here = settings.objective.dpo_ref == "recompute"
+    needs_scores = settings.objective.uses_reference and settings.objective.dpo_ref == "file"
 
     def opened(flag: str, path: str) -> PairSet:
         pairs = open_pairs(flag, path, vocab_size or None)
-        if not (is_scored_here or pairs.is_scored):
+        if needs_scores and not pairs.is_scored:
             refuse(
-                f"--{flag} {path}: its pairs have no reference log-probabilities; prepare_pairs.py computes them, and so does --dpo_ref "
-                "recompute, with the model that training starts from"
+                f"--{flag} {path}: its pairs have no reference log-probabilities, which --dpo_loss {settings.objective.dpo_loss} needs; "
+                "prepare_pairs.py computes them, and so does --dpo_ref recompute, with the model that training starts from"
             )
         return pairs
 

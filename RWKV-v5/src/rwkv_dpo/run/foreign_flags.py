@@ -48,7 +48,8 @@ _SAME = {
     "output_dir": "proj_dir", "default_root_dir": "proj_dir", "overwrite_output_dir": "overwrite", "save_total_limit": "keep",
     "model_name_or_path": "load_model", "model_path": "load_model", "base_model": "load_model", "model": "load_model",
     "rlhf_train_file": "dpo_train_file", "beta": "dpo_beta", "pref_beta": "dpo_beta", "seed": "random_seed",
-    "seed_everything": "random_seed", "ctx_length": "ctx_len", "context_length": "ctx_len", "block_size": "ctx_len",
+    "loss_type": "dpo_loss", "pref_loss": "dpo_loss", "loss_weights": "dpo_loss_weights", "label_smoothing": "dpo_label_smoothing",
+    "f_divergence_type": "dpo_f_divergence", "f_alpha_divergence_coef": "dpo_f_alpha", "seed_everything": "random_seed", "ctx_length": "ctx_len", "context_length": "ctx_len", "block_size": "ctx_len",
     "mixed_precision": "precision", "dtype": "precision", "torch_dtype": "precision", "device": "accelerator", "gpus": "devices",
     "nnodes": "num_nodes", "wandb_project": "wandb", "finetuning_type": "peft", "lora_rank": "lora_r",
     "adapter_name_or_path": "peft_load", "rwkv_version": "my_testing", "train_stage": "my_pile_stage", "head_size": "head_size_a",
@@ -58,8 +59,7 @@ _TARGETS = "--lora_targets receptance,key,value,gate,output names projections (a
 _QUANT = "weights are not quantized; with --peft and --precision bf16 those that don't train are kept in bf16"
 _DATA = "pairs: --dpo_train_file takes what prepare_pairs.py makes of preferences; text or tokens: --data_file"
 _EVAL = "the pairs of --dpo_valid_file are evaluated after every epoch"
-_LOSS = "the loss is DPO's, -logsigmoid(beta * margin)"
-_MIXED = "--dpo_general_corpus_ratio mixes in a language-model loss, on a corpus"
+_MIXED = "--dpo_loss sigmoid,sft --dpo_loss_weights 1,A adds the chosen answers' loss; --dpo_general_corpus_ratio mixes in a corpus"
 _LOG = "metrics.jsonl has every step"
 _SAVES = "--epoch_save N saves the model every N epochs; --save_every N, every N optimizer steps, all that a run needs to go on"
 # What means something else here, or nothing: names that share an answer, and the answer.
@@ -81,7 +81,9 @@ _OTHERS: tuple[tuple[str, Here], ...] = (
     ("pissa_config", _only("--peft pissa takes --lora_r, --lora_alpha and --peft_load")),
     ("svd_niter pissa_iter", _only("--peft pissa takes its start from 16 iterations", "16")),
     ("quant quant_mode quantization_bit load_in_4bit load_in_8bit", _only(_QUANT, *_FALSE)),
-    ("lisa orpo simpo wpo grpo sft distillation zerocot moe limited_lora lr_advanced avg_loss l2warp_sparse compile cuda_cleanup "
+    ("orpo", _switch("--dpo_loss orpo")),
+    ("simpo", _switch("--dpo_loss simpo")),
+    ("lisa wpo grpo sft distillation zerocot moe limited_lora lr_advanced avg_loss l2warp_sparse compile cuda_cleanup "
      "reference_free push_to_hub", _without("that")),
     ("loss_mask mask_id", _only("pairs are scored on their answers, the corpus on every token", *_FALSE)),
     ("dataload", _only("corpus windows are drawn at random, without replacement", "get")),
@@ -96,8 +98,6 @@ _OTHERS: tuple[tuple[str, Here], ...] = (
     ("ref_model", _only("--dpo_ref recompute takes the model as training starts; prepare_pairs.py --load_model scores with any other")),
     ("precompute_ref_log_probs", _only("prepare_pairs.py scores the pairs before training, or --dpo_ref recompute does", *_TRUE)),
     ("stage", Here(values={"pt": "--dpo 0"}, neutral=("dpo",), words="--dpo 1 trains on preferences, --dpo 0 a language model")),
-    ("loss_type pref_loss", _only(_LOSS, "sigmoid")),
-    ("label_smoothing dpo_label_smoothing", _only(_LOSS, "0")),
     ("rpo_alpha pref_ftx dpo_alpha", _only(_MIXED, "0", "none")),
     ("max_epochs min_epochs num_train_epochs num_epochs epochs",
      _only("--epoch_count is the number of epochs, of --epoch_steps micro-batches each; a pass over all pairs is "
@@ -155,6 +155,8 @@ VALUES: dict[str, dict[str, str]] = {
     },
     "strategy": {"deepspeed": "deepspeed_stage_2", "ddp_find_unused_parameters_false": "ddp"},
     "peft": {"full": "none"},
+    "dpo_loss": {"dpo": "sigmoid"},
+    "dpo_f_divergence": {"js_divergence": "js", "alpha_divergence": "alpha"},
     **dict.fromkeys(
         ("overwrite", "dry_run", "dpo", "load_partial", "layerwise_lr", "tbptt", "cpu_malloc", "grad_cp"), _SWITCH_VALUES
     ),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.objective.settings import DIVERGENT, SMOOTHED, ObjectiveSettings
 from rwkv_dpo.run.settings import RunSettings
 from rwkv_dpo.tuning.settings import ADAPTER_FLAGS, TuningSettings
 
@@ -67,7 +68,38 @@ def _beside_a_whole_model(s: RunSettings) -> str:
     return f"--{name} {value}: --peft {s.tuning.peft} trains beside the weights of a whole checkpoint"
 
 
+def _unusable_option(s: RunSettings) -> str:
+    """The refusal of an option that some preference loss, or all of them, can't use; "" when all is well."""
+    objective, losses = s.objective, s.objective.losses
+    divergence = f"--dpo_f_divergence {objective.dpo_f_divergence}"
+    # (option, whether it is at its default, losses that take it)
+    options = (
+        ("dpo_label_smoothing", not objective.dpo_label_smoothing, SMOOTHED),
+        ("simpo_gamma", objective.simpo_gamma == ObjectiveSettings.simpo_gamma, ("simpo",)),
+        ("dpop_lambda", objective.dpop_lambda == ObjectiveSettings.dpop_lambda, ("dpop",)),
+    )
+    for name, is_default, takers in options:
+        if not (is_default or set(losses) & set(takers)):
+            return f"--{name} {getattr(objective, name)}: --dpo_loss {objective.dpo_loss} has no use for it; {', '.join(takers)} do"
+    others = [loss for loss in losses if loss not in DIVERGENT]
+    if objective.dpo_f_divergence != "reverse_kl" and others:
+        return f"{divergence}: --dpo_loss {others[0]} does not compare two answers by it; {', '.join(DIVERGENT)} do"
+    if objective.dpo_f_divergence != "alpha" and objective.dpo_f_alpha != ObjectiveSettings.dpo_f_alpha:
+        return f"--dpo_f_alpha {objective.dpo_f_alpha}: {divergence} has none; --dpo_f_divergence alpha has"
+    return ""
+
+
 RULES = (
+    Rule(_unusable_option, _unusable_option),
+    Rule(
+        lambda s: len(s.objective.loss_weights) != len(s.objective.losses),
+        lambda s: f"--dpo_loss_weights {s.objective.dpo_loss_weights}: {len(s.objective.loss_weights)} for the {len(s.objective.losses)} "
+                  f"of --dpo_loss {s.objective.dpo_loss}",
+    ),
+    Rule(
+        lambda s: "exo_pair" in s.objective.losses and not s.objective.dpo_label_smoothing,
+        lambda s: "--dpo_loss exo_pair needs --dpo_label_smoothing above 0; its paper takes 0.001",
+    ),
     Rule(
         lambda s: s.objective.dpo and not s.objective.dpo_beta > 0,
         lambda s: f"--dpo_beta {s.objective.dpo_beta}: more than 0 is accepted",

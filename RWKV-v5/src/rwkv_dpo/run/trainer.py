@@ -15,6 +15,7 @@ from rwkv_dpo.devices.processes import build_lightning, check_devices, meet
 from rwkv_dpo.devices.ranks import Ranks
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.objective.losses import mixture_of
 from rwkv_dpo.optimizer.adamw import build_optimizer, check_optim
 from rwkv_dpo.optimizer.length import far_end
 from rwkv_dpo.run.callbacks import build_callbacks
@@ -112,12 +113,11 @@ def fit(run: Prepared, device: torch.device) -> None:
     callbacks = build_callbacks(settings, run.data, run.start.identity, run.saved, run.tuning)
     trainer = build_trainer(settings, model, device, callbacks)
     module = DPOModule(
-        model, settings.objective.dpo_beta, settings.objective.ratio, settings.schedule, settings.length.first_step,
+        model, mixture_of(settings.objective), settings.objective.ratio, settings.schedule, settings.length.first_step,
         functools.partial(
             build_optimizer, settings=settings.optimizer, pile_stage=settings.general.my_pile_stage, seed=settings.general.seed,
             offload="offload" in settings.devices.strategy,
         ),
-        settings.objective.dpo_loss,
     )  # fmt: skip
     try:
         trainer.fit(module, loader_of(settings, run.data, trainer.global_rank, on_gpu=device.type == "cuda"))

@@ -16,7 +16,6 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from typing_extensions import override
 
 from rwkv_dpo.files.json_text import as_json
-from rwkv_dpo.objective.losses import is_per_pair
 from rwkv_dpo.optimizer.length import RunLength
 from rwkv_dpo.training.guard import is_bad, name_samples
 from rwkv_dpo.training.halt import Halt
@@ -58,7 +57,7 @@ class MetricsLog(pl.Callback):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        n_losses = batch.step.n_pairs if is_per_pair(module.loss_name) else batch.step.compared.n_rankings
+        n_losses = batch.step.compared.n_rankings if module.mixture.counts_rankings else batch.step.n_pairs
         weights = {"loss": 1, "loss_general": batch.step.n_window_rows, "loss_dpo": n_losses}
         for name, value in module.metrics.items():
             weight = weights.get(name, batch.step.n_pairs)

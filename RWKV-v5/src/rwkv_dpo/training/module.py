@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from rwkv_dpo.batches.micro_batch import MicroBatch
 from rwkv_dpo.model.rwkv import RWKV, Block
+from rwkv_dpo.objective.losses import Mixture
 from rwkv_dpo.objective.objective import objective
 from rwkv_dpo.optimizer.adamw import set_rates
 from rwkv_dpo.optimizer.schedule import Schedule
@@ -25,14 +26,13 @@ class DPOModule(pl.LightningModule):
     `weight_decay` of the last optimizer step."""
 
     def __init__(
-        self, model: RWKV, beta: float, ratio: float, schedule: Schedule, first_step: int, build_optimizer: BuildOptimizer,
-        loss_name: str = "sigmoid",
-    ) -> None:  # fmt: skip
-        """beta, ratio, loss_name: of the objective. first_step: of the schedule, at which the run begins.
+        self, model: RWKV, mixture: Mixture, ratio: float, schedule: Schedule, first_step: int, build_optimizer: BuildOptimizer
+    ) -> None:
+        """mixture, ratio: of the objective. first_step: of the schedule, at which the run begins.
         build_optimizer: makes the optimizer of the parameters that train."""
         super().__init__()
-        self.model, self.beta, self.ratio, self.schedule, self.first_step = model, beta, ratio, schedule, first_step
-        self.build_optimizer, self.loss_name = build_optimizer, loss_name
+        self.model, self.mixture, self.ratio, self.schedule, self.first_step = model, mixture, ratio, schedule, first_step
+        self.build_optimizer = build_optimizer
         self.metrics: dict[str, Tensor] = {}
         self.n_tokens = 0
         self.grad_norm = torch.zeros(())
@@ -48,7 +48,7 @@ class DPOModule(pl.LightningModule):
 
     @override
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
-        loss, self.metrics = objective(self.model, batch, self.beta, self.ratio, self.loss_name)
+        loss, self.metrics = objective(self.model, batch, self.mixture, self.ratio)
         self.n_tokens = batch.step.forest.tokens.numel()
         return poisoned(loss)
 

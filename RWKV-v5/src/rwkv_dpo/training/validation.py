@@ -11,6 +11,7 @@ from typing_extensions import override
 from rwkv_dpo.data.pairs import PairSet
 from rwkv_dpo.evaluation.scoring import evaluate_pairs
 from rwkv_dpo.files.json_text import as_json
+from rwkv_dpo.objective.losses import Mixture
 from rwkv_dpo.optimizer.length import RunLength
 from rwkv_dpo.training.halt import Halt
 from rwkv_dpo.training.metrics import finite
@@ -23,10 +24,10 @@ class ValidPairs(pl.Callback):
     """Loss, accuracy and margins on held-out pairs at the end of every epoch: a printed line and a line of valid.jsonl."""
 
     def __init__(
-        self, pairs: PairSet, beta: float, loss_name: str, batch_tokens: int, length: RunLength, folder: Path, halt: Halt, shows_bar: bool
+        self, pairs: PairSet, mixture: Mixture, batch_tokens: int, length: RunLength, folder: Path, halt: Halt, shows_bar: bool
     ) -> None:
         """batch_tokens: scored at once."""
-        self.pairs, self.beta, self.loss_name, self.batch_tokens, self.length = pairs, beta, loss_name, batch_tokens, length
+        self.pairs, self.mixture, self.batch_tokens, self.length = pairs, mixture, batch_tokens, length
         self.folder, self.halt, self.shows_bar = folder, halt, shows_bar
         self.record: dict[str, Any] = {}  # of the last epoch
 
@@ -35,7 +36,7 @@ class ValidPairs(pl.Callback):
         length, shows = self.length, self.shows_bar and trainer.is_global_zero
         module.model.eval()
         with tqdm(total=len(self.pairs), unit="pair", desc="held-out", leave=False, disable=None if shows else True) as bar:
-            metrics = evaluate_pairs(module.model, self.pairs, self.beta, self.batch_tokens, bar.update, self.loss_name)
+            metrics = evaluate_pairs(module.model, self.pairs, self.mixture, self.batch_tokens, bar.update)
         module.model.train()
         epoch = length.epoch_begin + trainer.current_epoch
         step = length.epoch_begin * length.steps_per_epoch + trainer.global_step
