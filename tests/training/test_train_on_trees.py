@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import runs
 import torch
 import train
 from runs import TINY, run_to
+from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.data.trees import grow
@@ -57,9 +59,10 @@ def test_a_resumed_run_ends_with_the_same_bytes_and_counts_every_pair(data, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["sigmoid", "plackett_luce"])
+@pytest.mark.parametrize("loss", ["sigmoid", "plackett_luce", "aot,sft"])
 def test_two_processes_of_one_tree_train_as_one_process_of_two(data, tmp_path, lives, loss):
-    """Of a step's trees one has up to ten times the pairs of the other: each pair, or ranking, counts as much on either rank."""
+    """Of a step's trees one has up to ten times the pairs of the other: each pair, or ranking, counts as much on either rank, and losses
+    over a batch see both."""
     lives.trained(flags(data, tmp_path / "one", dpo_loss=loss), tmp_path / "one.log")
     two = {"devices": 2, "strategy": "ddp", "micro_bsz": 1}
     lives.trained(flags(data, tmp_path / "two", dpo_loss=loss, **two), tmp_path / "two.log", 2)
@@ -73,3 +76,14 @@ def test_two_processes_of_one_tree_train_as_one_process_of_two(data, tmp_path, l
         torch.testing.assert_close(other_weights[name], weight, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     held_out = [json.loads((tmp_path / folder / "valid.jsonl").read_text().splitlines()[-1]) for folder in ("one", "two")]
     assert held_out[1]["loss_dpo"] == pytest.approx(held_out[0]["loss_dpo"], rel=1e-4)
+
+
+def test_losses_without_a_reference_train_on_pairs_that_nobody_scored(data, tmp_path):
+    pairs = load_pairs(data / "trees.save")
+    save_pairs(tmp_path / "bare.save", replace(pairs, ref_logps=np.full((len(pairs), 2), np.nan)))
+    bare = {"dpo_train_file": tmp_path / "bare.save", "dpo_valid_file": None, "epoch_steps": 2, "epoch_count": 1}
+    train.main(flags(data, tmp_path / "out", dpo_loss="simpo,orpo", **bare))
+    records, _ = result(tmp_path / "out")
+    assert records[-1]["rewards/chosen"] == pytest.approx(0.1 * records[-1]["logps/chosen"], rel=1e-5)
+    with pytest.raises(InputError, match=r"bare\.save: its pairs have no reference log-probabilities, which --dpo_loss simpo,ipo needs"):
+        train.main(flags(data, tmp_path / "other", dpo_loss="simpo,ipo", **bare))

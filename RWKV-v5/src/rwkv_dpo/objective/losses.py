@@ -30,11 +30,6 @@ class Mixture:
     options: Options
 
     @property
-    def counts_rankings(self) -> bool:
-        """Whether its values are of rankings, and not of pairs."""
-        return set(self.weights) <= set(LOSSES_OF_RANKINGS)
-
-    @property
     def uses_reference(self) -> bool:
         """Whether any of them does."""
         return not set(self.weights) <= set(WITHOUT_REFERENCE)

@@ -47,9 +47,7 @@ def objective(model: RWKV, batch: MicroBatch, mixture: Mixture, ratio: float) ->
     if batch.step.n_pairs:
         given = preferences(answer_logps(rows.logps, batch.step), batch.ref_logps, batch.step.compared)
         loss_dpo = preference_loss(given, mixture, batch.pair_share, batch.ranking_share, is_training=True)
-        # Of this rank's own, as the means below are.
-        own = loss_dpo if batch.pair_share == batch.ranking_share == 1 else preference_loss(given, mixture)
-        metrics |= pair_metrics(given, own, mixture.options.beta)
+        metrics |= pair_metrics(given, loss_dpo, mixture.options.beta)
     loss = mix(loss_general, loss_dpo, ratio)
     metrics["loss"] = loss.detach()
     return loss, metrics

@@ -57,8 +57,8 @@ class MetricsLog(pl.Callback):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        n_losses = batch.step.compared.n_rankings if module.mixture.counts_rankings else batch.step.n_pairs
-        weights = {"loss": 1, "loss_general": batch.step.n_window_rows, "loss_dpo": n_losses}
+        # Losses of pairs have the shares of their ranks already.
+        weights = {"loss": 1, "loss_dpo": 1, "loss_general": batch.step.n_window_rows}
         for name, value in module.metrics.items():
             weight = weights.get(name, batch.step.n_pairs)
             self.sums[name] = self.sums.get(name, 0) + weight * torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])
