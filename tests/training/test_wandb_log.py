@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,9 @@ flags = functools.partial(runs.flags, wandb="a project", dpo_valid_file="DATA/va
 def settings_of_wandb(home, variables) -> None:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         del os.environ[name]
-    os.environ.update({"HOME": str(home), **variables})
+    # Of the home that it leaves it needs the compiled kernels.
+    kernels = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    os.environ.update({"HOME": str(home), "TORCH_EXTENSIONS_DIR": kernels, **variables})
 
 
 def trained(lives, tmp_path, flags, **variables) -> str:

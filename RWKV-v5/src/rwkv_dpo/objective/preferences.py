@@ -68,5 +68,5 @@ def scores(p: Preferences, o: Options) -> Tensor:
 
 def margins(p: Preferences, o: Options) -> Tensor:
     """d [P]."""
-    chosen, rejected = scores(p, o).unbind(1)
-    return o.beta * (chosen - rejected)
+    chosen, rejected = (o.beta * scores(p, o)).unbind(1)
+    return chosen - rejected
