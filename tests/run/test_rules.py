@@ -18,6 +18,7 @@ BROKEN = [
     ({"epoch_steps": 5, "accumulate_grad_batches": 2}, "--epoch_steps 5 is not a multiple of --accumulate_grad_batches 2: .*; 4 would do"),
     ({"dpo": 0}, "--data_file is needed for the language-model loss"),
     ({"dpo_train_file": ""}, "--dpo_train_file is needed with --dpo 1"),
+    ({"keep_best": "loss_dpo"}, "--keep_best loss_dpo: there is nothing to evaluate without --dpo_valid_file"),
     ({**STAGE, "my_pile_stage": 1, "magic_prime": 101, "load_model": "m.pth"}, "--load_model m.pth: --my_pile_stage 1 makes initial"),
     ({"my_pile_shift": 5}, "--my_pile_shift 5 shifts the windows of --magic_prime, which is not given"),
     (STAGE, "--my_pile_stage 2 needs --magic_prime"),

@@ -80,18 +80,18 @@ def test_the_test_set_beside_the_training_pairs_is_what_is_compared_on(tmp_path)
     assert command.endswith(f"evaluate.py --load_model base.pth {tmp_path}/rwkv-final.pth --pairs {tmp_path}/testset.save")
 
 
-def test_best_is_the_epoch_of_the_lowest_loss_and_a_loss_that_is_no_number_is_none(tmp_path):
+def test_best_is_the_step_of_the_lowest_loss_and_a_loss_that_is_no_number_is_none(tmp_path):
     def write(*losses):
-        figures = [{"epoch": e, "loss_dpo": loss, "rewards/accuracies": 0.5, "rewards/margins": 0.25} for e, loss in enumerate(losses)]
+        figures = [{"step": e, "loss_dpo": loss, "rewards/accuracies": 0.5, "rewards/margins": 0.25} for e, loss in enumerate(losses)]
         (tmp_path / "valid.jsonl").write_text("".join(json.dumps(record) + "\n" for record in figures))
         return best_and_last(tmp_path / "valid.jsonl")
 
     assert best_and_last(tmp_path / "valid.jsonl") == ""
     rest = "accuracy 0.500, margin 0.2500"
     assert write(0.7, 0.6, 0.65, None) == (
-        f"held-out pairs: best after epoch 1: DPO loss 0.6000, {rest}; after epoch 2, the last: DPO loss 0.6500, {rest}"
+        f"held-out pairs: best after step 1: DPO loss 0.6000, {rest}; after step 2, the last: DPO loss 0.6500, {rest}"
     )
-    assert write(0.7, 0.6) == f"held-out pairs: best after epoch 1, the last: DPO loss 0.6000, {rest}"
+    assert write(0.7, 0.6) == f"held-out pairs: best after step 1, the last: DPO loss 0.6000, {rest}"
 
 
 class Terminal(io.StringIO):

@@ -12,14 +12,14 @@ from rwkv_dpo.run.settings import RunSettings
 from rwkv_dpo.run_folder.contents import saved_name
 from rwkv_dpo.run_folder.identity import Identity
 from rwkv_dpo.run_folder.resume import Saved
-from rwkv_dpo.training.checkpoints import Checkpoints
+from rwkv_dpo.training.checkpoints import BestCheckpoint, Checkpoints
 from rwkv_dpo.training.halt import Halt, StopOnSignal
 from rwkv_dpo.training.last import LastCheckpoints, WeightsOfRankZero
 from rwkv_dpo.training.metrics import MetricsLog
 from rwkv_dpo.training.progress import RunBar, Summary
 from rwkv_dpo.training.reference import StartIsReference
 from rwkv_dpo.training.reference_check import ReferenceCheck
-from rwkv_dpo.training.validation import ValidPairs
+from rwkv_dpo.training.validation import ValidPairs, drawn
 from rwkv_dpo.training.wandb_log import WandbLog
 from rwkv_dpo.tuning.tuning import Tuning
 
@@ -45,8 +45,11 @@ def build_callbacks(
         callbacks.append(ReferenceCheck(data.pairs, s.devices.precision, is_recomputed, chunk_ctx or 4096))
     held_out = None
     if data.valid is not None:
-        held_out = ValidPairs(data.valid, mixture_of(s.objective), scored_at_once, length, folder, halt, shows_bar)
+        some = drawn(data.valid, s.held_out.eval_pairs, s.general.seed)
+        held_out = ValidPairs(some, mixture_of(s.objective), scored_at_once, length, s.held_out.eval_every, folder, halt, shows_bar)
         callbacks.append(held_out)
+        if s.held_out.keep_best:
+            callbacks.append(BestCheckpoint(s.held_out.keep_best, held_out, checkpoints))
     if s.training.wandb:
         callbacks.append(WandbLog(s.training.wandb, flags, folder, metrics, held_out))
     if shows_bar:

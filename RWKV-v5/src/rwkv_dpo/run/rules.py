@@ -89,6 +89,11 @@ def _unusable_option(s: RunSettings) -> str:
     return ""
 
 
+def _of_held_out(s: RunSettings) -> str:
+    name = next(name for name in ("eval_every", "eval_pairs", "keep_best") if getattr(s.held_out, name))
+    return f"--{name} {getattr(s.held_out, name)}"
+
+
 RULES = (
     Rule(_unusable_option, _unusable_option),
     Rule(
@@ -112,6 +117,10 @@ RULES = (
     Rule(
         lambda s: s.objective.uses_pairs and not s.data.dpo_train_file,
         lambda s: "--dpo_train_file is needed with --dpo 1 and --dpo_general_corpus_ratio below 1",
+    ),
+    Rule(
+        lambda s: not s.data.dpo_valid_file and (s.held_out.eval_every or s.held_out.eval_pairs or s.held_out.keep_best),
+        lambda s: _of_held_out(s) + ": there is nothing to evaluate without --dpo_valid_file",
     ),
     Rule(
         lambda s: s.general.my_pile_stage == 1 and s.model.load_model not in ("", "0"),

@@ -15,7 +15,7 @@ from rwkv_dpo.optimizer.schedule import Schedule
 from rwkv_dpo.optimizer.settings import EpochSettings, OptimizerSettings
 from rwkv_dpo.run_folder.settings import FolderSettings
 from rwkv_dpo.settings.fields import SWITCH, Accepts, Flag, Part, check_values, flag, flags_of
-from rwkv_dpo.training.settings import SavingSettings, TrainingSettings
+from rwkv_dpo.training.settings import HeldOutSettings, SavingSettings, TrainingSettings
 from rwkv_dpo.tuning.settings import TuningSettings
 
 _STAGES = Accepts(lambda stage: stage in (0, 1, 2, 3), "0, 1, 2 and 3 are accepted")
@@ -62,6 +62,7 @@ class RunSettings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     devices: DeviceSettings = field(default_factory=DeviceSettings)
     saving: SavingSettings = field(default_factory=SavingSettings)
+    held_out: HeldOutSettings = field(default_factory=HeldOutSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
     def with_flags(self, **values: Any) -> "RunSettings":

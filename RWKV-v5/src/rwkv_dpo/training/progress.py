@@ -96,15 +96,15 @@ def _some(paths: list[Path]) -> list[Path]:
 
 
 def best_and_last(valid: Path) -> str:
-    """The held-out figures of the best epoch, by the loss, and of the last; "" without any."""
+    """The held-out figures of the best evaluation, by the loss, and of the last; "" without any."""
     records = [json.loads(line) for line in valid.read_text().splitlines()] if valid.exists() else []
     records = [record for record in records if record.get("loss_dpo") is not None]
     if not records:
         return ""
     best, last = min(records, key=lambda record: record["loss_dpo"]), records[-1]
     if best is last:
-        return f"held-out pairs: best after epoch {last['epoch']}, the last: {_figures(last)}"
-    return f"held-out pairs: best after epoch {best['epoch']}: {_figures(best)}; after epoch {last['epoch']}, the last: {_figures(last)}"
+        return f"held-out pairs: best after step {last['step']}, the last: {_figures(last)}"
+    return f"held-out pairs: best after step {best['step']}: {_figures(best)}; after step {last['step']}, the last: {_figures(last)}"
 
 
 def _figures(record: dict[str, Any]) -> str:

@@ -21,6 +21,23 @@ class SavingSettings:
 
 
 @dataclass(frozen=True)
+class HeldOutSettings:
+    """When the pairs of dpo_valid_file are evaluated, and how many."""
+
+    TITLE: ClassVar[str] = "held-out evaluation"
+
+    eval_every: int = flag(
+        0, "evaluate the pairs of dpo_valid_file before the first optimizer step and after every so many, beside the end of every epoch; "
+        "0: at the ends of epochs alone", NOT_NEGATIVE, part=Part.INCIDENTAL,
+    )  # fmt: skip
+    eval_pairs: int = flag(0, "evaluate that many of them, drawn by the seed; 0: all", NOT_NEGATIVE, part=Part.INCIDENTAL)
+    keep_best: str = flag(
+        "", "save the weights with the best of these figures of all evaluations as rwkv-best.pth (adapter-best, state-best.pth)",
+        choices=("", "loss_dpo", "rewards/accuracies", "rewards/margins", "logps/accuracies"), part=Part.INCIDENTAL,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class TrainingSettings:
     """Bad steps and logging."""
 

@@ -31,6 +31,7 @@ class WandbLog(pl.Callback):
     def __init__(self, project: str, flags: Mapping[str, Any], folder: Path, metrics: MetricsLog, valid: ValidPairs | None) -> None:
         self.project, self.flags, self.folder, self.metrics, self.valid = project, flags, folder, metrics, valid
         self.run: Any = None
+        self.held_out: dict[str, Any] = {}  # the last evaluation that was logged
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
@@ -43,11 +44,22 @@ class WandbLog(pl.Callback):
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         self._log(self.metrics.record)
+        self._log_held_out()
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        self._log_held_out()
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        if self.valid is not None:
-            self._log({name if name in ("step", "epoch") else f"valid/{name}": value for name, value in self.valid.record.items()})
+        self._log_held_out()
+
+    def _log_held_out(self) -> None:
+        """The last evaluation, once."""
+        record = self.valid.record if self.valid is not None else {}
+        if record is not self.held_out:
+            self.held_out = record
+            self._log({name if name in ("step", "epoch") else f"valid/{name}": value for name, value in record.items()})
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
