@@ -11,7 +11,8 @@ from rwkv_dpo.base.script import missing_package
 SCRIPTS = Path(__file__).resolve().parents[2] / "RWKV-v5"
 COMMANDS = {
     "train.py": ["--load_model", "m.pth"], "make_data.py": ["text.txt"], "evaluate.py": ["--load_model", "m.pth"],
-    "prepare_pairs.py": ["--source", "p.json", "--load_model", "m.pth"], "export.py": ["--load_model", "m.pth", "--out", "x.pth"],
+    "prepare_pairs.py": ["--source", "p.json", "--load_model", "m.pth"], "chat.py": ["--load_model", "m.pth"],
+    "export.py": ["--load_model", "m.pth", "--out", "x.pth"],
 }  # fmt: skip
 
 
