@@ -26,6 +26,8 @@ from rwkv_dpo.files.atomic import atomic_write
 from rwkv_dpo.files.json_text import as_json
 
 try:
+    from rwkv_dpo.data.preference import Preference
+    from rwkv_dpo.data.prompts import MODES, render
     from rwkv_dpo.data.tokenizer import LAST_TOKEN, VOCAB_SIZE, WorldTokenizer
 except ModuleNotFoundError as error:
     leave_without(error)
@@ -67,10 +69,10 @@ def answer_all(args: argparse.Namespace, model: Any, sampling: Any, prompts: lis
     """Prints the answers to prompts, or writes them to --out."""
     from rwkv_dpo.evaluation.generate import answers
 
-    system, tokenizer, found = f"System: {args.system}\n\n" if args.system else "", WorldTokenizer(), []
+    written = [render(Preference("", args.system, (prompt,), "", ""), MODES["chat"], seed=0).prompt for prompt in prompts]
+    tokenizer, found = WorldTokenizer(), []
     for first in range(0, len(prompts), _BATCH):
-        written = [f"{system}User: {prompt}\n\nAssistant:" for prompt in prompts[first : first + _BATCH]]
-        found += answers(model, tokenizer, written, args.n, sampling, args.max_tokens, args.seed + first)
+        found += answers(model, tokenizer, written[first : first + _BATCH], args.n, sampling, args.max_tokens, args.seed + first)
     rows = [{"prompt": prompt, "answers": of_prompt} for prompt, of_prompt in zip(prompts, found, strict=True)]
     if args.out:
         with atomic_write(args.out) as file:
@@ -87,12 +89,12 @@ def chat(dialogue: Any) -> None:
         if command == "/quit":
             return
         try:
-            said = obey(dialogue, command, rest.strip()) if command.startswith("/") else dialogue.say(line)
+            # An answer may be refused when its first piece is asked for.
+            for piece in obey(dialogue, command, rest.strip()) if command.startswith("/") else dialogue.say(line):
+                print(piece, end="", flush=True)
         except InputError as error:
             print(error, file=sys.stderr)
             continue
-        for piece in said:
-            print(piece, end="", flush=True)
         print()
 
 

@@ -59,6 +59,21 @@ def test_a_pipe_is_a_dialogue_with_commands(checkpoint, tmp_path, capsys, monkey
     ]  # fmt: skip
 
 
+def test_a_line_that_is_no_text_is_a_line_of_fault_and_the_chat_goes_on(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(chat, "lines", lambda: iter(["Hi \ud800", "Hello"]))
+    chat.main(flags(checkpoint))
+    told = capsys.readouterr()
+    assert told.out == greedy(checkpoint, "User: Hello\n\nAssistant:") + "\n"
+    assert "lone surrogate" in told.err
+
+
+def test_a_prompt_is_written_out_as_training_has_it(checkpoint, tmp_path, capsys):
+    """A blank line ends a turn, so that a prompt has none; system message and spaces likewise."""
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "Hello\n\n\nthere"}))
+    chat.main(flags(checkpoint, "--prompts", tmp_path / "p.jsonl", "--system", " Be kind. "))
+    assert capsys.readouterr().out == greedy(checkpoint, "System: Be kind.\n\nUser: Hello\nthere\n\nAssistant:") + "\n"
+
+
 def test_prompts_of_a_file_are_answered_into_a_file(checkpoint, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("Hello\n\nWhy?\n")
     (tmp_path / "p.jsonl").write_text('{"prompt": "Hello"}\n{"prompt": " Why? ", "id": 3}\n')

@@ -54,10 +54,9 @@ class MicroBatches:
         )  # fmt: skip
         if self.world_size == 1:
             return batch
-        pair_share, ranking_share = (
-            self.world_size * sizes[self.rank].sum() / sizes.sum()
-            for sizes in (of_tree[self._trees(k)] for of_tree in (np.diff(self.pairs.trees), self.pairs.tree_prompts))
-        )
+        dealt = np.array(self._trees(k))
+        sizes = self.pairs.trees[dealt + 1] - self.pairs.trees[dealt], self.pairs.tree_prompts[dealt]
+        pair_share, ranking_share = (self.world_size * size[self.rank].sum() / size.sum() for size in sizes)
         return replace(batch, pair_share=pair_share, ranking_share=ranking_share)
 
     def contents(self, k: int, rank: int) -> tuple[list[int], list[int]]:

@@ -65,7 +65,7 @@ class Dialogue:
         sampler = Sampler(self.sampling, 1, logits.shape[1], self.generator)
         tokens: list[int] = []
         shown = ""
-        for token, _, after in stream(self.model, logits, states, sampler, self.max_tokens, self.tokenizer):
+        for token, after in stream(self.model, logits, states, sampler, self.max_tokens, self.tokenizer):
             tokens.append(token)
             states = after
             said = self.tokenizer.decode(tokens).partition(TURN_END)[0].lstrip()

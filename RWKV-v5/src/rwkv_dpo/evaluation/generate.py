@@ -39,25 +39,29 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, n: int, vocab_size: int, generator: torch.Generator) -> None:
         self.sampling, self.generator = sampling, generator
-        self.counts = torch.zeros(n, vocab_size)
-        self.is_present = torch.zeros(n, vocab_size, dtype=torch.bool)
+        # Without penalties nothing needs to be remembered.
+        n_remembered = n if sampling.presence or sampling.repetition else 0
+        self.counts = torch.zeros(n_remembered, vocab_size)
+        self.is_present = torch.zeros(n_remembered, vocab_size, dtype=torch.bool)
 
     def draw(self, logits: Tensor) -> Tensor:
         """int64 [n] of logits [n, V]. Nothing is drawn that the tokenizer could not decode."""
         s, logits = self.sampling, logits.float().cpu().clone()
         logits[:, LAST_TOKEN + 1 :] = -torch.inf
-        if s.presence or s.repetition:
+        if len(self.counts):
             logits -= s.presence * self.is_present + s.repetition * self.counts
         tokens = logits.argmax(1) if s.temperature == 0 else self._sampled(logits / s.temperature)
-        self.counts.mul_(s.decay)
-        rows = torch.arange(len(tokens))
-        self.counts[rows, tokens] += 1
-        self.is_present[rows, tokens] = True
+        if len(self.counts):
+            rows = torch.arange(len(tokens))
+            self.counts.mul_(s.decay)
+            self.counts[rows, tokens] += 1
+            self.is_present[rows, tokens] = True
         return tokens
 
     def keep(self, rows: list[int]) -> None:
         """Forgets the other answers."""
-        self.counts, self.is_present = self.counts[rows], self.is_present[rows]
+        if len(self.counts):
+            self.counts, self.is_present = self.counts[rows], self.is_present[rows]
 
     def _sampled(self, logits: Tensor) -> Tensor:
         s = self.sampling
@@ -119,8 +123,8 @@ def generate(model: RWKV, tokenizer: WorldTokenizer, prompt: str, max_tokens: in
 
 def stream(
     model: RWKV, logits: Tensor, states: States, sampler: Sampler, max_tokens: int, tokenizer: WorldTokenizer
-) -> Iterator[tuple[int, Tensor, States]]:
-    """The tokens of one answer as they are drawn, each with the logits and the states after it; ends as answers do."""
+) -> Iterator[tuple[int, States]]:
+    """The tokens of one answer as they are drawn, each with the states after it; ends as answers do."""
     found: list[int] = []
     while len(found) < max_tokens:
         token = int(sampler.draw(logits))
@@ -128,7 +132,7 @@ def stream(
             return
         found.append(token)
         logits, states = read(model, [[token]], states)
-        yield token, logits, states
+        yield token, states
         if _is_done(tokenizer, found, max_tokens):
             return
 
