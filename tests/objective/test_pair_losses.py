@@ -130,7 +130,7 @@ def test_every_loss_that_trl_has_is_compared():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("size", [1.0, 300.0])
+@pytest.mark.parametrize("size", [1.0, 300.0, 1e5])
 def test_gradients_are_finite_and_right(name, size):
     given = preferences_of([[-3.1, -4.2], [-9.0, -2.5], [-1.3, -1.1]], [[-3.0, -4.9], [-7.0, -3.0], [-2.0, -0.5]], [(2, 4), (5, 3), (1, 1)])
     logps = (given.logps * size).requires_grad_()

@@ -89,8 +89,9 @@ def apo_down(p: Preferences, o: Options) -> Tensor:
 def discopop(p: Preferences, o: Options) -> Tensor:
     """Lu et al. 2024 (arXiv:2406.08414), equation 5: logistic and exponential loss, mixed by the margin."""
     d = margins(p, o)
-    share = torch.sigmoid(d / _DISCOPOP_TEMPERATURE)
-    return (1 - share) * -F.logsigmoid(d) + share * torch.exp(-d)
+    log_share = F.logsigmoid(d / _DISCOPOP_TEMPERATURE)
+    # Their product in one exponential: exp(-d) alone overflows where the share vanishes.
+    return torch.sigmoid(-d / _DISCOPOP_TEMPERATURE) * -F.logsigmoid(d) + torch.exp(log_share - d)
 
 
 def dpop(p: Preferences, o: Options) -> Tensor:
