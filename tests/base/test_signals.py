@@ -129,6 +129,37 @@ def test_a_second_ctrl_c_stops_at_once_and_a_repeated_one_is_the_first(inputs, t
     assert log.read_text().endswith("stopped at once\n")
 
 
+SPEAKS_SLOWLY = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from rwkv_dpo.base.script import run_script
+class Slow:
+    def write(self, text):
+        print("SPEAKING", flush=True)
+        time.sleep(2)
+        os.write(2, text.encode())
+    def flush(self):
+        pass
+def main():
+    sys.stderr = Slow()
+    print("HANGING", flush=True)
+    time.sleep(600)
+run_script(main)
+"""
+
+
+def test_a_signal_that_comes_again_at_the_last_word_is_no_traceback():
+    """Two processes of a run pass SIGTERM on to each other, and on a busy machine more than SAME_WITHIN_S goes by between."""
+    command = [sys.executable, "-c", SPEAKS_SLOWLY, str(SCRIPTS / "src")]
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for said in ("HANGING\n", "SPEAKING\n"):
+        assert process.stdout.readline() == said
+        process.send_signal(signal.SIGTERM)
+        time.sleep(signals.SAME_WITHIN_S + 0.1)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (143, "-c: stopped by SIGTERM: nothing was written\n")
+
+
 def test_a_caller_gets_its_own_handlers_back():
     mine = [signal.signal(number, lambda *_: None) for number in signals.SIGNALS]
     kept = [signal.getsignal(number) for number in signals.SIGNALS]

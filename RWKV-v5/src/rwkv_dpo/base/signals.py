@@ -44,13 +44,12 @@ def interrupted_by() -> int:
 
 @dataclass
 class _Answer:
-    """What signals do for the time being. `seen` and `first`: when the first of them came, by the thread and the main thread."""
+    """What signals do for the time being. `seen`: when the thread saw the first of them; `number`: what the main thread acted on."""
 
     act: Callable[[int], None]
     at_once: Callable[[], None]
     overdue: Callable[[int], None] | None
     seen: float = 0.0
-    first: float = 0.0
     number: int = 0
     timer: threading.Timer | None = None
 
@@ -95,8 +94,10 @@ def _set(answer: _Answer, handlers: list[Any], descriptor: int) -> int:
 
 
 def _in_main_thread(number: int, frame: Any) -> None:
-    if not _answer.first or time.monotonic() - _answer.first >= SAME_WITHIN_S:
-        _answer.first, _answer.number = _answer.first or time.monotonic(), number
+    # Once only: an Interrupted that came while the first one puts things away would end the script in a traceback. Processes that pass a
+    # signal on to each other do send it twice.
+    if not _answer.number:
+        _answer.number = number
         _answer.act(number)
 
 
