@@ -10,7 +10,6 @@ Within a chat: /reset begins anew, /system TEXT does with a system message, /und
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -26,8 +25,7 @@ from rwkv_dpo.files.atomic import atomic_write
 from rwkv_dpo.files.json_text import as_json
 
 try:
-    from rwkv_dpo.data.preference import Preference
-    from rwkv_dpo.data.prompts import MODES, render
+    from rwkv_dpo.data.prompt_files import as_question, read_prompts
     from rwkv_dpo.data.tokenizer import LAST_TOKEN, VOCAB_SIZE, WorldTokenizer
 except ModuleNotFoundError as error:
     leave_without(error)
@@ -40,7 +38,7 @@ _COMMANDS = "/reset, /system TEXT, /undo, /retry, /save FILE.jsonl and /quit"
 def main(arguments: list[str] | None = None) -> None:
     """Runs the script. Raises InputError."""
     args = parse_flags(arguments)
-    prompts = read_prompts(args.prompts) if args.prompts else [args.prompt] if args.prompt else []
+    prompts = read_prompts("prompts", args.prompts) if args.prompts else [args.prompt] if args.prompt else []
     # Here, not above: --help and a mistyped flag need no PyTorch.
     from rwkv_dpo.devices.device import COMPUTE_DTYPES, pick_device, set_up
     from rwkv_dpo.evaluation.dialogue import Dialogue
@@ -69,7 +67,7 @@ def answer_all(args: argparse.Namespace, model: Any, sampling: Any, prompts: lis
     """Prints the answers to prompts, or writes them to --out."""
     from rwkv_dpo.evaluation.generate import answers
 
-    written = [render(Preference("", args.system, (prompt,), "", ""), MODES["chat"], seed=0).prompt for prompt in prompts]
+    written = [as_question(prompt, args.system) for prompt in prompts]
     tokenizer, found = WorldTokenizer(), []
     for first in range(0, len(prompts), _BATCH):
         found += answers(model, tokenizer, written[first : first + _BATCH], args.n, sampling, args.max_tokens, args.seed + first)
@@ -134,31 +132,6 @@ def lines() -> Iterator[str]:
             if line.strip():
                 yield line
     yield from (line for line in map(str.rstrip, sys.stdin) if line.strip())
-
-
-def read_prompts(path: Path) -> list[str]:
-    """A prompt a line; of a .jsonl file the field `prompt`. InputError for a file that has none, or isn't UTF-8."""
-    try:
-        text = path.read_text("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"--prompts {path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"--prompts {path}: not UTF-8: {error.reason} at byte {error.start}") from error
-    prompts = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        prompt: Any = line
-        if path.suffix == ".jsonl":
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"--prompts {path}: line {number}: not JSON: {error}") from error
-            prompt = row.get("prompt") if isinstance(row, dict) else None
-        if not (isinstance(prompt, str) and prompt.strip()):
-            refuse(f"--prompts {path}: line {number}: has no text in a field 'prompt'")
-        prompts.append(prompt.strip())
-    return prompts or refuse(f"--prompts {path}: holds no prompt")
 
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:

@@ -45,7 +45,7 @@ TURNS: tuple[tuple[dict[str, Any], ...], ...] = (
     ({}, {"dpo": 0}, {"dpo_general_corpus_ratio": 0}, {"dpo_general_corpus_ratio": 1}),
     ({}, {"balance": "none"}, {"dpo_ref": "recompute"}),
     ({}, {"dpo_loss": "plackett_luce,softmax,all_pairs,aot,sft"}, {"dpo_loss": "simpo,orpo,ipo,dpop"}, {"dpo_f_divergence": "js"}),
-    ({"dpo_valid_file": True}, {}, {"dropout": 0.1}, {"epoch_steps": 2, "accumulate_grad_batches": 2}, {"layerwise_lr": 0}),
+    ({"dpo_valid_file": True}, {"valid_data_file": True}, {"dropout": 0.1}, {"epoch_steps": 2, "accumulate_grad_batches": 2}, {"layerwise_lr": 0}),
     ({}, {"weight_decay": 0.01}, {"enable_progress_bar": True}, {"save_every": 1}, {"accelerator": "auto"}, {"wkv_backend": "cuda"}),
 )
 
@@ -85,6 +85,8 @@ def flags_of(changes: dict[str, Any], folder: Path, number: int) -> list[str]:
     data = folder / ("sharded" if "stage_3" in changes["strategy"] else "tiny")
     if "dpo_valid_file" in changes:
         changes = changes | {"dpo_valid_file": data / "valid.save"}
+    if "valid_data_file" in changes:
+        changes = changes | {"valid_data_file": data / "corpus.bin", "valid_data_type": "uint16", "eval_windows": 2, "eval_every": 1}
     # Values on the device are nonsense: a step may not be finite, which is no fault here.
     settings = {"accelerator": "gpu", "epoch_steps": 1, "epoch_count": 1, "wkv_backend": "auto", "ctx_len": 40, "max_bad_steps": 9}
     return runs.flags(data, folder / f"run{number}", **{**settings, **changes})

@@ -18,7 +18,7 @@ BROKEN = [
     ({"epoch_steps": 5, "accumulate_grad_batches": 2}, "--epoch_steps 5 is not a multiple of --accumulate_grad_batches 2: .*; 4 would do"),
     ({"dpo": 0}, "--data_file is needed for the language-model loss"),
     ({"dpo_train_file": ""}, "--dpo_train_file is needed with --dpo 1"),
-    ({"keep_best": "loss_dpo"}, "--keep_best loss_dpo: there is nothing to evaluate without --dpo_valid_file"),
+    ({"keep_best": "loss_dpo"}, "--keep_best loss_dpo: needs --dpo_valid_file"),
     ({**STAGE, "my_pile_stage": 1, "magic_prime": 101, "load_model": "m.pth"}, "--load_model m.pth: --my_pile_stage 1 makes initial"),
     ({"my_pile_shift": 5}, "--my_pile_shift 5 shifts the windows of --magic_prime, which is not given"),
     (STAGE, "--my_pile_stage 2 needs --magic_prime"),
@@ -69,3 +69,28 @@ def test_every_rule_has_a_case_and_defaults_break_none():
     assert len(BROKEN) == len(RULES)
     check(settings_of({}))
     check(settings_of({**STAGE, "magic_prime": 101, "micro_bsz": 10, "devices": 2}))
+
+
+PAIRS, CORPUS, PROMPTS = {"dpo_valid_file": "v.save"}, {"valid_data_file": "v"}, {"sample_prompts": "p.txt"}
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    ({"eval_every": 5}, "--eval_every 5: needs --dpo_valid_file, --valid_data_file or --sample_prompts"),
+    ({"eval_pairs": 5, **CORPUS}, "--eval_pairs 5: needs --dpo_valid_file"),
+    ({"eval_windows": 5, **PAIRS}, "--eval_windows 5: needs --valid_data_file"),
+    ({"keep_best": "rewards/margins", **CORPUS}, "--keep_best rewards/margins: needs --dpo_valid_file"),
+    ({"keep_best": "corpus_loss", **PAIRS}, "--keep_best corpus_loss: needs --valid_data_file"),
+    ({"early_stop": 2, **PROMPTS}, "--early_stop 2: needs --dpo_valid_file or --valid_data_file"),
+    ({"sample_tokens": 5, **PAIRS}, "--sample_tokens 5: needs --sample_prompts"),
+])  # fmt: skip
+def test_a_flag_of_evaluations_needs_something_to_evaluate(flags, words):
+    with pytest.raises(InputError, match=words):
+        check(settings_of(flags))
+
+
+@pytest.mark.parametrize("flags", [
+    {"eval_every": 5, **PROMPTS}, {"eval_every": 5, **CORPUS}, {"early_stop": 2, **CORPUS}, {"early_stop": 2, **PAIRS},
+    {"keep_best": "corpus_loss", **CORPUS}, {"sample_temperature": 1.0, **PROMPTS},
+])  # fmt: skip
+def test_and_one_kind_is_enough(flags):
+    check(settings_of(flags))

@@ -62,9 +62,9 @@ def test_the_best_weights_are_kept_and_a_resumed_run_keeps_the_same(data, tmp_pa
         steps[0] = trainer.global_step
         evaluate(self, trainer, module)
 
-    steps, evaluate = [0], validation.ValidPairs._evaluate
+    steps, evaluate = [0], validation.HeldOut._evaluate
     monkeypatch.setattr(validation, "evaluate_pairs", evaluated)
-    monkeypatch.setattr(validation.ValidPairs, "_evaluate", at_step)
+    monkeypatch.setattr(validation.HeldOut, "_evaluate", at_step)
     own = {"peft": peft, "eval_every": 1, "keep_best": "loss_dpo", "lr_init": 0.1, "lr_final": 0.1}
     train.main(flags(data, tmp_path / "three", **own, epoch_steps=3, epoch_count=1))
     train.main(flags(data, tmp_path / "whole", **own))

@@ -5,6 +5,8 @@ from typing import ClassVar
 
 from rwkv_dpo.settings.fields import AT_LEAST_ONE, flag
 
+_TYPES = ("utf-8", "utf-16le", "numpy", "binidx", "dummy", "uint16")
+
 
 @dataclass(frozen=True)
 class DataSettings:
@@ -17,8 +19,12 @@ class DataSettings:
     )
     data_type: str = flag(
         "utf-8", "what data_file is; when not given, what the file shows itself to be",
-        choices=("utf-8", "utf-16le", "numpy", "binidx", "dummy", "uint16"),
+        choices=_TYPES,
     )  # fmt: skip
     ctx_len: int = flag(1024, "tokens in a corpus window", AT_LEAST_ONE)
     dpo_train_file: str = flag("trainset.save", "preference pairs to train on", names_file=True)
     dpo_valid_file: str = flag("", "preference pairs to evaluate at the end of every epoch; empty: none", names_file=True)
+    valid_data_file: str = flag("", "held-out corpus to evaluate at the same times; empty: none", names_file=True)
+    valid_data_type: str = flag(
+        "", "what valid_data_file is, as for data_type; empty: what the file shows itself to be", choices=("", *_TYPES)
+    )

@@ -109,7 +109,8 @@ def evaluate_pairs(
     model: RWKV, pairs: PairSet, mixture: Mixture, batch_tokens: int, progress: Callable[[int], object] = lambda n: None
 ) -> dict[str, float]:
     """Means over all pairs (of losses of rankings, over all rankings), under the names of metrics.jsonl; logps/accuracies: the share of
-    pairs whose chosen answer is the more probable one, reference aside. Of pairs that are not scored only what needs no reference.
+    pairs whose chosen answer is the more probable one, reference aside; lengths/preferred: tokens of the answers with the higher
+    reward. Of pairs that are not scored only what needs no reference.
     `progress` is told how many pairs each batch held."""
     logps = torch.from_numpy(score_pairs(model, pairs, batch_tokens, progress))
     refs = torch.from_numpy(pairs.ref_logps)
@@ -120,4 +121,8 @@ def evaluate_pairs(
     metrics = {name: float(value) for name, value in pair_metrics(given, loss, mixture.options.beta).items()}
     if not pairs.is_scored and mixture.uses_reference:
         metrics = {name: value for name, value in metrics.items() if name.startswith("logps/")}
+    gains = given.ratios
+    preferred = torch.where(gains[:, 0] >= gains[:, 1], given.lengths[:, 0], given.lengths[:, 1])
+    lengths = {"chosen": given.lengths[:, 0], "rejected": given.lengths[:, 1], "preferred": preferred}
+    metrics |= {f"lengths/{name}": float(n.double().mean()) for name, n in lengths.items()}
     return {**metrics, "logps/accuracies": float((logps[:, 0] > logps[:, 1]).double().mean())}

@@ -12,14 +12,16 @@ from rwkv_dpo.run.settings import RunSettings
 from rwkv_dpo.run_folder.contents import saved_name
 from rwkv_dpo.run_folder.identity import Identity
 from rwkv_dpo.run_folder.resume import Saved
-from rwkv_dpo.training.checkpoints import BestCheckpoint, Checkpoints
+from rwkv_dpo.training.best import Best
+from rwkv_dpo.training.checkpoints import Checkpoints
 from rwkv_dpo.training.halt import Halt, StopOnSignal
 from rwkv_dpo.training.last import LastCheckpoints, WeightsOfRankZero
 from rwkv_dpo.training.metrics import MetricsLog
 from rwkv_dpo.training.progress import RunBar, Summary
 from rwkv_dpo.training.reference import StartIsReference
 from rwkv_dpo.training.reference_check import ReferenceCheck
-from rwkv_dpo.training.validation import ValidPairs, drawn
+from rwkv_dpo.training.samples import Prompts, Samples
+from rwkv_dpo.training.validation import HeldOut, HeldOutCorpus, HeldOutPairs, Measure, drawn
 from rwkv_dpo.training.wandb_log import WandbLog
 from rwkv_dpo.tuning.tuning import Tuning
 
@@ -43,19 +45,37 @@ def build_callbacks(
         ))  # fmt: skip
     if data.pairs is not None and (is_recomputed or data.pairs.is_scored):
         callbacks.append(ReferenceCheck(data.pairs, s.devices.precision, is_recomputed, chunk_ctx or 4096))
-    held_out = None
-    if data.valid is not None:
-        some = drawn(data.valid, s.held_out.eval_pairs, s.general.seed)
-        held_out = ValidPairs(some, mixture_of(s.objective), scored_at_once, length, s.held_out.eval_every, folder, halt, shows_bar)
-        callbacks.append(held_out)
-        if s.held_out.keep_best:
-            callbacks.append(BestCheckpoint(s.held_out.keep_best, held_out, checkpoints))
+    held_out = HeldOut(measures_of(s, data, scored_at_once), length, s.held_out.eval_every, folder, halt, shows_bar)
+    callbacks += evaluations(s, data, held_out, checkpoints)
     if s.training.wandb:
         callbacks.append(WandbLog(s.training.wandb, flags, folder, metrics, held_out))
     if shows_bar:
         callbacks.append(RunBar(length.total_steps, metrics))
     last = LastCheckpoints(s.saving, folder, length, s.general.seed, s.devices.precision == "fp16", metrics, saved, identity)
     return [*callbacks, last, StopOnSignal(halt), Summary(folder, checkpoints, next_commands(settings))]
+
+
+def measures_of(s: RunSettings, data: RunData, scored_at_once: int) -> list[Measure]:
+    """What is evaluated while the run lasts."""
+    measures: list[Measure] = []
+    if data.valid is not None:
+        some = drawn(data.valid, s.held_out.eval_pairs, s.general.seed)
+        measures.append(HeldOutPairs(some, mixture_of(s.objective), scored_at_once))
+    if data.valid_corpus is not None:
+        measures.append(HeldOutCorpus(data.valid_corpus, s.data.ctx_len, s.held_out.eval_windows, scored_at_once))
+    return measures
+
+
+def evaluations(s: RunSettings, data: RunData, held_out: HeldOut, checkpoints: Checkpoints) -> list[pl.Callback]:
+    """The callback that evaluates, and those that wait for it; none where there is nothing to do."""
+    h, folder, halt = s.held_out, s.folder.path, held_out.halt
+    callbacks: list[pl.Callback] = [held_out] if held_out.measures or data.prompts else []
+    if h.keep_best or h.early_stop:
+        callbacks.append(Best(h.watched(data.valid is not None), held_out, checkpoints, bool(h.keep_best), h.early_stop))
+    if data.prompts:
+        asked = Prompts(data.prompts, h.sample_tokens, h.sample_temperature, h.sample_top_p, s.general.seed)
+        callbacks.append(Samples(asked, held_out, s.length, folder, halt))
+    return callbacks
 
 
 def next_commands(settings: RunSettings) -> list[str]:
@@ -68,7 +88,10 @@ def next_commands(settings: RunSettings) -> list[str]:
     if settings.objective.uses_pairs:
         held_out = Path(files.dpo_train_file).with_name("testset.save")
         data += ["--pairs", str(held_out) if held_out.exists() else files.dpo_valid_file or files.dpo_train_file]
-    if settings.objective.uses_corpus and files.data_type != "dummy":
+    if files.valid_data_file:
+        kind = ["--data_type", files.valid_data_type] if files.valid_data_type else []
+        data += ["--data_file", files.valid_data_file, *kind, "--ctx_len", str(files.ctx_len)]
+    elif settings.objective.uses_corpus and files.data_type != "dummy":
         data += ["--data_file", files.data_file, "--data_type", files.data_type, "--ctx_len", str(files.ctx_len)]
     commands = [_command("evaluate.py", "--load_model", *trained, *data)]
     if peft not in ("none", "state"):

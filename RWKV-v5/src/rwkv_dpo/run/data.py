@@ -1,6 +1,7 @@
 """What a run reads: corpus and pair files, opened, checked against one another, and what there is to be told of them at its start."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rwkv_dpo.base.errors import refuse
@@ -10,6 +11,8 @@ from rwkv_dpo.data.corpus_names import name_corpus
 from rwkv_dpo.data.held_out import check_held_out
 from rwkv_dpo.data.pair_files import open_pairs
 from rwkv_dpo.data.pairs import PairSet
+from rwkv_dpo.data.prompt_files import read_prompts
+from rwkv_dpo.data.tokenizer import LAST_TOKEN, VOCAB_SIZE
 from rwkv_dpo.data.tokenizer import NAME as WORLD_TOKENIZER
 from rwkv_dpo.run.settings import RunSettings
 
@@ -18,11 +21,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run reads, each None where it doesn't. valid: held-out pairs."""
+    """What a run reads, each None where it doesn't. valid, valid_corpus: held-out pairs and text; prompts: to be answered."""
 
     corpus: Corpus | None = None
     pairs: PairSet | None = None
     valid: PairSet | None = None
+    valid_corpus: Corpus | None = None
+    prompts: Sequence[str] = ()
 
     @property
     def pair_files(self) -> dict[str, PairSet]:
@@ -59,10 +64,32 @@ def open_data(settings: RunSettings, vocab_size: int) -> RunData:
         return pairs
 
     pairs = opened("dpo_train_file", d.dpo_train_file) if settings.objective.uses_pairs else None
-    data = RunData(corpus, pairs, opened("dpo_valid_file", d.dpo_valid_file) if d.dpo_valid_file else None)
+    valid = opened("dpo_valid_file", d.dpo_valid_file) if d.dpo_valid_file else None
+    data = RunData(corpus, pairs, valid, open_valid_corpus(settings, vocab_size), open_prompts(settings, vocab_size))
     if corpus is not None and corpus.characters:
         _refuse_world_pairs(settings, corpus, data)
     return data
+
+
+def open_valid_corpus(settings: RunSettings, vocab_size: int) -> Corpus | None:
+    """The held-out corpus. InputError for one of characters, whose numbers are the training corpus's own."""
+    d = settings.data
+    if not d.valid_data_file:
+        return None
+    corpus = open_corpus(*name_corpus(d.valid_data_file, d.valid_data_type), vocab_size, d.ctx_len, settings.model.load_model)
+    if corpus.characters and not settings.model.load_model:
+        refuse(f"--valid_data_file {d.valid_data_file}: becomes characters, which --load_model numbers; tokens (binidx) are accepted")
+    return corpus
+
+
+def open_prompts(settings: RunSettings, vocab_size: int) -> Sequence[str]:
+    """Those of --sample_prompts. InputError where the model has no World vocabulary to read them by."""
+    path = settings.held_out.sample_prompts
+    if not path:
+        return ()
+    if 0 < vocab_size <= LAST_TOKEN:
+        refuse(f"--sample_prompts {path}: becomes tokens of the World tokenizer, {VOCAB_SIZE} of them; the model has {vocab_size}")
+    return read_prompts("sample_prompts", path)
 
 
 def _refuse_world_pairs(settings: RunSettings, corpus: Corpus, data: RunData) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from rwkv_dpo.base.errors import refuse
 from rwkv_dpo.objective.settings import DIVERGENT, SMOOTHED, ObjectiveSettings
 from rwkv_dpo.run.settings import RunSettings
+from rwkv_dpo.training.settings import OF_PAIRS
 from rwkv_dpo.tuning.settings import ADAPTER_FLAGS, TuningSettings
 
 # RWKV-LM's staged pre-training counts epochs of this many windows.
@@ -90,8 +91,20 @@ def _unusable_option(s: RunSettings) -> str:
 
 
 def _of_held_out(s: RunSettings) -> str:
-    name = next(name for name in ("eval_every", "eval_pairs", "keep_best") if getattr(s.held_out, name))
-    return f"--{name} {getattr(s.held_out, name)}"
+    """The refusal of a flag of evaluations where there is nothing for it to evaluate; "" when all is well."""
+    h, pairs, corpus, prompts = s.held_out, s.data.dpo_valid_file, s.data.valid_data_file, s.held_out.sample_prompts
+    needs_pairs, defaults = h.keep_best in OF_PAIRS, type(h)
+    # (flag, what it needs, whether that is there)
+    for name, needs, has in (
+        ("eval_every", "--dpo_valid_file, --valid_data_file or --sample_prompts", pairs or corpus or prompts),
+        ("eval_pairs", "--dpo_valid_file", pairs), ("eval_windows", "--valid_data_file", corpus),
+        ("keep_best", "--dpo_valid_file" if needs_pairs else "--valid_data_file", pairs if needs_pairs else corpus),
+        ("early_stop", "--dpo_valid_file or --valid_data_file", pairs or corpus),
+        *((name, "--sample_prompts", prompts) for name in ("sample_tokens", "sample_temperature", "sample_top_p")),
+    ):  # fmt: skip
+        if getattr(h, name) != getattr(defaults, name) and not has:
+            return f"--{name} {getattr(h, name)}: needs {needs}"
+    return ""
 
 
 RULES = (
@@ -118,10 +131,7 @@ RULES = (
         lambda s: s.objective.uses_pairs and not s.data.dpo_train_file,
         lambda s: "--dpo_train_file is needed with --dpo 1 and --dpo_general_corpus_ratio below 1",
     ),
-    Rule(
-        lambda s: not s.data.dpo_valid_file and (s.held_out.eval_every or s.held_out.eval_pairs or s.held_out.keep_best),
-        lambda s: _of_held_out(s) + ": there is nothing to evaluate without --dpo_valid_file",
-    ),
+    Rule(_of_held_out, _of_held_out),
     Rule(
         lambda s: s.general.my_pile_stage == 1 and s.model.load_model not in ("", "0"),
         lambda s: f"--load_model {s.model.load_model}: --my_pile_stage 1 makes initial weights; leave it out",

@@ -80,6 +80,8 @@ def identity_of(settings: RunSettings, data: RunData) -> Identity:
         "data_file": corpus_sha256(data.corpus) if data.corpus else "",
         "dpo_train_file": content_sha256(data.pairs, with_scores) if data.pairs is not None else "",
         "dpo_valid_file": content_sha256(data.valid, with_scores) if data.valid is not None else "",
+        "valid_data_file": corpus_sha256(data.valid_corpus) if data.valid_corpus else "",
+        "sample_prompts": path_sha256(settings.held_out.sample_prompts) if settings.held_out.sample_prompts else "",
         # Beside what is in the files: by these evaluate.py knows which pairs were held out from the run.
         **{name: str(data.pairs.header.get(name, "")) if data.pairs is not None else "" for name in ("source_id", "preparation_id")},
     }
@@ -101,7 +103,8 @@ def find_start(settings: RunSettings, identity: Identity, lock: RunLock) -> Star
     if folder.path.is_dir():
         lock.take()
     if folder.resume == "auto" and not folder.overwrite and is_finished(folder.path / final, identity, settings.length.total_steps):
-        shutil.rmtree(last_of(folder.path), ignore_errors=True)
+        if not settings.held_out.early_stop:
+            shutil.rmtree(last_of(folder.path), ignore_errors=True)
         return Start(identity, f"{folder.path} holds the end of this run ({final}); --resume none trains it again")
     return Start(identity, resumes=choose(folder, identity, settings.length, settings.continues))
 

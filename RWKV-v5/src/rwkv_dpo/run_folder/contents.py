@@ -18,10 +18,10 @@ from rwkv_dpo.settings.fields import Part
 log = logging.getLogger(__name__)
 
 # What grows with the run.
-LOGS = ("metrics.jsonl", "valid.jsonl", "train_log.txt")
+LOGS = ("metrics.jsonl", "valid.jsonl", "samples.jsonl", "train_log.txt")
 # What a run writes under these names, a run that begins anew would write again.
 _OF_A_RUN = re.compile(
-    r"config\.json|wandb-run-id|metrics\.jsonl|valid\.jsonl|train_log\.txt|vocab\.json|reference\.(save|journal.*)|last"
+    r"config\.json|wandb-run-id|(metrics|valid|samples)\.jsonl|train_log\.txt|vocab\.json|reference\.(save|journal.*)|last"
     r"|(rwkv|state)-(init|final|best|last-good|\d+)\.pth(\.sha256)?|adapter-(init|final|best|last-good|\d+)|(rwkv|state|adapter)-final\.json"
 )
 # Of those, what stays for a run that starts from rwkv-init.pth; and what says by itself of which pairs and weights it is.
@@ -91,11 +91,13 @@ def save_end(path: Path, identity: Identity, step: int) -> None:
 
 
 def is_finished(path: Path, identity: Identity, total_steps: int) -> bool:
-    """Whether `path` is what this run writes last, after so many optimizer steps."""
+    """Whether `path` is what this run writes last: after so many optimizer steps, or where the same --early_stop has ended it."""
     end = _read_json(path.with_suffix(".json"))
     if end is None or not path.exists() or end.pop("sha256", "") != hash_of(path):
         return False
-    return end.pop("step", 0) == total_steps and not identity.changes_from(Identity.from_json(end), {Part.INCIDENTAL})
+    early_stop = end.get("early_stop", 0)
+    is_end = end.pop("step", 0) == total_steps or (early_stop > 0 and early_stop == identity.flags["early_stop"])
+    return is_end and not identity.changes_from(Identity.from_json(end), {Part.INCIDENTAL})
 
 
 def log_sizes(folder: Path) -> dict[str, int]:

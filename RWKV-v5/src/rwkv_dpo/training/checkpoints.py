@@ -1,7 +1,5 @@
 """What a run saves: the callbacks that write its weights."""
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from rwkv_dpo.training.guard import not_finite
 from rwkv_dpo.training.halt import Halted
 from rwkv_dpo.training.metrics import MetricsLog
 from rwkv_dpo.training.module import DPOModule
-from rwkv_dpo.training.validation import ValidPairs
 from rwkv_dpo.tuning.tuning import Tuning
 
 
@@ -57,9 +54,13 @@ class Checkpoints(pl.Callback):
         path = self.save(trainer, module, "final")
         self.halt.write(trainer, lambda: save_end(path, self.identity, trainer.global_step))
 
+    def path_of(self, label: str) -> Path:
+        """Where weights of that label are saved."""
+        return self.folder / saved_name(self.peft, label)
+
     def save(self, trainer: pl.Trainer, module: DPOModule, label: str) -> Path:
         """Writes the weights that train, under that label; every rank has to call it. Returns the path."""
-        weights, path = full_weights(trainer, module), self.folder / saved_name(self.peft, label)
+        weights, path = full_weights(trainer, module), self.path_of(label)
         if name := not_finite(weights):
             bad_step = f" (bad steps, the last of them {self.metrics.bad_step})" if self.metrics.bad_step else ""
             self.halt.fault = f"{path}: not written: {name} is not finite{bad_step}"
@@ -76,50 +77,6 @@ class Checkpoints(pl.Callback):
 
         self.halt.write(trainer, write)
         return path
-
-
-class BestCheckpoint(pl.Callback):
-    """rwkv-best.pth (adapter-best, state-best.pth): the weights with the best held-out figure so far, those before a resumption included.
-    Comes after the callback that evaluates."""
-
-    def __init__(self, metric: str, held_out: ValidPairs, checkpoints: Checkpoints) -> None:
-        """metric: a name of valid.jsonl; of losses the lowest is the best."""
-        self.metric, self.held_out, self.checkpoints = metric, held_out, checkpoints
-        self.sign = 1.0 if metric.startswith("loss") else -1.0
-        self.best = math.inf
-        self.seen: dict[str, Any] = {}
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        if not self.held_out.record:
-            self.best = trainer.strategy.broadcast(self._best_before() if trainer.is_global_zero else math.inf)
-        self._look(trainer, module)
-
-    @override
-    def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        self._look(trainer, module)
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        self._look(trainer, module)
-
-    def _look(self, trainer: pl.Trainer, module: DPOModule) -> None:
-        record = self.held_out.record
-        if record is self.seen:
-            return
-        self.seen = record
-        value = record.get(self.metric)
-        if value is not None and self.sign * value < self.best:
-            self.best = self.sign * value
-            self.checkpoints.save(trainer, module, "best")
-
-    def _best_before(self) -> float:
-        folder, peft = self.checkpoints.folder, self.checkpoints.peft
-        log = folder / "valid.jsonl"
-        if not (log.exists() and (folder / saved_name(peft, "best")).exists()):
-            return math.inf
-        values = [json.loads(line).get(self.metric) for line in log.read_text().splitlines()]
-        return min((self.sign * value for value in values if value is not None), default=math.inf)
 
 
 def full_weights(trainer: pl.Trainer, module: DPOModule) -> dict[str, torch.Tensor]:

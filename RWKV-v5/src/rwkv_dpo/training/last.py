@@ -134,7 +134,8 @@ class LastCheckpoints(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        if trainer.is_global_zero:
+        # With more patience a run goes on from where --early_stop has ended it.
+        if trainer.is_global_zero and trainer.global_step == self.length.total_steps:
             shutil.rmtree(last_of(self.folder), ignore_errors=True)
 
     def _stop(self, trainer: pl.Trainer) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +97,22 @@ def _some(paths: list[Path]) -> list[Path]:
 
 
 def best_and_last(valid: Path) -> str:
-    """The held-out figures of the best evaluation, by the loss, and of the last; "" without any."""
+    """The held-out figures of the best evaluation, by the loss of pairs, or of the corpus, and of the last; "" without any."""
     records = [json.loads(line) for line in valid.read_text().splitlines()] if valid.exists() else []
-    records = [record for record in records if record.get("loss_dpo") is not None]
-    if not records:
-        return ""
-    best, last = min(records, key=lambda record: record["loss_dpo"]), records[-1]
-    if best is last:
-        return f"held-out pairs: best after step {last['step']}, the last: {_figures(last)}"
-    return f"held-out pairs: best after step {best['step']}: {_figures(best)}; after step {last['step']}, the last: {_figures(last)}"
+    for loss, data in (("loss_dpo", "pairs"), ("corpus_loss", "corpus")):
+        known = [record for record in records if record.get(loss) is not None]
+        if not known:
+            continue
+        best, last = min(known, key=itemgetter(loss)), known[-1]
+        if best is last:
+            return f"held-out {data}: best after step {last['step']}, the last: {_figures(last)}"
+        return f"held-out {data}: best after step {best['step']}: {_figures(best)}; after step {last['step']}, the last: {_figures(last)}"
+    return ""
 
 
 def _figures(record: dict[str, Any]) -> str:
-    return f"DPO loss {record['loss_dpo']:.4f}, accuracy {record['rewards/accuracies']:.3f}, margin {record['rewards/margins']:.4f}"
+    corpus = [f"corpus loss {record['corpus_loss']:.4f}"] if record.get("corpus_loss") is not None else []
+    if record.get("loss_dpo") is None:
+        return corpus[0]
+    pairs = f"DPO loss {record['loss_dpo']:.4f}, accuracy {record['rewards/accuracies']:.3f}, margin {record['rewards/margins']:.4f}"
+    return ", ".join([pairs, *corpus])

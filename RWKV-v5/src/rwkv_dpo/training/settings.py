@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rwkv_dpo.settings.fields import AT_LEAST_ONE, NOT_NEGATIVE, Part, flag
+from rwkv_dpo.settings.fields import AT_LEAST_ONE, NOT_NEGATIVE, SHARE, Part, flag
+
+# Figures of held-out pairs of which the best evaluation may be told.
+OF_PAIRS = ("loss_dpo", "rewards/accuracies", "rewards/margins", "logps/accuracies")
 
 
 @dataclass(frozen=True)
@@ -22,19 +25,35 @@ class SavingSettings:
 
 @dataclass(frozen=True)
 class HeldOutSettings:
-    """When the pairs of dpo_valid_file are evaluated, and how many."""
+    """When held-out data is evaluated and how much of it, what is made of the figures, and what the model is asked then."""
 
     TITLE: ClassVar[str] = "held-out evaluation"
 
     eval_every: int = flag(
-        0, "evaluate the pairs of dpo_valid_file before the first optimizer step and after every so many, beside the end of every epoch; "
-        "0: at the ends of epochs alone", NOT_NEGATIVE, part=Part.INCIDENTAL,
+        0, "evaluate dpo_valid_file and valid_data_file before the first optimizer step and after every so many, beside the end of every "
+        "epoch; 0: at the ends of epochs alone", NOT_NEGATIVE, part=Part.INCIDENTAL,
     )  # fmt: skip
-    eval_pairs: int = flag(0, "evaluate that many of them, drawn by the seed; 0: all", NOT_NEGATIVE, part=Part.INCIDENTAL)
+    eval_pairs: int = flag(0, "evaluate that many pairs of dpo_valid_file, drawn by the seed; 0: all", NOT_NEGATIVE, part=Part.INCIDENTAL)
+    eval_windows: int = flag(0, "evaluate that many windows of valid_data_file, its first; 0: all", NOT_NEGATIVE, part=Part.INCIDENTAL)
     keep_best: str = flag(
         "", "save the weights with the best of these figures of all evaluations as rwkv-best.pth (adapter-best, state-best.pth)",
-        choices=("", "loss_dpo", "rewards/accuracies", "rewards/margins", "logps/accuracies"), part=Part.INCIDENTAL,
+        choices=("", *OF_PAIRS, "corpus_loss"), part=Part.INCIDENTAL,
     )  # fmt: skip
+    early_stop: int = flag(
+        0, "end the run after so many evaluations in a row without a better figure of --keep_best (else of loss_dpo, or corpus_loss); 0: "
+        "don't", NOT_NEGATIVE, part=Part.INCIDENTAL,
+    )  # fmt: skip
+    sample_prompts: str = flag(
+        "", "write answers to the prompts of this file (a line each; of .jsonl the field prompt) into samples.jsonl before the first "
+        "optimizer step and at every evaluation", names_file=True, part=Part.INCIDENTAL,
+    )  # fmt: skip
+    sample_tokens: int = flag(100, "longest of those answers, in tokens", AT_LEAST_ONE, part=Part.INCIDENTAL)
+    sample_temperature: float = flag(0.0, "of those answers; 0: always the likeliest token", NOT_NEGATIVE, part=Part.INCIDENTAL)
+    sample_top_p: float = flag(1.0, "of those answers: the likeliest tokens that make up so much", SHARE, part=Part.INCIDENTAL)
+
+    def watched(self, has_pairs: bool) -> str:
+        """The figure that says which evaluation is the best; has_pairs: held-out pairs are evaluated."""
+        return self.keep_best or ("loss_dpo" if has_pairs else "corpus_loss")
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,21 @@
-"""What a run measures on held-out pairs."""
+"""What a run measures on held-out data."""
 
 import logging
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytorch_lightning as pl
 from tqdm import tqdm
 from typing_extensions import override
 
+from rwkv_dpo.data.corpus import Corpus
 from rwkv_dpo.data.pairs import PairSet
-from rwkv_dpo.evaluation.scoring import evaluate_pairs
+from rwkv_dpo.evaluation.scoring import corpus_loss, evaluate_pairs
 from rwkv_dpo.files.json_text import as_json
+from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.objective.losses import Mixture
 from rwkv_dpo.optimizer.length import RunLength
 from rwkv_dpo.training.halt import Halt
@@ -22,15 +25,65 @@ from rwkv_dpo.training.module import DPOModule
 log = logging.getLogger(__name__)
 
 
-class ValidPairs(pl.Callback):
-    """Loss, accuracy and margins on held-out pairs at the end of every epoch, and, where every is above 0, before the first optimizer
-    step and after every so many: a printed line and a line of valid.jsonl each time."""
+class Measure(Protocol):
+    """Held-out data of one kind."""
 
-    def __init__(
-        self, pairs: PairSet, mixture: Mixture, batch_tokens: int, length: RunLength, every: int, folder: Path, halt: Halt, shows_bar: bool
-    ) -> None:
+    def figures(self, model: RWKV, shows_bar: bool) -> dict[str, Any]:
+        """By the names of valid.jsonl."""
+
+    def words(self, figures: dict[str, Any]) -> str:
+        """Of the line that is printed."""
+
+
+class HeldOutPairs:
+    """Loss, accuracy with its interval, margins, and how long the preferred answers are."""
+
+    def __init__(self, pairs: PairSet, mixture: Mixture, batch_tokens: int) -> None:
         """batch_tokens: scored at once."""
-        self.pairs, self.mixture, self.batch_tokens, self.length, self.every = pairs, mixture, batch_tokens, length, every
+        self.pairs, self.mixture, self.batch_tokens = pairs, mixture, batch_tokens
+
+    def figures(self, model: RWKV, shows_bar: bool) -> dict[str, Any]:
+        """All pairs, on every rank."""
+        with tqdm(total=len(self.pairs), unit="pair", desc="held-out", leave=False, disable=None if shows_bar else True) as bar:
+            metrics = evaluate_pairs(model, self.pairs, self.mixture, self.batch_tokens, bar.update)
+        figures: dict[str, Any] = {"pairs": len(self.pairs), **{name: finite(value) for name, value in metrics.items()}}
+        figures["rewards/accuracies_95"] = interval(metrics["rewards/accuracies"], len(self.pairs))
+        return figures
+
+    def words(self, figures: dict[str, Any]) -> str:
+        """As in "40 held-out pairs: DPO loss 0.6, ..."."""
+        loss, margin = (math.nan if figures[name] is None else figures[name] for name in ("loss_dpo", "rewards/margins"))
+        low, high = figures["rewards/accuracies_95"]
+        accuracy = f"accuracy {figures['rewards/accuracies']:.3f} ({low:.3f} to {high:.3f})"
+        return f"{figures['pairs']} held-out pairs: DPO loss {loss:.4f}, {accuracy}, margin {margin:.4f}"
+
+
+class HeldOutCorpus:
+    """Loss and perplexity on windows of a corpus, from its start on."""
+
+    def __init__(self, corpus: Corpus, ctx_len: int, n_windows: int, batch_tokens: int) -> None:
+        """n_windows: at most, 0: all of them. batch_tokens: scored at once."""
+        self.corpus, self.ctx_len, self.batch_tokens = corpus, ctx_len, batch_tokens
+        self.starts = range(0, corpus.n_tokens - ctx_len, ctx_len)[: n_windows or None]
+
+    def figures(self, model: RWKV, shows_bar: bool) -> dict[str, Any]:
+        """All windows, on every rank."""
+        with tqdm(self.starts, unit="window", desc="held-out", leave=False, disable=None if shows_bar else True) as bar:
+            loss = corpus_loss(model, (self.corpus.window(start, self.ctx_len + 1) for start in bar), self.batch_tokens)
+        return {"windows": len(self.starts), "corpus_loss": finite(loss), "corpus_perplexity": finite(_exp(loss))}
+
+    def words(self, figures: dict[str, Any]) -> str:
+        """As in "64 held-out windows: loss 2.1, perplexity 8.2"."""
+        loss = math.nan if figures["corpus_loss"] is None else figures["corpus_loss"]
+        return f"{figures['windows']} held-out windows: loss {loss:.4f}, perplexity {_exp(loss):.2f}"
+
+
+class HeldOut(pl.Callback):
+    """Evaluates at the end of every epoch, and, where every is above 0, before the first optimizer step and after every so many: a
+    printed line and a line of valid.jsonl each time."""
+
+    def __init__(self, measures: Sequence[Measure], length: RunLength, every: int, folder: Path, halt: Halt, shows_bar: bool) -> None:
+        self.measures, self.length, self.every = measures, length, every
         self.folder, self.halt, self.shows_bar = folder, halt, shows_bar
         self.record: dict[str, Any] = {}  # of the last evaluation
         self.step = 0  # optimizer steps of this run until then, or until it was resumed
@@ -52,25 +105,25 @@ class ValidPairs(pl.Callback):
             self._evaluate(trainer, module)
 
     def _evaluate(self, trainer: pl.Trainer, module: DPOModule) -> None:
-        length, shows = self.length, self.shows_bar and trainer.is_global_zero
         self.step = trainer.global_step
+        shows_bar = self.shows_bar and trainer.is_global_zero
         module.model.eval()
-        with tqdm(total=len(self.pairs), unit="pair", desc="held-out", leave=False, disable=None if shows else True) as bar:
-            metrics = evaluate_pairs(module.model, self.pairs, self.mixture, self.batch_tokens, bar.update)
+        found = [(measure, measure.figures(module.model, shows_bar)) for measure in self.measures]
         module.model.train()
-        epoch = length.epoch_begin + trainer.current_epoch
-        step = length.epoch_begin * length.steps_per_epoch + trainer.global_step
-        figures: dict[str, Any] = {name: finite(value) for name, value in metrics.items()}
-        figures["rewards/accuracies_95"] = interval(metrics["rewards/accuracies"], len(self.pairs))
-        self.record = {"epoch": epoch, "step": step, "pairs": len(self.pairs), **figures}
-        if not trainer.is_global_zero:
+        self.record = when(trainer, self.length)
+        for _, figures in found:
+            self.record |= figures
+        if not trainer.is_global_zero or not found:
             return
         self.halt.append(self.folder / "valid.jsonl", as_json(self.record) + "\n")
-        log.info(
-            "epoch %d, step %d, %d held-out pairs: DPO loss %.4f, accuracy %.3f (%.3f to %.3f), margin %.4f",
-            epoch, step, len(self.pairs), metrics["loss_dpo"], metrics["rewards/accuracies"], *figures["rewards/accuracies_95"],
-            metrics["rewards/margins"],
-        )  # fmt: skip
+        words = "; ".join(measure.words(figures) for measure, figures in found)
+        log.info("epoch %d, step %d, %s", self.record["epoch"], self.record["step"], words)
+
+
+def when(trainer: pl.Trainer, length: RunLength) -> dict[str, Any]:
+    """The epoch, and the optimizer steps, earlier runs' included."""
+    step = length.epoch_begin * length.steps_per_epoch + trainer.global_step
+    return {"epoch": length.epoch_begin + trainer.current_epoch, "step": step}
 
 
 def drawn(pairs: PairSet, n: int, seed: int) -> PairSet:
@@ -89,3 +142,7 @@ def interval(share: float, n: int) -> list[float]:
     z = 1.959964
     middle, width = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
     return [(middle - width) / (1 + z * z / n), (middle + width) / (1 + z * z / n)]
+
+
+def _exp(loss: float) -> float:
+    return math.exp(min(loss, 700))

@@ -14,7 +14,7 @@ from typing_extensions import override
 from rwkv_dpo.files.atomic import atomic_write
 from rwkv_dpo.training.metrics import MetricsLog
 from rwkv_dpo.training.module import DPOModule
-from rwkv_dpo.training.validation import ValidPairs
+from rwkv_dpo.training.validation import HeldOut
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class WandbLog(pl.Callback):
     """A record of metrics.jsonl at every step, and what is new in valid.jsonl under valid/..., from rank 0. Comes after the callbacks
     whose records it passes on. wandb's own settings (WANDB_MODE and the like) are left to the user."""
 
-    def __init__(self, project: str, flags: Mapping[str, Any], folder: Path, metrics: MetricsLog, valid: ValidPairs | None) -> None:
+    def __init__(self, project: str, flags: Mapping[str, Any], folder: Path, metrics: MetricsLog, valid: HeldOut | None) -> None:
         self.project, self.flags, self.folder, self.metrics, self.valid = project, flags, folder, metrics, valid
         self.run: Any = None
         self.held_out: dict[str, Any] = {}  # the last evaluation that was logged
