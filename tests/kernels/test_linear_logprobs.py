@@ -18,7 +18,12 @@ def test_values_and_gradients_equal_the_plain_head(n_rows, n_columns, chunk_rows
     hidden = torch.randn(n_rows, 12, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(n_columns, 12, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(n_columns, (n_rows,))
-    out = linear_logprobs(hidden, weight, targets, chunk_rows=chunk_rows, keep_bytes=keep_bytes)
+    out = linear_logprobs(hidden, weight, targets, chunk_rows=chunk_rows, keep_bytes=keep_bytes, collisions=n_columns == 53)
+    if n_columns == 53:
+        *out, collisions = out
+        squares = torch.softmax(hidden @ weight.T, 1).square().sum(1)
+        torch.testing.assert_close(collisions, squares.log(), rtol=1e-12, atol=1e-12)
+        assert not collisions.requires_grad
     grads = [torch.randn_like(part) for part in out]
     expected = plain(hidden, weight, targets)
     for got, want in zip(out, expected, strict=True):

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from rwkv_dpo.batches.comparisons import compare
 from rwkv_dpo.batches.forest import ForestBuilder
 from rwkv_dpo.batches.micro_batch import collate
+from rwkv_dpo.kernels.linear_logprobs import LogProbsAndCollisions
 from rwkv_dpo.objective.losses import LOSSES, Mixture, dpo, mixture_of, mixture_of_flags, preference_loss
-from rwkv_dpo.objective.objective import objective
+from rwkv_dpo.objective.objective import answer_logps, objective, pair_weights
 from rwkv_dpo.objective.preferences import Options, preferences
 from rwkv_dpo.objective.settings import LOSSES_OF_PAIRS, WITHOUT_REFERENCE, ObjectiveSettings
 
@@ -184,3 +185,58 @@ def test_losses_without_a_reference_do_not_depend_on_it():
         unknown = value(name, (-10, -20), (math.nan, math.nan), label_smoothing=0.1)
         other = value(name, (-10, -20), (-3, -7), label_smoothing=0.1)
         assert (unknown == other) == (name in WITHOUT_REFERENCE), name
+
+
+@pytest.mark.parametrize("case", TRL["tokens"]["cases"], ids=lambda case: str(case["options"]) + "+".join(case["losses"]))
+def test_what_depends_on_tokens_is_as_in_trl(case):
+    """LD-DPO and WPO."""
+    lengths = TRL["lengths"]
+    pairs = [(np.array([i]), np.full(chosen, 1), np.full(rejected, 2)) for i, (chosen, rejected) in enumerate(lengths)]
+    batch = collate([], pairs, np.array(TRL["ref_logps"]))
+    # TRL has all chosen answers first, and we have each pair's answers one after the other.
+    ours = [(side * len(pairs) + i, token) for i, both in enumerate(lengths) for side, n in enumerate(both) for token in range(n)]
+    tokens = torch.tensor(TRL["tokens"]["logps"], requires_grad=True)
+    assert len(ours) == len(batch.step.targets)
+    logps, collisions = (torch.stack([values[place] for place in ours]) for values in (tokens, torch.tensor(TRL["tokens"]["collisions"])))
+    rows = LogProbsAndCollisions(logps, torch.zeros_like(logps), collisions)
+    options = {name: value for name, value in case["options"].items() if name != "wpo"}
+    given = preferences(answer_logps(logps, batch.step, options.get("ld_alpha", 1.0)), batch.ref_logps, batch.step.compared)
+    if "wpo" in case["options"]:
+        given = given._replace(weights=pair_weights(rows, batch.step))
+    loss = preference_loss(given, Mixture(dict(zip(case["losses"], case["weights"], strict=True)), Options(**options)))
+    loss.backward()
+    assert loss.item() == pytest.approx(case["loss"], rel=2e-5)
+    torch.testing.assert_close(tokens.grad, torch.tensor(case["gradient"]), rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_ctx", [0, 16])
+@pytest.mark.parametrize("wpo", [False, True])
+@pytest.mark.parametrize("ld_alpha", [1.0, 0.25, 0.0])
+def test_through_the_forest_tokens_count_as_in_two_full_forwards(tiny_shape, ld_alpha, wpo, chunk_ctx):
+    model = random_model(tiny_shape)
+    # An answer that stands in two pairs, beside partners of other lengths.
+    pairs = [tuple(map(np.array, pair)) for pair in [*PAIRS, ([4, 4, 4], [7, 7, 1, 2], [5, 5])]]
+    refs = np.array([[-3.0, -5.0], [-1.0, -4.0], [-9.0, -2.0], [-3.0, -3.5], [-9.5, -2.0]])
+    mixture = Mixture({"sigmoid": 1.0, "hinge": 0.5}, Options(0.3, ld_alpha=ld_alpha))
+
+    def full_forward(prompt, answer):
+        builder = ForestBuilder()
+        builder.add(np.concatenate([prompt, answer])[:-1])
+        logps = torch.log_softmax(model.head(model(builder.build()[0])[0]), 1)[len(prompt) - 1 :]
+        return logps.gather(1, torch.as_tensor(answer)[:, None])[:, 0], torch.logsumexp(2 * logps, 1)
+
+    def of_pair(prompt, *answers):
+        (chosen, rejected), n = (full_forward(prompt, answer) for answer in answers), min(map(len, answers))
+        sums = torch.stack([logps[:n].sum() + ld_alpha * logps[n:].sum() for logps, _ in (chosen, rejected)])
+        return sums, math.exp(sum((logps - squares).mean().item() for logps, squares in (chosen, rejected)))
+
+    sums, weights = zip(*(of_pair(*pair) for pair in pairs), strict=True)
+    given = preferences(torch.stack(sums), torch.from_numpy(refs), compare(pairs)[0])
+    want = preference_loss(given._replace(weights=torch.tensor(weights, dtype=torch.float64) if wpo else None), mixture)
+    model.finds_collisions = wpo
+    trees = [[0], [1], [2, 4], [3]]
+    got, _ = objective(model, collate([], pairs, refs, chunk_ctx, trees=trees), mixture, 0.0)
+    assert got.item() == pytest.approx(want.item(), rel=1e-9)
+    both = (torch.autograd.grad(loss, list(model.parameters())) for loss in (got, want))
+    for (parameter, _), g, w in zip(model.named_parameters(), *both, strict=True):
+        assert (g - w).norm() <= 1e-9 * w.norm() + 1e-15, parameter

@@ -22,25 +22,27 @@ NAMES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair"
 DIVERGENCES = {"forward_kl": "forward_kl", "js": "js_divergence", "alpha": "alpha_divergence"}
 
 
-def trainer(losses, weights, beta=0.1, label_smoothing=0.0, f_divergence="reverse_kl", f_alpha=0.5) -> SimpleNamespace:
+def trainer(
+    losses, weights, beta=0.1, label_smoothing=0.0, f_divergence="reverse_kl", f_alpha=0.5, ld_alpha=None, wpo=False
+) -> SimpleNamespace:
     accelerator = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
     args = SimpleNamespace(discopop_tau=0.05, gradient_checkpointing_kwargs=None)
     metrics = {"train": collections.defaultdict(list)}
     return SimpleNamespace(
         model=SimpleNamespace(training=True), accelerator=accelerator, args=args, _metrics=metrics, _total_train_tokens=0, _tp_size=1,
-        loss_types=losses, loss_weights=weights, beta=beta, label_smoothing=label_smoothing, ld_alpha=None, use_weighting=False,
+        loss_types=losses, loss_weights=weights, beta=beta, label_smoothing=label_smoothing, ld_alpha=ld_alpha, use_weighting=wpo,
         precompute_ref_logps=True, aux_loss_enabled=False, f_divergence_type=DIVERGENCES.get(f_divergence, f_divergence),
         f_alpha_divergence_coef=f_alpha,
     )  # fmt: skip
 
 
-def batch(per_token: torch.Tensor, ref_logps: torch.Tensor) -> tuple[object, dict]:
+def batch(per_token: torch.Tensor, ref_logps: torch.Tensor, collisions: torch.Tensor | None = None) -> tuple[object, dict]:
     lengths = torch.tensor(LENGTHS).T.reshape(-1)  # all chosen answers, then all rejected ones
     width = PROMPT + int(lengths.max())
     places = torch.arange(width)
     mask = ((places >= PROMPT) & (places < PROMPT + lengths[:, None])).long()
     shown = SimpleNamespace(log_probs=per_token, entropy=torch.zeros_like(per_token), mean_logits=torch.zeros_like(per_token),
-                            is_top1=torch.zeros_like(per_token, dtype=torch.bool))  # fmt: skip
+                            log_sum_sq_probs=collisions, is_top1=torch.zeros_like(per_token, dtype=torch.bool))  # fmt: skip
     inputs = {"input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask,
               "ref_chosen_logps": ref_logps[:, 0], "ref_rejected_logps": ref_logps[:, 1]}  # fmt: skip
     return (lambda **_: shown), inputs
@@ -71,10 +73,31 @@ def main() -> None:
         loss = DPOTrainer._compute_loss(trainer(case["losses"], case["weights"], **case["options"]), model, inputs, False)
         loss.backward()
         case |= {"loss": loss.item(), "gradient": sums.grad.tolist()}
+    told_tokens = by_tokens(ref_logps, generator)
     told = {"trl": version("trl"), "losses": NAMES, "lengths": LENGTHS, "logps": logps.tolist(), "ref_logps": ref_logps.tolist()}
-    told["cases"] = cases
+    told |= {"cases": cases, "tokens": told_tokens}
     Path(__file__).with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
-    print(f"{len(cases)} cases")
+    print(f"{len(cases) + len(told_tokens['cases'])} cases")
+
+
+def by_tokens(ref_logps: torch.Tensor, generator: torch.Generator) -> dict:
+    """What depends on more than the sums: tokens [answers, longest], all chosen answers and then all rejected ones."""
+    shape = 2 * len(LENGTHS), PROMPT + max(map(max, LENGTHS)) - 1
+    # A token's log-probability, and the log of the sum of all squared ones, which is below 0 and above -log of the vocabulary.
+    tokens = -3 * torch.rand(shape, generator=generator)
+    collisions = -2 * torch.rand(shape, generator=generator)
+    cases = [{"losses": losses, "weights": weights, "options": {"beta": 0.1, "label_smoothing": 0.1, **option}}
+             for option in ({"ld_alpha": 0.3}, {"wpo": True})
+             for losses, weights in ((["sigmoid"], [1.0]), (["exo_pair", "apo_zero"], [0.5, 2.0]))]  # fmt: skip
+    for case in cases:
+        leaves = tokens.clone().requires_grad_()
+        model, inputs = batch(leaves, ref_logps, collisions)
+        mask = inputs["completion_mask"][:, 1:]
+        shown = SimpleNamespace(**{**vars(model()), "log_probs": leaves * mask})
+        loss = DPOTrainer._compute_loss(trainer(case["losses"], case["weights"], **case["options"]), lambda s=shown, **_: s, inputs, False)
+        loss.backward()
+        case |= {"loss": loss.item(), "gradient": leaves.grad[:, PROMPT - 1 :].tolist()}
+    return {"logps": tokens[:, PROMPT - 1 :].tolist(), "collisions": collisions[:, PROMPT - 1 :].tolist(), "cases": cases}
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ def run_of(checkpoint: str | Path) -> Mapping[str, Any]:
 
 def objectives(runs: Sequence[Mapping[str, Any]]) -> list[Mixture]:
     """The preference losses of each run; for a checkpoint without a run, which stands beside others to be compared, those of the first
-    that is known."""
+    that is known. All of whole answers: pair files know no other sums."""
     first: Mapping[str, Any] = next((run for run in runs if run), {})
-    return [mixture_of_flags(run or first) for run in runs]
+    return [mixture_of_flags({**(run or first), "dpo_ld_alpha": 1.0}) for run in runs]
 
 
 def check_not_trained_on(pairs: PairSet, name: str, run: Mapping[str, Any], checkpoint: str) -> str:

@@ -9,27 +9,30 @@ from rwkv_dpo.batches.chunks import plan_chunks
 from rwkv_dpo.batches.comparisons import compare
 from rwkv_dpo.batches.step import Step, build_step
 from rwkv_dpo.data.pairs import PairSet
-from rwkv_dpo.kernels.linear_logprobs import LogProbs
+from rwkv_dpo.kernels.linear_logprobs import Scores
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.objective.losses import Mixture, preference_loss
 from rwkv_dpo.objective.objective import answer_logps, pair_metrics, score_rows
 from rwkv_dpo.objective.preferences import preferences
 
 
-def score_pairs(model: RWKV, pairs: PairSet, batch_tokens: int, progress: Callable[[int], object] = lambda n: None) -> np.ndarray:
-    """Log-probabilities of both answers of every pair under `model`: float64 [pairs, 2], nats, each an fp32 sum.
+def score_pairs(
+    model: RWKV, pairs: PairSet, batch_tokens: int, progress: Callable[[int], object] = lambda n: None, ld_alpha: float = 1.0
+) -> np.ndarray:
+    """Log-probabilities of both answers of every pair under `model`: float64 [pairs, 2], nats, each an fp32 sum; ld_alpha: as for
+    objective.answer_logps.
 
     Pairs go through in the batches of scoring_batches; `progress` is told how many each batch held.
     """
     result = np.full((len(pairs), 2), np.nan)
     for rows in scoring_batches(pairs, batch_tokens):
-        result[rows] = score_batch(model, pairs, rows, batch_tokens)
+        result[rows] = score_batch(model, pairs, rows, batch_tokens, ld_alpha)
         progress(len(rows))
     return result
 
 
 @torch.no_grad()
-def score_batch(model: RWKV, pairs: PairSet, rows: np.ndarray, batch_tokens: int) -> np.ndarray:
+def score_batch(model: RWKV, pairs: PairSet, rows: np.ndarray, batch_tokens: int, ld_alpha: float = 1.0) -> np.ndarray:
     """Log-probabilities [len(rows), 2] of both answers of those pairs, computing a shared prompt once: in one model call, or, where
     they are more than batch_tokens tokens, in chunks of so many."""
     trees: dict[bytes, list[int]] = {}
@@ -37,10 +40,10 @@ def score_batch(model: RWKV, pairs: PairSet, rows: np.ndarray, batch_tokens: int
         trees.setdefault(_shared(pairs, i), []).append(place)
     step = build_step([], [pairs.pair(i) for i in rows], list(trees.values()))
     logps = _score_in_parts(model, step, batch_tokens).logps
-    return answer_logps(logps, step.to(logps.device)).double().cpu().numpy()
+    return answer_logps(logps, step.to(logps.device), ld_alpha).double().cpu().numpy()
 
 
-def _score_in_parts(model: RWKV, step: Step, batch_tokens: int) -> LogProbs:
+def _score_in_parts(model: RWKV, step: Step, batch_tokens: int) -> Scores:
     """score_rows of a step on the CPU, with no more than batch_tokens tokens at once."""
     device = model.head.weight.device
     plan = plan_chunks(step, batch_tokens).to(device) if step.forest.tokens.numel() > batch_tokens else None
@@ -112,7 +115,7 @@ def evaluate_pairs(
     pairs whose chosen answer is the more probable one, reference aside; lengths/preferred: tokens of the answers with the higher
     reward. Of pairs that are not scored only what needs no reference.
     `progress` is told how many pairs each batch held."""
-    logps = torch.from_numpy(score_pairs(model, pairs, batch_tokens, progress))
+    logps = torch.from_numpy(score_pairs(model, pairs, batch_tokens, progress, mixture.options.ld_alpha))
     refs = torch.from_numpy(pairs.ref_logps)
     trees = [pairs.tree(t) for t in range(pairs.n_trees)]
     compared, _ = compare([pairs.pair(i) for i in range(len(pairs))], trees, pairs.scores)

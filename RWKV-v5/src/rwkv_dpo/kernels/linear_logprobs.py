@@ -5,6 +5,7 @@ plain log_softmax keeps two more of the kind. Here the rows go through in chunks
 tile small enough for the cache.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,25 +33,43 @@ class LogProbs(NamedTuple):
     max_logits: Tensor  # fp32 [R], each row's largest logit
 
 
+class LogProbsAndCollisions(NamedTuple):
+    """The same where collisions are asked for."""
+
+    logps: Tensor
+    max_logits: Tensor
+    collisions: Tensor  # fp32 [R], log of the sum of each row's squared probabilities, without a gradient
+
+
+Scores = LogProbs | LogProbsAndCollisions
+
+
+def scores_of(parts: Sequence[Tensor]) -> Scores:
+    """By their number."""
+    return LogProbs(*parts) if len(parts) == 2 else LogProbsAndCollisions(*parts)
+
+
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int = CHUNK_ROWS, keep_bytes: int = KEEP_BYTES
-) -> LogProbs:
-    """log_softmax(hidden @ weight.T)[targets], and the rows' largest logits.
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int = CHUNK_ROWS, keep_bytes: int = KEEP_BYTES,
+    collisions: bool = False,
+) -> Scores:  # fmt: skip
+    """log_softmax(hidden @ weight.T)[targets], the rows' largest logits, and, where asked for, collisions.
 
     hidden [R, C] in the compute dtype; weight [V, C], used in the dtype of hidden; targets int64 [R]. Softmax and results are
-    fp32 (float64 for float64 inputs). Differentiable in hidden and weight through both results.
+    fp32 (float64 for float64 inputs). Differentiable in hidden and weight through the first two results.
     """
-    return LogProbs(*_LinearLogProbs.apply(hidden, weight, targets, chunk_rows, keep_bytes))
+    return scores_of(_LinearLogProbs.apply(hidden, weight, targets, chunk_rows, keep_bytes, collisions))
 
 
 class _LinearLogProbs(torch.autograd.Function):
     """Logits of a chunk become exp(logit - row's largest) in place, which is all that the backward needs of them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk_rows, keep_bytes):
+    def forward(ctx, hidden, weight, targets, chunk_rows, keep_bytes, collisions):
         n_rows = hidden.shape[0]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logps, max_logits, sums = (torch.empty(n_rows, dtype=wide, device=hidden.device) for _ in range(3))
+        norms = torch.empty_like(sums) if collisions else None
         compute_weight = weight.to(hidden.dtype)
         needs_backward = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         kept, n_kept_bytes = [], 0
@@ -64,6 +83,8 @@ class _LinearLogProbs(torch.autograd.Function):
                 logps[tile] = x.gather(1, targets[tile, None]).squeeze(1) - max_logits[tile]
                 exps = _exps(x, max_logits[tile])
                 sums[tile] = exps.sum(dim=1)
+                if norms is not None:
+                    norms[tile] = torch.linalg.vector_norm(exps, dim=1)
                 if keep:
                     part.copy_(exps)
             kept.append(logits if keep else None)
@@ -72,11 +93,15 @@ class _LinearLogProbs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets, max_logits, sums)
         ctx.kept, ctx.chunk_rows = kept, chunk_rows
         ctx.set_materialize_grads(False)
-        return logps, max_logits
+        if norms is None:
+            return logps, max_logits
+        norms = 2 * (norms.log() - sums.log())
+        ctx.mark_non_differentiable(norms)
+        return logps, max_logits, norms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logps, grad_max_logits):
+    def backward(ctx, grad_logps, grad_max_logits, *_):
         hidden, weight, targets, max_logits, sums = ctx.saved_tensors
         if grad_logps is None:
             grad_logps = torch.zeros_like(sums)
@@ -105,7 +130,7 @@ class _LinearLogProbs(torch.autograd.Function):
                     grad_weight[columns].copy_(product) if i == 0 else grad_weight[columns].add_(product)
                     del product
             del exps, part
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _exps(logits: Tensor, max_logits: Tensor) -> Tensor:

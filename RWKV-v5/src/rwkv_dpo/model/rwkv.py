@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_dpo.batches.forest import Forest, LayerState
-from rwkv_dpo.kernels.linear_logprobs import LEAN, LogProbs, linear_logprobs
+from rwkv_dpo.kernels.linear_logprobs import LEAN, Scores, linear_logprobs
 from rwkv_dpo.kernels.wkv5 import WKV5
 from rwkv_dpo.model.recompute import forgetting
 from rwkv_dpo.model.shape import ModelShape
@@ -34,6 +34,7 @@ class RWKV(nn.Module):
         grad_cp: what the backward pass computes again: "0" little, "selective" also norms and shifts, "1" whole blocks."""
         super().__init__()
         self.shape, self.wkv, self.compute_dtype, self.grad_cp = shape, wkv, compute_dtype, grad_cp
+        self.finds_collisions = False  # whether scored rows come with LogProbs.collisions
         self.emb = nn.Embedding(shape.vocab_size, shape.n_embd)
         self.blocks = nn.ModuleList(Block(shape, mixes, layer, dropout, selective=grad_cp == "selective") for layer in range(shape.n_layer))
         self.ln_out = LayerNorm(shape.n_embd)
@@ -90,12 +91,15 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, n_embd))
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, lean: bool = False) -> Tensor | LogProbs:
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, lean: bool = False, collisions: bool = False
+    ) -> Tensor | Scores:
         """Logits of hidden rows [R, C], or with targets [R] their log-probabilities, which never makes all the logits; lean: with
-        the least memory. Both in one forward: DeepSpeed's ZeRO-3 gathers a module's weights for its forward only."""
+        the least memory; collisions: with LogProbs.collisions. Both in one forward: DeepSpeed's ZeRO-3 gathers a module's weights for
+        its forward only."""
         if targets is None:
             return F.linear(hidden, self.weight.to(hidden.dtype))
-        return linear_logprobs(hidden, self.weight, targets, **(LEAN if lean else {}))
+        return linear_logprobs(hidden, self.weight, targets, collisions=collisions, **(LEAN if lean else {}))
 
 
 class Block(nn.Module):

@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from rwkv_dpo.batches.chunks import Chunk, ChunkPlan
 from rwkv_dpo.batches.forest import LayerState
-from rwkv_dpo.kernels.linear_logprobs import LogProbs
+from rwkv_dpo.kernels.linear_logprobs import LogProbs, LogProbsAndCollisions, Scores, scores_of
 from rwkv_dpo.model.rwkv import RWKV
 
 # Up to so many borders keep their states. Beyond, only every sqrt(n)-th does, and the backward pass computes those between once
@@ -30,17 +30,17 @@ DIRECT_BORDERS = 32
 Live = list[LayerState]
 
 
-def score_chunks(model: RWKV, plan: ChunkPlan) -> LogProbs:
+def score_chunks(model: RWKV, plan: ChunkPlan) -> Scores:
     """What `objective.score_rows` returns, in the memory of one chunk; 0 for rows that no chunk scores. Differentiable in the
     parameters that require a gradient; with gradients off it is the first pass alone."""
     names, parameters = _trainable(model)
     if torch.is_grad_enabled() and parameters:
-        return LogProbs(*_ScoreChunks.apply(model, plan, names, *parameters))
+        return scores_of(_ScoreChunks.apply(model, plan, names, *parameters))
     with torch.no_grad():
-        return _first_pass(model, plan, lambda number, live: None)
+        return scores_of(_first_pass(model, plan, lambda number, live: None))
 
 
-def truncated_loss(model: RWKV, plan: ChunkPlan, loss_of: Callable[[LogProbs], Tensor]) -> Tensor:
+def truncated_loss(model: RWKV, plan: ChunkPlan, loss_of: Callable[[Scores], Tensor]) -> Tensor:
     """The mean over a truncated plan's window rows of loss_of, itself a mean over the rows it gets, in a single pass: gradients are
     computed along with the value, and scaled later. (So not for fp16, whose small gradients want to be scaled beforehand.)"""
     names, parameters = _trainable(model)
@@ -141,10 +141,11 @@ class _With(nn.Module):
         work()
 
 
-def _first_pass(model: RWKV, plan: ChunkPlan, at_border: Callable[[int, Live], None]) -> LogProbs:
-    """at_border(number, live) is called before each chunk."""
+def _first_pass(model: RWKV, plan: ChunkPlan, at_border: Callable[[int, Live], None]) -> tuple[Tensor, ...]:
+    """The parts of scores. at_border(number, live) is called before each chunk."""
     wide = torch.promote_types(model.compute_dtype, torch.float32)
-    result = LogProbs(*(torch.zeros(plan.n_rows, dtype=wide, device=model.head.weight.device) for _ in LogProbs._fields))
+    kind = LogProbsAndCollisions if model.finds_collisions else LogProbs
+    result = tuple(torch.zeros(plan.n_rows, dtype=wide, device=model.head.weight.device) for _ in kind._fields)
     live: Live = []
     for number, chunk in enumerate(plan.chunks):
         at_border(number, live)
@@ -174,8 +175,8 @@ def _detached(live: Live) -> Live:
     return [LayerState(*(part.detach() for part in layer)) for layer in live]
 
 
-def _score(model: RWKV, chunk: Chunk, hidden: Tensor) -> LogProbs:
-    return model.head(hidden.index_select(0, chunk.rows), chunk.targets, lean=model.is_lean)
+def _score(model: RWKV, chunk: Chunk, hidden: Tensor) -> Scores:
+    return model.head(hidden.index_select(0, chunk.rows), chunk.targets, model.is_lean, model.finds_collisions)
 
 
 def _learn(
@@ -188,8 +189,9 @@ def _learn(
         hidden, ends = _advance(model, chunk, live)
         outputs, grads = ([], []) if after is None else ([part for layer in ends for part in layer], list(after))
         if chunk.places.numel():
-            outputs += _score(model, chunk, hidden)
-            grads += [grad.index_select(0, chunk.places) for grad in row_grads]
+            # Collisions have no gradient.
+            outputs += _score(model, chunk, hidden)[:2]
+            grads += [grad.index_select(0, chunk.places) for grad in row_grads[:2]]
     wanted = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad and grad is not None]
     del hidden, outputs
     if wanted:

@@ -39,7 +39,7 @@ def mixture_of(settings: ObjectiveSettings) -> Mixture:
     """What a run minimises of its pairs."""
     options = Options(
         settings.dpo_beta, settings.dpo_label_smoothing, settings.simpo_gamma, settings.dpop_lambda, settings.dpo_f_divergence,
-        settings.dpo_f_alpha,
+        settings.dpo_f_alpha, settings.dpo_ld_alpha,
     )  # fmt: skip
     return Mixture(dict(zip(settings.losses, settings.loss_weights, strict=True)), options)
 
@@ -71,7 +71,8 @@ def preference_loss(
 
 
 def _mean(loss: Loss, given: Preferences, options: Options) -> Tensor:
-    return loss(given, options).mean()
+    values = loss(given, options)
+    return (values if given.weights is None else given.weights * values).mean()
 
 
 def l2wrap(loss: Tensor, max_logits: Tensor) -> Tensor:

@@ -8,25 +8,44 @@ from torch import Tensor
 from rwkv_dpo.batches.chunks import ChunkPlan
 from rwkv_dpo.batches.micro_batch import MicroBatch
 from rwkv_dpo.batches.step import Step
-from rwkv_dpo.kernels.linear_logprobs import LogProbs
+from rwkv_dpo.kernels.linear_logprobs import LogProbs, LogProbsAndCollisions, Scores
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.objective.chunked_step import score_chunks, truncated_loss
 from rwkv_dpo.objective.losses import Mixture, l2wrap, mix, preference_loss
 from rwkv_dpo.objective.preferences import Preferences, preferences
 
 
-def score_rows(model: RWKV, step: Step, plan: ChunkPlan | None = None) -> LogProbs:
+def score_rows(model: RWKV, step: Step, plan: ChunkPlan | None = None) -> Scores:
     """Log-probabilities and largest logits of the step's scored rows: the one model call of a micro-batch, or one a chunk."""
     if plan:
         return score_chunks(model, plan)
     hidden, _ = model(step.forest)
-    return model.head(hidden.index_select(0, step.scored_rows), step.targets, lean=model.is_lean)
+    return model.head(hidden.index_select(0, step.scored_rows), step.targets, model.is_lean, model.finds_collisions)
 
 
-def answer_logps(logps: Tensor, step: Step) -> Tensor:
-    """Sums over the tokens of each pair's answers [pairs, 2]: chosen, rejected. fp32."""
+def answer_logps(logps: Tensor, step: Step, ld_alpha: float = 1.0) -> Tensor:
+    """Sums over the tokens of each pair's answers [pairs, 2]: chosen, rejected. fp32.
+
+    ld_alpha: what tokens count for that an answer has beyond the length of the other one (LD-DPO: Liu et al. 2024, arXiv:2409.06411)."""
+    of_entries, pairs = logps.index_select(0, step.entry_rows), step.compared.pairs
     sums = logps.new_zeros(step.compared.n_answers)
-    return sums.index_add(0, step.entry_answers, logps.index_select(0, step.entry_rows))[step.compared.pairs]
+    whole = sums.index_add(0, step.entry_answers, of_entries)[pairs]
+    if ld_alpha == 1:
+        return whole
+    # Entries come in the order of each answer's tokens. Sums up to a token are differences of sums over all, hence float64.
+    order = torch.argsort(step.entry_answers, stable=True)
+    up_to = torch.cat([of_entries.new_zeros(1, dtype=torch.float64), of_entries[order].double().cumsum(0)])
+    lengths = step.compared.lengths
+    first = (lengths.cumsum(0) - lengths)[pairs]
+    shared = up_to[first + lengths[pairs].amin(1, keepdim=True)] - up_to[first]
+    return ld_alpha * whole + (1 - ld_alpha) * shared.to(whole.dtype)
+
+
+def pair_weights(rows: LogProbsAndCollisions, step: Step) -> Tensor:
+    """WPO's weights of pairs [P], without gradient: how likely the policy itself is to write both answers, by the mean over their tokens
+    of log p(token) - log sum p^2 (Zhou et al. 2024, arXiv:2406.11827, equation 2)."""
+    aligned = answer_logps(rows.logps.detach() - rows.collisions, step)
+    return (aligned / step.compared.lengths[step.compared.pairs]).sum(1).exp()
 
 
 def objective(model: RWKV, batch: MicroBatch, mixture: Mixture, ratio: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -45,7 +64,9 @@ def objective(model: RWKV, batch: MicroBatch, mixture: Mixture, ratio: float) ->
         loss_general = general_loss(LogProbs(rows.logps[:n], rows.max_logits[:n])) if truncated is None else truncated
         metrics["loss_general"] = loss_general.detach()
     if batch.step.n_pairs:
-        given = preferences(answer_logps(rows.logps, batch.step), batch.ref_logps, batch.step.compared)
+        given = preferences(answer_logps(rows.logps, batch.step, mixture.options.ld_alpha), batch.ref_logps, batch.step.compared)
+        if isinstance(rows, LogProbsAndCollisions):
+            given = given._replace(weights=pair_weights(rows, batch.step))
         loss_dpo = preference_loss(given, mixture, batch.pair_share, batch.ranking_share, is_training=True)
         metrics |= pair_metrics(given, loss_dpo, mixture.options.beta)
     loss = mix(loss_general, loss_dpo, ratio)
@@ -53,7 +74,7 @@ def objective(model: RWKV, batch: MicroBatch, mixture: Mixture, ratio: float) ->
     return loss, metrics
 
 
-def general_loss(rows: LogProbs) -> Tensor:
+def general_loss(rows: Scores) -> Tensor:
     """Mean cross-entropy of corpus rows, with L2Wrap in its gradient."""
     return l2wrap(-rows.logps.mean(), rows.max_logits)
 

@@ -18,12 +18,13 @@ from rwkv_dpo.batches.comparisons import Comparisons
 
 class Preferences(NamedTuple):
     """P pairs under a policy. logps, ref_logps: fp32 [P, 2], sums over the tokens of the chosen and the rejected answer, nats. lengths:
-    [P, 2], of the same dtype, these tokens."""
+    [P, 2], of the same dtype, these tokens. weights: [P], by which the pairs' losses are multiplied; None: 1 each."""
 
     logps: Tensor
     ref_logps: Tensor
     lengths: Tensor
     compared: Comparisons
+    weights: Tensor | None = None
 
     @property
     def ratios(self) -> Tensor:
@@ -47,6 +48,7 @@ class Options:
     dpop_lambda: float = 50.0
     f_divergence: str = "reverse_kl"
     f_alpha: float = 0.5
+    ld_alpha: float = 1.0
 
 
 Loss = Callable[[Preferences, Options], Tensor]

@@ -17,6 +17,10 @@ OVER_BATCHES = (*AOT, "sft")
 LOSSES_OF_RANKINGS = ("plackett_luce", "softmax", "all_pairs")
 WITHOUT_REFERENCE = ("simpo", "orpo", "sft")
 SMOOTHED = ("cdpo", "robust", "exo_pair", *AOT)
+# Those whose values mean over tokens have no use for LD-DPO; rankings know an answer by one number, whichever it is compared with.
+BY_SUMS = tuple(name for name in LOSSES_OF_PAIRS if name not in ("ipo", "sigmoid_norm", *WITHOUT_REFERENCE))
+# Those that sort their pairs lose which weight is whose.
+WEIGHTED = tuple(name for name in LOSSES_OF_PAIRS if name not in AOT)
 DIVERGENT = ("sigmoid", "cdpo", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "discopop", *LOSSES_OF_RANKINGS)
 
 
@@ -65,6 +69,11 @@ class ObjectiveSettings:
         choices=("reverse_kl", "forward_kl", "js", "alpha"),
     )  # fmt: skip
     dpo_f_alpha: float = flag(0.5, "alpha of --dpo_f_divergence alpha")
+    dpo_ld_alpha: float = flag(
+        1.0, "what the tokens count for by which an answer is longer than the other one, in policy and reference; 1: as much as others",
+        SHARE,
+    )  # fmt: skip
+    dpo_wpo: int = flag(0, "1: weight each pair by how likely the policy itself is to write its answers (WPO)", SWITCH)
     simpo_gamma: float = flag(0.5, "margin of simpo", NOT_NEGATIVE)
     dpop_lambda: float = flag(50.0, "what dpop adds where a chosen answer becomes less likely than to the reference", NOT_NEGATIVE)
     dpo_beta: float = flag(0.01, "strength of the pull towards the reference model")

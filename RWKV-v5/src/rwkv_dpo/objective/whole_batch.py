@@ -20,7 +20,8 @@ def across_ranks(given: Preferences, loss_of: Callable[[Preferences], Tensor]) -
     group.all_gather(counts, torch.full_like(counts[0], own))
     sizes = [int(count) for count in counts]
     # In one exchange, each rank's as long as the longest.
-    mine = torch.cat([given.logps.detach(), given.ref_logps, given.lengths], 1)
+    weights = torch.ones_like(given.logps[:, 0]) if given.weights is None else given.weights
+    mine = torch.cat([given.logps.detach(), given.ref_logps, given.lengths, weights[:, None]], 1)
     padded = mine.new_zeros(max(sizes), mine.shape[1])
     padded[:own] = mine
     everyones = [torch.empty_like(padded) for _ in sizes]
@@ -28,6 +29,6 @@ def across_ranks(given: Preferences, loss_of: Callable[[Preferences], Tensor]) -
     parts = [part[:size] for part, size in zip(everyones, sizes, strict=True)]
     rank = group.get_rank()
     logps = torch.cat([given.logps if i == rank else part[:, :2] for i, part in enumerate(parts)])
-    ref_logps, lengths = torch.cat(parts)[:, 2:].split(2, dim=1)
-    loss = loss_of(Preferences(logps, ref_logps, lengths, given.compared))
+    ref_logps, lengths, weights = torch.cat(parts)[:, 2:].split((2, 2, 1), dim=1)
+    loss = loss_of(Preferences(logps, ref_logps, lengths, given.compared, weights[:, 0]))
     return loss + (n_ranks - 1) * (loss - loss.detach())

@@ -41,10 +41,10 @@ def build_callbacks(
     if data.pair_files and is_recomputed:
         callbacks.append(StartIsReference(
             list(data.pair_files.values()), s.devices.precision, scored_at_once, s.devices.wkv_backend, length.epoch_begin > 0, folder,
-            halt, shows_bar,
+            halt, shows_bar, s.objective.dpo_ld_alpha,
         ))  # fmt: skip
     if data.pairs is not None and (is_recomputed or data.pairs.is_scored):
-        callbacks.append(ReferenceCheck(data.pairs, s.devices.precision, is_recomputed, chunk_ctx or 4096))
+        callbacks.append(ReferenceCheck(data.pairs, s.devices.precision, is_recomputed, chunk_ctx or 4096, s.objective.dpo_ld_alpha))
     held_out = HeldOut(measures_of(s, data, scored_at_once), length, s.held_out.eval_every, folder, halt, shows_bar)
     callbacks += evaluations(s, data, held_out, checkpoints)
     if s.training.wandb:

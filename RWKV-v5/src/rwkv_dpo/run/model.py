@@ -61,6 +61,7 @@ def build_model(settings: RunSettings, shape: ModelShape, weights: dict[str, tor
     wkv = choose_backend(settings.devices.wkv_backend, device).wkv5
     version = version_of(weights, s.load_model) if weights else "5"
     model = empty_model(shape, version, wkv, COMPUTE_DTYPES[settings.devices.precision], grad_cp=s.grad_cp, dropout=s.dropout)
+    model.finds_collisions = settings.objective.uses_pairs and settings.objective.dpo_wpo == 1
     keep_small(model, settings.tuning)
     if weights is None or s.load_partial:
         init_weights(model, settings.optimizer.lr_init, settings.general.seed)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from rwkv_dpo.base.errors import refuse
-from rwkv_dpo.objective.settings import DIVERGENT, SMOOTHED, ObjectiveSettings
+from rwkv_dpo.objective.settings import BY_SUMS, DIVERGENT, SMOOTHED, WEIGHTED, ObjectiveSettings
 from rwkv_dpo.run.settings import RunSettings
 from rwkv_dpo.training.settings import OF_PAIRS
 from rwkv_dpo.tuning.settings import ADAPTER_FLAGS, TuningSettings
@@ -85,6 +85,15 @@ def _unusable_option(s: RunSettings) -> str:
     others = [loss for loss in losses if loss not in DIVERGENT]
     if objective.dpo_f_divergence != "reverse_kl" and others:
         return f"{divergence}: --dpo_loss {others[0]} does not compare two answers by it; {', '.join(DIVERGENT)} do"
+    if objective.dpo_ld_alpha != 1 and not set(losses) <= set(BY_SUMS):
+        return f"--dpo_ld_alpha {objective.dpo_ld_alpha}: --dpo_loss {objective.dpo_loss} has no use for it; {', '.join(BY_SUMS)} do"
+    if objective.dpo_wpo and not set(losses) <= set(WEIGHTED):
+        return f"--dpo_wpo 1: --dpo_loss {objective.dpo_loss} has no weights of pairs; {', '.join(WEIGHTED)} have"
+    if objective.dpo_ld_alpha != 1 and objective.dpo_ref == "file":
+        return (
+            f"--dpo_ld_alpha {objective.dpo_ld_alpha}: pair files hold the reference's sums over whole answers; --dpo_ref recompute "
+            "computes the others"
+        )
     if objective.dpo_f_divergence != "alpha" and objective.dpo_f_alpha != ObjectiveSettings.dpo_f_alpha:
         return f"--dpo_f_alpha {objective.dpo_f_alpha}: {divergence} has none; --dpo_f_divergence alpha has"
     return ""

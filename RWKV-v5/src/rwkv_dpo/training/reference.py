@@ -40,12 +40,12 @@ class StartIsReference(pl.Callback):
 
     def __init__(
         self, sets: Sequence[PairSet], precision: str, batch_tokens: int, wkv_backend: str, continues: bool, folder: Path, halt: Halt,
-        shows_bar: bool,
+        shows_bar: bool, ld_alpha: float = 1.0,
     ) -> None:  # fmt: skip
-        """batch_tokens: scored at once. continues: the run goes on with the epochs of an earlier one."""
+        """batch_tokens: scored at once. continues: the run goes on with the epochs of an earlier one. ld_alpha: of the objective."""
         self.sets, self.precision, self.batch_tokens, self.wkv_backend = sets, precision, batch_tokens, wkv_backend
         self.continues, self.folder, self.halt, self.shows_bar = continues, folder, halt, shows_bar
-        self.path = folder / REFERENCE_FILE
+        self.path, self.ld_alpha = folder / REFERENCE_FILE, ld_alpha
 
     @override
     def setup(self, trainer: pl.Trainer, module: DPOModule, stage: str) -> None:  # type: ignore[override]
@@ -57,6 +57,8 @@ class StartIsReference(pl.Callback):
         def look() -> None:
             key.update(pairs_sha256=pairs_sha256(pairs), reference_precision=self.precision)
             key["weights_sha256"] = weights_sha256(module.model)
+            if self.ld_alpha != 1:
+                key["ld_alpha"] = str(self.ld_alpha)
             kept.append(self._kept(key))
 
         self.halt.write(trainer, look)
@@ -120,7 +122,7 @@ class StartIsReference(pl.Callback):
         """Records of up to world_size batches, of which each rank scores one."""
         scores, rank = [np.zeros((len(rows), 2)) for rows in batches], trainer.global_rank
         if rank < len(batches):
-            scores[rank] = score_batch(model, pairs, batches[rank], self.batch_tokens)
+            scores[rank] = score_batch(model, pairs, batches[rank], self.batch_tokens, self.ld_alpha)
         mine = torch.from_numpy(np.concatenate(scores)).to(trainer.strategy.root_device)
         everyones = trainer.strategy.reduce(mine, reduce_op="sum").cpu().numpy().astype("<f8")
         return [part.tobytes() for part in np.split(everyones, np.cumsum([len(rows) for rows in batches])[:-1])]

@@ -30,9 +30,11 @@ FACTOR = 4
 class ReferenceCheck(pl.Callback):
     """Compares in the precision in which the reference was computed, whatever the run's is: in fp32 where that isn't known."""
 
-    def __init__(self, pairs: PairSet, precision: str, is_recomputed: bool, batch_tokens: int) -> None:
-        """precision: the run's. is_recomputed: the reference is the model as training starts. batch_tokens: scored at once."""
+    def __init__(self, pairs: PairSet, precision: str, is_recomputed: bool, batch_tokens: int, ld_alpha: float = 1.0) -> None:
+        """precision: the run's. is_recomputed: the reference is the model as training starts. batch_tokens: scored at once. ld_alpha: of
+        the objective."""
         self.pairs, self.precision, self.is_recomputed, self.batch_tokens = pairs, precision, is_recomputed, batch_tokens
+        self.ld_alpha = ld_alpha
 
     @override
     def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
@@ -48,7 +50,7 @@ class ReferenceCheck(pl.Callback):
         logps = {}
         for name in dict.fromkeys(("fp32", compared_in, *rounded_in, self.precision)):
             with _computing_in(model, name):
-                logps[name] = score_pairs(model, pairs, self.batch_tokens)
+                logps[name] = score_pairs(model, pairs, self.batch_tokens, ld_alpha=self.ld_alpha)
         if not trainer.is_global_zero:
             return
         with np.errstate(invalid="ignore"):
