@@ -37,6 +37,10 @@ class EpochSettings:
         1000, "micro-batches on each device in an epoch; a multiple of accumulate_grad_batches", AT_LEAST_ONE, part=Part.LAYOUT
     )
     epoch_count: int = flag(500, "epochs to train", AT_LEAST_ONE, part=Part.CONTINUATION)
+    epochs: int = flag(
+        0, "instead of epoch_steps and epoch_count: passes over the pairs, or, without pairs, over the corpus; 0: those two count",
+        NOT_NEGATIVE, part=Part.INCIDENTAL,
+    )  # fmt: skip
     epoch_begin: int = flag(
         0, "number of the first epoch, when continuing from a checkpoint", NOT_NEGATIVE, part=Part.CONTINUATION
     )

@@ -49,7 +49,8 @@ _SAME = {
     "model_name_or_path": "load_model", "model_path": "load_model", "base_model": "load_model", "model": "load_model",
     "rlhf_train_file": "dpo_train_file", "beta": "dpo_beta", "pref_beta": "dpo_beta",
     "loss_type": "dpo_loss", "pref_loss": "dpo_loss", "loss_weights": "dpo_loss_weights", "label_smoothing": "dpo_label_smoothing",
-    "eval_steps": "eval_every", "f_divergence_type": "dpo_f_divergence", "f_alpha_divergence_coef": "dpo_f_alpha", "seed": "random_seed",
+    "ld_alpha": "dpo_ld_alpha", "num_train_epochs": "epochs", "num_epochs": "epochs", "eval_steps": "eval_every",
+    "f_divergence_type": "dpo_f_divergence", "f_alpha_divergence_coef": "dpo_f_alpha", "seed": "random_seed",
     "seed_everything": "random_seed", "ctx_length": "ctx_len", "context_length": "ctx_len", "block_size": "ctx_len",
     "mixed_precision": "precision", "dtype": "precision", "torch_dtype": "precision", "device": "accelerator", "gpus": "devices",
     "nnodes": "num_nodes", "wandb_project": "wandb", "finetuning_type": "peft", "lora_rank": "lora_r",
@@ -84,7 +85,8 @@ _OTHERS: tuple[tuple[str, Here], ...] = (
     ("quant quant_mode quantization_bit load_in_4bit load_in_8bit", _only(_QUANT, *_FALSE)),
     ("orpo", _switch("--dpo_loss orpo")),
     ("simpo", _switch("--dpo_loss simpo")),
-    ("lisa wpo grpo sft distillation zerocot moe limited_lora lr_advanced avg_loss l2warp_sparse compile cuda_cleanup "
+    ("wpo use_weighting", _switch("--dpo_wpo 1")),
+    ("lisa grpo sft distillation zerocot moe limited_lora lr_advanced avg_loss l2warp_sparse compile cuda_cleanup "
      "reference_free push_to_hub", _without("that")),
     ("loss_mask mask_id", _only("pairs are scored on their answers, the corpus on every token", *_FALSE)),
     ("dataload", _only("corpus windows are drawn at random, without replacement", "get")),
@@ -100,9 +102,8 @@ _OTHERS: tuple[tuple[str, Here], ...] = (
     ("precompute_ref_log_probs", _only("prepare_pairs.py scores the pairs before training, or --dpo_ref recompute does", *_TRUE)),
     ("stage", Here(values={"pt": "--dpo 0"}, neutral=("dpo",), words="--dpo 1 trains on preferences, --dpo 0 a language model")),
     ("rpo_alpha pref_ftx dpo_alpha", _only(_MIXED, "0", "none")),
-    ("max_epochs min_epochs num_train_epochs num_epochs epochs",
-     _only("--epoch_count is the number of epochs, of --epoch_steps micro-batches each; a pass over all pairs is "
-           "pairs / (micro_bsz * devices) micro-batches", "-1")),
+    ("max_epochs min_epochs",
+     _only("--epochs N takes N passes over the pairs; --epoch_count counts epochs of --epoch_steps micro-batches", "-1")),
     ("max_steps", _only("a run takes epoch_count * epoch_steps / accumulate_grad_batches optimizer steps", "-1")),
     ("batch_size train_batch_size",
      _only("--micro_bsz is the batch on each device; with --accumulate_grad_batches and --devices it makes a step's")),

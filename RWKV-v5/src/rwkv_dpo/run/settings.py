@@ -30,6 +30,10 @@ class GeneralSettings:
     dry_run: int = flag(
         0, "1: don't train, print the parameters, the estimated peak memory by part and what each memory flag would save", SWITCH
     )
+    recipe: str = flag(
+        "", "settings for a first run on a small model, of which those that are given come first: dpo, lora, state for preferences, "
+        "pretrain for a corpus", choices=("", "dpo", "lora", "state", "pretrain"), part=Part.INCIDENTAL,
+    )  # fmt: skip
     random_seed: int = flag(-1, "seed of initial weights, sampling and dropout; -1: 0")
     my_pile_stage: int = flag(
         0, "RWKV-LM's staged pre-training: 1 makes initial weights, 2 and 3 go on from the newest checkpoint", _STAGES,

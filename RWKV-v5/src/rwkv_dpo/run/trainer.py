@@ -22,6 +22,7 @@ from rwkv_dpo.run.callbacks import build_callbacks
 from rwkv_dpo.run.data import RunData, doubts, open_data, tell_corpus, tell_differences
 from rwkv_dpo.run.dry_run import dry_run
 from rwkv_dpo.run.model import build_model, expected_shape, resolve_shape
+from rwkv_dpo.run.recipes import with_recipe
 from rwkv_dpo.run.settings import RunSettings
 from rwkv_dpo.run.start import Start, begin_folder, find_start, identity_of, plan_stage
 from rwkv_dpo.run_folder.lock import RunLock
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 def train(settings: RunSettings, given: frozenset[str]) -> None:
     """One run. given: the flags that were typed. Raises InputError."""
+    settings = with_recipe(settings, given)
     if settings.general.dry_run:
         print(dry_run(settings, expected_shape(settings, given)))
         return

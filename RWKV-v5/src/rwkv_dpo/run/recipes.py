@@ -1,0 +1,103 @@
+"""--recipe and --epochs: settings that follow from what a run is for, how much data it has and how wide its model is."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from pytorch_lightning.utilities import rank_zero_only
+
+from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.data.corpus import open_corpus
+from rwkv_dpo.data.pair_files import open_pairs
+from rwkv_dpo.devices.device import pick_device
+from rwkv_dpo.run.data import tell_corpus
+from rwkv_dpo.run.model import expected_shape
+from rwkv_dpo.run.rules import check, check_trains
+from rwkv_dpo.run.settings import RunSettings
+
+log = logging.getLogger(__name__)
+
+# Chosen by benchmarks/sweep_recipes.py (benchmarks/results/recipes_demo.json), at this width.
+_SWEPT_WIDTH = 128
+_PREFERENCE = {"dpo": 1, "dpo_beta": 0.1, "micro_bsz": 4, "epochs": 2}
+_RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "dpo": {**_PREFERENCE, "lr_init": 2.5e-4},
+    "lora": {**_PREFERENCE, "peft": "lora", "lr_init": 2e-3},
+    "state": {**_PREFERENCE, "peft": "state", "lr_init": 3e-2},
+    "pretrain": {"dpo": 0, "micro_bsz": 4, "epochs": 1, "lr_init": 3e-3},
+}
+# What the rate falls to, and the part of the steps in which it rises before.
+_FALLS_TO, _WARMUP = 0.2, 0.06
+# Beside pairs, where a corpus is given.
+_CORPUS_RATIO = 0.8
+# Evaluations in a run.
+_EVALUATIONS = 8
+
+
+def with_recipe(settings: RunSettings, given: frozenset[str]) -> RunSettings:
+    """The settings with those of --recipe, but for the flags that were given, and with epochs of --epochs; says which they are. Raises
+    InputError."""
+    recipe = settings.general.recipe
+    if not (recipe or settings.epochs.epochs):
+        return settings
+    chosen = _fixed(settings, given) if recipe else {}
+    settings = settings.with_flags(**chosen)
+    lengths = _passes(settings, given)
+    settings = settings.with_flags(**lengths)
+    if recipe:
+        chosen |= (more := _of_length(settings, given))
+        settings = settings.with_flags(**more)
+    values = (chosen | lengths).items()
+    told = " ".join(f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}" for name, value in values)
+    if told:
+        rank_zero_only(log.info)("%s: %s", f"--recipe {recipe}" if recipe else f"--epochs {settings.epochs.epochs}", told)
+    check(settings)
+    check_trains(settings)
+    return settings
+
+
+def _fixed(settings: RunSettings, given: frozenset[str]) -> dict[str, Any]:
+    """What depends on the model and the machine alone."""
+    recipe = dict(_RECIPES[settings.general.recipe])
+    accelerator = settings.devices.accelerator if "accelerator" in given else "auto"
+    on_gpu = pick_device(accelerator, "--accelerator").type == "cuda"
+    recipe |= {"accelerator": "gpu" if on_gpu else "cpu", "precision": "bf16" if on_gpu else "fp32", "epoch_save": 1}
+    if "state" not in (recipe.get("peft"), settings.tuning.peft):
+        # As in RWKV-LM's own runs, wider models learn at lower rates.
+        recipe["lr_init"] *= _SWEPT_WIDTH / expected_shape(settings, given).n_embd
+    lr_init = settings.optimizer.lr_init if "lr_init" in given else recipe["lr_init"]
+    recipe["lr_final"] = lr_init * _FALLS_TO
+    if recipe["dpo"] and settings.data.data_file:
+        recipe["dpo_general_corpus_ratio"] = _CORPUS_RATIO
+    if given & {"epoch_steps", "epoch_count"}:
+        del recipe["epochs"]
+    return {name: value for name, value in recipe.items() if name not in given}
+
+
+def _passes(settings: RunSettings, given: frozenset[str]) -> dict[str, Any]:
+    """epoch_steps and epoch_count for --epochs passes over the pairs, or the corpus."""
+    n_passes, accumulated = settings.epochs.epochs, settings.epochs.accumulate_grad_batches
+    if not n_passes:
+        return {}
+    for name in ("epoch_steps", "epoch_count"):
+        if name in given:
+            refuse(f"--epochs {n_passes}: --{name} says it too; give --epochs, or --epoch_steps and --epoch_count")
+    n_samples, a_step = _samples(settings, given), settings.length.samples * accumulated
+    return {"epoch_steps": -(-n_samples // a_step) * accumulated, "epoch_count": n_passes}
+
+
+def _samples(settings: RunSettings, given: frozenset[str]) -> int:
+    data, model = tell_corpus(settings, given).data, settings.model
+    if settings.objective.uses_pairs:
+        return open_pairs("dpo_train_file", data.dpo_train_file).n_trees
+    corpus = open_corpus(data.data_file, data.data_type, model.vocab_size, data.ctx_len, model.load_model)
+    return (corpus.n_tokens - 1) // data.ctx_len
+
+
+def _of_length(settings: RunSettings, given: frozenset[str]) -> dict[str, Any]:
+    """What depends on how many steps there are."""
+    n_steps, data = settings.length.total_steps, settings.data
+    chosen: dict[str, Any] = {"warmup_steps": round(_WARMUP * n_steps)}
+    if data.dpo_valid_file or data.valid_data_file:
+        chosen |= {"eval_every": max(n_steps // _EVALUATIONS, 1), "keep_best": "loss_dpo" if data.dpo_valid_file else "corpus_loss"}
+    return {name: value for name, value in chosen.items() if name not in given}

@@ -1,0 +1,81 @@
+"""--recipe and --epochs: what follows from what was given."""
+
+import json
+import logging
+
+import pytest
+import train
+from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.run.flags import parse_flags
+from rwkv_dpo.run.recipes import with_recipe
+
+
+def settings_of(data, text):
+    settings, given = parse_flags(text.replace("DATA/", f"{data}/").split())
+    return with_recipe(settings, given)
+
+
+PAIRS = "--load_model DATA/model.pth --dpo_train_file DATA/train.save --accelerator cpu --proj_dir DATA/none"
+CORPUS = "--data_file DATA/corpus.bin --data_type uint16 --ctx_len 12"
+
+
+def test_epochs_are_passes_over_the_pairs(data):
+    s = settings_of(data, f"{PAIRS} --epochs 3 --micro_bsz 4")
+    assert (s.epochs.epoch_count, s.epochs.epoch_steps, s.length.total_steps) == (3, 3, 9)  # 10 pairs
+    s = settings_of(data, f"{PAIRS} --epochs 3 --micro_bsz 1 --accumulate_grad_batches 4")
+    assert (s.epochs.epoch_steps, s.length.total_steps) == (12, 9)
+    s = settings_of(data, f"{PAIRS} {CORPUS} --dpo 0 --vocab_size 61 --epochs 1 --micro_bsz 10")
+    assert s.epochs.epoch_steps == 34  # 333 windows
+
+
+def test_what_is_given_comes_first(data, caplog):
+    caplog.set_level(logging.INFO)
+    s = settings_of(data, f"{PAIRS} --recipe dpo --lr_init 1e-3 --dpo_beta 0.5 --micro_bsz 5 --dpo_valid_file DATA/valid.save")
+    assert (s.optimizer.lr_init, s.optimizer.lr_final, s.objective.dpo_beta, s.batches.micro_bsz) == (1e-3, 2e-4, 0.5, 5)
+    assert (s.devices.precision, s.held_out.keep_best, s.held_out.eval_every) == ("fp32", "loss_dpo", 1)
+    assert s.objective.dpo_general_corpus_ratio == 0
+    (told,) = [record.getMessage() for record in caplog.records if "--recipe dpo" in record.getMessage()]
+    assert "--precision fp32" in told
+    assert "--keep_best loss_dpo" in told
+    assert "--lr_init" not in told
+    assert "--dpo_beta" not in told
+    assert settings_of(data, f"{PAIRS} {CORPUS} --recipe dpo").objective.dpo_general_corpus_ratio == 0.8
+
+
+def test_wider_models_learn_at_lower_rates_but_states_do_not(data):
+    # The width of the model is 32, a quarter of the one that was swept.
+    rates = {name: settings_of(data, f"{PAIRS} --recipe {name}").optimizer.lr_init for name in ("dpo", "lora", "state")}
+    from rwkv_dpo.run import recipes
+
+    swept = {name: recipe["lr_init"] for name, recipe in recipes._RECIPES.items()}
+    assert rates == {"dpo": 4 * swept["dpo"], "lora": 4 * swept["lora"], "state": swept["state"]}
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    ("--epochs 2 --epoch_steps 5", "--epochs 2: --epoch_steps says it too"),
+    ("--epochs 2 --epoch_count 5", "--epochs 2: --epoch_count says it too"),
+    ("--recipe dpo --epochs -1", "--epochs -1: 0 or more is accepted"),
+    ("--recipe best", "--recipe 'best': accepted are '', 'dpo', 'lora', 'state', 'pretrain'"),
+])  # fmt: skip
+def test_what_is_said_twice_or_is_no_recipe(data, more, words):
+    with pytest.raises(InputError, match=words):
+        settings_of(data, f"{PAIRS} {more}")
+
+
+@pytest.mark.parametrize(("recipe", "wrote"), [
+    ("dpo", "rwkv-final.pth"), ("lora", "adapter-final"), ("state", "state-final.pth"), ("pretrain", "rwkv-final.pth"),
+])  # fmt: skip
+def test_a_recipe_runs_and_the_same_command_knows_that_it_has(data, tmp_path, recipe, wrote, caplog):
+    caplog.set_level(logging.INFO)
+    given = {"accelerator": "cpu", "wkv_backend": "cpu", "enable_progress_bar": False, "proj_dir": tmp_path, "cpu_malloc": 0}
+    if recipe == "pretrain":
+        given |= {"data_file": data / "corpus.bin", "data_type": "uint16", "ctx_len": 100, "vocab_size": 61, "n_layer": 1, "n_embd": 64}
+    else:
+        given |= {"load_model": data / "model.pth", "dpo_train_file": data / "train.save", "dpo_valid_file": data / "valid.save"}
+    flags = ["--recipe", recipe, *(part for name, value in given.items() for part in (f"--{name}", str(value)))]
+    train.main(flags)
+    assert (tmp_path / wrote).exists()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["epoch_count"] == config["epochs"] > 0
+    train.main(flags)
+    assert "holds the end of this run" in caplog.text
