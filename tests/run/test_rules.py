@@ -7,11 +7,13 @@ from rwkv_dpo.run.settings import settings_of
 
 STAGE = {"my_pile_stage": 2, "dpo": 0, "data_file": "x"}
 LORA = {"peft": "lora", "load_model": "m.pth"}
+MOVING = {"dpo_sync_ref": 5, "dpo_ref": "recompute"}
 STAGE_3 = {"strategy": "deepspeed_stage_3"}
 
 # In the order of RULES.
 BROKEN = [
     ({"dpo_loss": "sigmoid,ipo", "dpo_label_smoothing": 0.1}, "--dpo_label_smoothing 0.1: --dpo_loss sigmoid,ipo has no use .*; cdpo, "),
+    ({"dpo_sync_ref": 5}, "--dpo_sync_ref 5: only a reference that --dpo_ref recompute has scored can move"),
     ({"dpo_loss": "sigmoid,ipo", "dpo_loss_weights": "1"}, "--dpo_loss_weights 1: 1 for the 2 of --dpo_loss sigmoid,ipo"),
     ({"dpo_loss": "exo_pair"}, "--dpo_loss exo_pair needs --dpo_label_smoothing above 0; its paper takes 0.001"),
     ({"dpo_beta": 0.0}, "--dpo_beta 0.0: more than 0 is accepted"),
@@ -51,6 +53,11 @@ def test_what_breaks_one_rule_alone_is_refused_in_its_words(i, flags, words):
     ({"dpo_loss": "sigmoid,ipo", "dpo_ld_alpha": 0.5}, "--dpo_ld_alpha 0.5: --dpo_loss sigmoid,ipo has no use for it; sigmoid, cdpo"),
     ({"dpo_ld_alpha": 0.5}, "--dpo_ld_alpha 0.5: pair files hold .*; --dpo_ref recompute computes the others"),
     ({"dpo_wpo": 1, "dpo_loss": "softmax"}, "--dpo_wpo 1: --dpo_loss softmax has no weights of pairs; sigmoid, "),
+    ({"dpo_sync_alpha": 0.5}, "--dpo_sync_alpha 0.5: needs --dpo_sync_ref"),
+    ({**MOVING, "dpo_loss": "simpo"}, "--dpo_sync_ref 5: --dpo_loss simpo has no reference"),
+    ({**MOVING, "epoch_begin": 2}, "--dpo_sync_ref 5: with --epoch_begin 2 where the reference had moved to is not known"),
+    ({**MOVING, **STAGE_3}, "--dpo_sync_ref 5: --strategy deepspeed_stage_3 shares out the weights"),
+    ({**MOVING, **LORA}, "--dpo_sync_ref 5: a mean of two --peft lora adapters is none of their models; --dpo_sync_alpha 1"),
     ({"dpo_f_alpha": 0.3}, "--dpo_f_alpha 0.3: --dpo_f_divergence reverse_kl has none"),
     ({"dpo_loss": "dpo"}, "--dpo_loss dpo: accepted are sigmoid, cdpo, "),
     ({"dpo_loss": "ipo,ipo"}, "--dpo_loss ipo,ipo: accepted are .*, each once"),

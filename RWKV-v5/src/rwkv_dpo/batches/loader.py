@@ -52,6 +52,7 @@ class MicroBatches:
             windows, [self.pairs.pair(i) for i in numbers], self.pairs.ref_logps[numbers], chunk_ctx, truncated,
             [range(end - len(self.pairs.tree(t)), end) for t, end in zip(trees, ends, strict=True)], self.pairs.scores[numbers],
         )  # fmt: skip
+        batch = replace(batch, numbers=tuple(numbers))
         if self.world_size == 1:
             return batch
         dealt = np.array(self._trees(k))

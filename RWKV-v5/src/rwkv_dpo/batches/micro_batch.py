@@ -16,7 +16,7 @@ from rwkv_dpo.data.pairs import Pair
 class MicroBatch:
     """What one optimizer micro-step sees. ref_logps: fp32 [pairs, 2], nats, chosen then rejected. plan: the step in chunks, when it
     is to run so. pair_share, ranking_share: by what the mean over its pairs, or rankings, is to be multiplied, so that the mean over
-    the ranks is that over all of their pairs."""
+    the ranks is that over all of their pairs. numbers: of the pairs in their set, where they have one."""
 
     step: Step
     ref_logps: Tensor
@@ -24,6 +24,7 @@ class MicroBatch:
     plan: ChunkPlan | None = None
     pair_share: float = 1.0
     ranking_share: float = 1.0
+    numbers: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "MicroBatch":
         """On another device."""

@@ -51,6 +51,14 @@ class ObjectiveSettings:
         "file", "the reference model: file: that which scored the pair files; recompute: the model as training starts, which scores "
         "them before the first step", choices=("file", "recompute"),
     )  # fmt: skip
+    dpo_sync_ref: int = flag(
+        0, "N: with --dpo_ref recompute, move the reference towards the policy after every N optimizer steps, and score all pairs anew "
+        "(TR-DPO); 0: it stays", NOT_NEGATIVE,
+    )  # fmt: skip
+    dpo_sync_alpha: float = flag(
+        0.6, "how far: reference = alpha * policy + (1 - alpha) * reference",
+        Accepts(lambda alpha: 0 < alpha <= 1, "above 0 and up to 1 is accepted"),
+    )  # fmt: skip
     dpo_loss: str = flag(
         "sigmoid", "of preferences, several separated by commas: of pairs: sigmoid (DPO), " + ", ".join(LOSSES_OF_PAIRS[1:]) + "; of all "
         "answers to a prompt together: " + ", ".join(LOSSES_OF_RANKINGS),

@@ -17,6 +17,7 @@ from rwkv_dpo.training.checkpoints import Checkpoints
 from rwkv_dpo.training.halt import Halt, StopOnSignal
 from rwkv_dpo.training.last import LastCheckpoints, WeightsOfRankZero
 from rwkv_dpo.training.metrics import MetricsLog
+from rwkv_dpo.training.moving_reference import MovingReference
 from rwkv_dpo.training.progress import RunBar, Summary
 from rwkv_dpo.training.reference import StartIsReference
 from rwkv_dpo.training.reference_check import ReferenceCheck
@@ -45,13 +46,20 @@ def build_callbacks(
         ))  # fmt: skip
     if data.pairs is not None and (is_recomputed or data.pairs.is_scored):
         callbacks.append(ReferenceCheck(data.pairs, s.devices.precision, is_recomputed, chunk_ctx or 4096, s.objective.dpo_ld_alpha))
+    reference = None
+    if s.objective.dpo_sync_ref:
+        reference = MovingReference(
+            list(data.pair_files.values()), s.objective.dpo_sync_ref, s.objective.dpo_sync_alpha, scored_at_once, s.objective.dpo_ld_alpha,
+            saved.reference if saved else None,
+        )  # fmt: skip
+        callbacks.append(reference)
     held_out = HeldOut(measures_of(s, data, scored_at_once), length, s.held_out.eval_every, folder, halt, shows_bar)
     callbacks += evaluations(s, data, held_out, checkpoints)
     if s.training.wandb:
         callbacks.append(WandbLog(s.training.wandb, flags, folder, metrics, held_out))
     if shows_bar:
         callbacks.append(RunBar(length.total_steps, metrics))
-    last = LastCheckpoints(s.saving, folder, length, s.general.seed, s.devices.precision == "fp16", metrics, saved, identity)
+    last = LastCheckpoints(s.saving, folder, length, s.general.seed, s.devices.precision == "fp16", metrics, saved, identity, reference)
     return [*callbacks, last, StopOnSignal(halt), Summary(folder, checkpoints, next_commands(settings))]
 
 

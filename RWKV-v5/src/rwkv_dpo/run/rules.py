@@ -99,6 +99,26 @@ def _unusable_option(s: RunSettings) -> str:
     return ""
 
 
+def _of_moving_reference(s: RunSettings) -> str:
+    """The refusal of --dpo_sync_ref, or its share, where no reference can move; "" when all is well."""
+    o, peft = s.objective, s.tuning.peft
+    if not o.dpo_sync_ref:
+        alpha = o.dpo_sync_alpha
+        return f"--dpo_sync_alpha {alpha}: needs --dpo_sync_ref" if alpha != ObjectiveSettings.dpo_sync_alpha else ""
+    for is_broken, words in (
+        (not (o.uses_pairs and o.uses_reference), f"--dpo_loss {o.dpo_loss} has no reference, or no pairs are trained on"),
+        (o.dpo_ref != "recompute", "only a reference that --dpo_ref recompute has scored can move"),
+        (s.epochs.epoch_begin, f"with --epoch_begin {s.epochs.epoch_begin} where the reference had moved to is not known"),
+        (s.devices.strategy.startswith("deepspeed_stage_3"), f"--strategy {s.devices.strategy} shares out the weights; ddp, "
+                                                             "deepspeed_stage_2 don't"),
+        (peft not in ("none", "state") and o.dpo_sync_alpha != 1,
+         f"a mean of two --peft {peft} adapters is none of their models; --dpo_sync_alpha 1 takes the policy as the reference"),
+    ):  # fmt: skip
+        if is_broken:
+            return f"--dpo_sync_ref {o.dpo_sync_ref}: {words}"
+    return ""
+
+
 def _of_held_out(s: RunSettings) -> str:
     """The refusal of a flag of evaluations where there is nothing for it to evaluate; "" when all is well."""
     h, pairs, corpus, prompts = s.held_out, s.data.dpo_valid_file, s.data.valid_data_file, s.held_out.sample_prompts
@@ -118,6 +138,7 @@ def _of_held_out(s: RunSettings) -> str:
 
 RULES = (
     Rule(_unusable_option, _unusable_option),
+    Rule(_of_moving_reference, _of_moving_reference),
     Rule(
         lambda s: len(s.objective.loss_weights) != len(s.objective.losses),
         lambda s: f"--dpo_loss_weights {s.objective.dpo_loss_weights}: {len(s.objective.loss_weights)} for the {len(s.objective.losses)} "

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint of `last/`: trainable weights and the optimizer's state by parameter name, whole; generators by rank."""
+    """A checkpoint of `last/`: trainable weights and the optimizer's state by parameter name, whole; generators by rank; of a reference
+    that moves, its state."""
 
     path: Path
     progress: Progress
@@ -51,6 +52,7 @@ class Saved:
     optimizer: dict[str, dict[str, Any]]
     generators: list[dict[str, Tensor]]
     scaler: dict[str, Any]
+    reference: dict[str, Any] = field(default_factory=dict)
 
 
 def last_of(folder: Path) -> Path:
@@ -90,11 +92,14 @@ def load(path: Path) -> Saved:
     try:
         if loaded["form"] != _FORM:
             refuse(f"{path}: a checkpoint of form {loaded['form']}, of another version; {_FORM} is accepted. --resume none begins anew")
-        parts = {f.name: loaded[f.name] for f in fields(Saved) if f.name not in ("path", "progress")}
+        # Earlier versions wrote no reference.
+        parts = {f.name: loaded[f.name] for f in fields(Saved) if f.name not in ("path", "progress", "reference")}
+        parts["reference"] = loaded.get("reference", {})
         saved = Saved(path, Progress(**loaded["progress"]), **parts)
         states = [value for state in saved.optimizer.values() for value in state.values()]
         generators = [value for rank in saved.generators for value in rank.values()]
-        check_stored((value for value in (*saved.weights.values(), *states, *generators) if isinstance(value, Tensor)), path)
+        reference = [saved.reference["ref_logps"], *saved.reference["weights"].values()] if saved.reference else []
+        check_stored((value for value in (*saved.weights.values(), *states, *generators, *reference) if isinstance(value, Tensor)), path)
         return saved
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a checkpoint to resume from ({error or type(error).__name__})") from error

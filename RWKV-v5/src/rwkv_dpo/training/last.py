@@ -21,6 +21,7 @@ from rwkv_dpo.training.guard import not_finite
 from rwkv_dpo.training.halt import Halted
 from rwkv_dpo.training.metrics import MetricsLog
 from rwkv_dpo.training.module import DPOModule
+from rwkv_dpo.training.moving_reference import MovingReference
 from rwkv_dpo.training.optimizer_state import OptimizerState, read_state, set_sharded, trainable, write_state
 from rwkv_dpo.training.settings import SavingSettings
 
@@ -46,9 +47,10 @@ class LastCheckpoints(pl.Callback):
 
     def __init__(
         self, settings: SavingSettings, folder: Path, length: RunLength, seed: int, has_scaler: bool, metrics: MetricsLog,
-        saved: Saved | None, identity: Identity,
+        saved: Saved | None, identity: Identity, reference: MovingReference | None = None,
     ) -> None:  # fmt: skip
         """seed: the run's. has_scaler: the loss is scaled (fp16)."""
+        self.reference = reference
         self.settings, self.folder, self.length, self.seed, self.has_scaler = settings, folder, length, seed, has_scaler
         self.metrics, self.halt, self.saved, self.identity = metrics, metrics.halt, saved, identity
         self.resumes = False
@@ -153,6 +155,7 @@ class LastCheckpoints(pl.Callback):
             "optimizer": read_state(trainer, module.model),
             "generators": _all_generators(trainer),
             "scaler": _loss_scale(trainer) if self.has_scaler else {},
+            "reference": self.reference.state if self.reference else {},
         }
 
         def write() -> None:

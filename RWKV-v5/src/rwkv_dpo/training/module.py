@@ -1,8 +1,10 @@
 """The Lightning module: hands micro-batches to the objective, sets rates, clips gradients."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy
@@ -35,6 +37,7 @@ class DPOModule(pl.LightningModule):
         self.build_optimizer = build_optimizer
         self.metrics: dict[str, Tensor] = {}
         self.n_tokens = 0
+        self.ref_logps: np.ndarray | None = None  # [pairs, 2] of a reference that moves: micro-batches may have been made before it did
         self.grad_norm = torch.zeros(())
         self.lr = self.weight_decay = 0.0
 
@@ -77,4 +80,6 @@ class DPOModule(pl.LightningModule):
 
     @override
     def transfer_batch_to_device(self, batch: MicroBatch, device: torch.device, dataloader_idx: int) -> MicroBatch:
+        if self.ref_logps is not None:
+            batch = replace(batch, ref_logps=torch.from_numpy(self.ref_logps[list(batch.numbers)].astype(np.float32)))
         return batch.to(device)

@@ -108,7 +108,8 @@ class StartIsReference(pl.Callback):
             while len(records) < len(batches):
                 # In order of length, so that it is about the same work for every rank.
                 together = batches[len(records) : len(records) + trainer.world_size]
-                scores = self._scores_of(trainer, model, pairs, together)
+                found = score_shared(trainer, model, pairs, together, self.batch_tokens, self.ld_alpha)
+                scores = [part.tobytes() for part in found]
                 self.halt.write(trainer, functools.partial(_append, journal, scores))
                 records += scores
                 bar.update(sum(map(len, together)))
@@ -118,15 +119,6 @@ class StartIsReference(pl.Callback):
             ref_logps[rows] = np.frombuffer(record, "<f8").reshape(-1, 2)
         return ref_logps
 
-    def _scores_of(self, trainer: pl.Trainer, model: RWKV, pairs: PairSet, batches: list[np.ndarray]) -> list[bytes]:
-        """Records of up to world_size batches, of which each rank scores one."""
-        scores, rank = [np.zeros((len(rows), 2)) for rows in batches], trainer.global_rank
-        if rank < len(batches):
-            scores[rank] = score_batch(model, pairs, batches[rank], self.batch_tokens, self.ld_alpha)
-        mine = torch.from_numpy(np.concatenate(scores)).to(trainer.strategy.root_device)
-        everyones = trainer.strategy.reduce(mine, reduce_op="sum").cpu().numpy().astype("<f8")
-        return [part.tobytes() for part in np.split(everyones, np.cumsum([len(rows) for rows in batches])[:-1])]
-
     @contextlib.contextmanager
     def _journal(self, trainer: pl.Trainer, fingerprint: bytes) -> Iterator[Journal | None]:
         """None on other ranks than 0."""
@@ -134,6 +126,18 @@ class StartIsReference(pl.Callback):
             opened: list[Journal] = []
             self.halt.write(trainer, lambda: opened.append(stack.enter_context(open_journal(self.folder / JOURNAL, fingerprint))))
             yield opened[0] if opened else None
+
+
+def score_shared(
+    trainer: pl.Trainer, model: RWKV, pairs: PairSet, batches: list[np.ndarray], batch_tokens: int, ld_alpha: float
+) -> list[np.ndarray]:
+    """score_batch's results for up to world_size batches, of which each rank scores one."""
+    scores, rank = [np.zeros((len(rows), 2)) for rows in batches], trainer.global_rank
+    if rank < len(batches):
+        scores[rank] = score_batch(model, pairs, batches[rank], batch_tokens, ld_alpha)
+    mine = torch.from_numpy(np.concatenate(scores)).to(trainer.strategy.root_device)
+    everyones = trainer.strategy.reduce(mine, reduce_op="sum").cpu().numpy().astype("<f8")
+    return np.split(everyones, np.cumsum([len(rows) for rows in batches])[:-1])
 
 
 def _append(journal: Journal | None, records: list[bytes]) -> None:
