@@ -38,6 +38,7 @@ try:
     from rwkv_dpo.blind.terminal import judge
     from rwkv_dpo.blind.votes import open_votes
     from rwkv_dpo.data.pair_files import open_pairs
+    from rwkv_dpo.data.pairs import PairSet, check_pairs
     from rwkv_dpo.evaluation.flags import add_device_flags, add_sampling_flags, check_sampling, sampling_of
 except ModuleNotFoundError as error:
     leave_without(error)
@@ -98,9 +99,11 @@ def from_models(args: argparse.Namespace) -> tuple[list[str], list[Card], Sequen
     cards = read_cards(args.folder)
     held_out: Sequence[dict[str, float]] = ()
     if not cards or pairs is not None:
-        loads = loaders(args, columns)
+        # What can be refused is refused before hours of answers.
+        losses = losses_on(args, columns, pairs) if pairs is not None else ()
+        loads = loaders(args, columns, pairs)
         cards = cards or answered(args, loads, questions)
-        held_out = scored(args, loads, columns, pairs) if pairs is not None else ()
+        held_out = scored(args, loads, losses, pairs) if pairs is not None else ()
     return names, cards, held_out
 
 
@@ -116,18 +119,18 @@ def from_answers(args: argparse.Namespace) -> tuple[list[str], list[Card], Seque
     return names, cards, ()
 
 
-def loaders(args: argparse.Namespace, columns: Sequence[Column]) -> list[Callable[[], Any]]:
-    """What loads each of the models."""
+def loaders(args: argparse.Namespace, columns: Sequence[Column], pairs: PairSet | None) -> list[Callable[[], Any]]:
+    """What loads each of the models, which can read questions and pairs."""
     from rwkv_dpo.blind.models import vocabulary_of
     from rwkv_dpo.devices.device import pick_device, set_up
     from rwkv_dpo.evaluation.answering import load_speaker
 
     device = pick_device(args.device, "--device")
     set_up(device, args.precision)
-    vocabulary_of(args.load_model)
-    return [
-        partial(load_speaker, *column, args.any_base == 1, device, args.precision, args.wkv_backend) for column in columns
-    ]  # fmt: skip
+    vocab_size = vocabulary_of(args.load_model)
+    if pairs is not None:
+        check_pairs(pairs, f"--auto {args.auto}", vocab_size)
+    return [partial(load_speaker, *column, args.any_base == 1, device, args.precision, args.wkv_backend) for column in columns]
 
 
 def answered(args: argparse.Namespace, loads: Sequence[Callable[[], Any]], questions: Sequence[Question]) -> list[Card]:
@@ -144,19 +147,25 @@ def answered(args: argparse.Namespace, loads: Sequence[Callable[[], Any]], quest
     return cards
 
 
-def scored(args: argparse.Namespace, loads: Sequence[Callable[[], Any]], columns: Sequence[Column], pairs: Any) -> list[dict[str, float]]:
-    """What both models make of the held-out pairs; warns of those that a model was trained on."""
-    from rwkv_dpo.blind.models import score_all
+def losses_on(args: argparse.Namespace, columns: Sequence[Column], pairs: PairSet) -> Sequence[Any]:
+    """The preference losses by which each model's margins are told, those of its run; warns of pairs that a model was trained on."""
     from rwkv_dpo.evaluation.origin import check_not_trained_on, objectives, run_of
-    from tqdm import tqdm
 
     paths = [column.tuned or column.checkpoint for column in columns]
     runs = [run_of(path) for path in paths]
-    for doubt in (check_not_trained_on(pairs, f"--auto {args.auto}", run, path) for run, path in zip(runs, paths, strict=True)):
-        if doubt:
+    for path, run in zip(paths, runs, strict=True):
+        if doubt := check_not_trained_on(pairs, f"--auto {args.auto}", run, path):
             print(f"warning: {doubt}", file=sys.stderr)
+    return objectives(runs)
+
+
+def scored(args: argparse.Namespace, loads: Sequence[Callable[[], Any]], losses: Sequence[Any], pairs: PairSet) -> list[dict[str, float]]:
+    """What both models make of the held-out pairs."""
+    from rwkv_dpo.blind.models import score_all
+    from tqdm import tqdm
+
     with tqdm(total=2 * len(pairs), unit="pair", desc="pairs", leave=False, disable=None) as bar:
-        return score_all(args.folder, loads, pairs, args.auto, objectives(runs), args.batch_tokens, bar.update)
+        return score_all(args.folder, loads, pairs, losses, args.batch_tokens, bar.update)
 
 
 def judge_in_browser(ballot: Ballot, listener: Any, opens: bool) -> None:

@@ -42,8 +42,10 @@ class Card(NamedTuple):
 
 def read_questions(path: Path | None) -> list[Question]:
     """Those of a file of prompts (InputError when it is none), or our own; each once."""
-    rows = read_prompts("--questions", path or OWN_QUESTIONS)
-    return list({row.prompt: _question(row) for row in reversed(rows)}.values())[::-1]
+    found: dict[str, Question] = {}
+    for row in read_prompts("--questions", path or OWN_QUESTIONS):
+        found.setdefault(row.prompt, _question(row))
+    return list(found.values())
 
 
 def read_answers(paths: Sequence[Path]) -> tuple[list[Question], list[list[str]]]:

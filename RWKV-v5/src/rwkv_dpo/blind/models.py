@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rwkv_dpo.base.errors import refuse
-from rwkv_dpo.data.pairs import PairSet, check_pairs, content_sha256
+from rwkv_dpo.data.pairs import PairSet, content_sha256
 from rwkv_dpo.evaluation.answering import BATCH, answer_prompts, check_reads_text
 from rwkv_dpo.evaluation.generate import Sampling
 from rwkv_dpo.evaluation.scoring import evaluate_pairs
@@ -63,7 +63,7 @@ def discard_journal(folder: Path) -> None:
 
 
 def score_all(
-    folder: Path, loads: Sequence[Load], pairs: PairSet, source: str, mixtures: Sequence[Mixture], batch_tokens: int,
+    folder: Path, loads: Sequence[Load], pairs: PairSet, mixtures: Sequence[Mixture], batch_tokens: int,
     progress: Callable[[int], object] = lambda n: None,
 ) -> list[dict[str, float]]:  # fmt: skip
     """What evaluate_pairs says of each model; kept in HELD_OUT of the folder, and taken from there for the same pairs and losses."""
@@ -74,7 +74,6 @@ def score_all(
     reports = []
     for load, mixture in zip(loads, mixtures, strict=True):
         model = load()
-        check_pairs(pairs, source, model.shape.vocab_size)
         reports.append(evaluate_pairs(model, pairs, mixture, batch_tokens, progress))
         del model  # before the next one is loaded
     give_memory_back()

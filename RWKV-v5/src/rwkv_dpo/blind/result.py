@@ -71,12 +71,12 @@ def shown(result: Mapping[str, Any]) -> dict[str, Any]:
     rows = [["judged better", str(first), str(second)]]
     if result["win_rate"] is not None:
         (low, high), rate = result["interval"], result["win_rate"]
-        rows.append(["win rate, ties aside", f"{1 - rate:.1%}", f"{rate:.1%}"])
-        rows.append(["95 % interval", f"{1 - high:.1%} to {1 - low:.1%}", f"{low:.1%} to {high:.1%}"])
+        rows.append(["win rate, ties aside", f"{100 - 100 * rate:.1f} %", f"{100 * rate:.1f} %"])
+        rows.append(["95 % interval", *(f"{100 * least:.1f} to {100 * most:.1f} %" for least, most in ((1 - high, 1 - low), (low, high)))])
     for part in _PARTS:
         for name, of_part in result.get(f"by_{part}", {}).items():
             ties = f", {of_part['ties']} equal" if of_part["ties"] else ""
-            rows.append([f"{name}{ties}", *map(str, of_part["wins"])])
+            rows.append([f"better: {name}{ties}", *map(str, of_part["wins"])])
     if held_out := result.get("held_out"):
         rows += [[label, *(form.format(of[name]) for of in held_out)] for label, (name, form) in _PAIR_ROWS.items() if name in held_out[0]]
     return {"models": result["models"], "rows": rows, "lines": list(_lines(result))}

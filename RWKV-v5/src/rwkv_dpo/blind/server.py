@@ -66,13 +66,14 @@ class Site:
     def __init__(self, ballot: Ballot) -> None:
         self.ballot, self.ended = ballot, threading.Event()
         self.token, self._nonce = secrets.token_urlsafe(16), secrets.token_urlsafe(16)
-        self.app = web.Application(middlewares=[web.middleware(self._guard)], client_max_size=_LARGEST_REQUEST)
+        self.app = web.Application(middlewares=[self._guard], client_max_size=_LARGEST_REQUEST)
         self.app.on_response_prepare.append(self._add_headers)
         self.app.add_routes([
             web.get("/", self._page), web.get("/api/view", self._view), web.post("/api/vote", self._vote),
             web.post("/api/undo", self._undo), web.post("/api/end", self._end),
         ])  # fmt: skip
 
+    @web.middleware
     async def _guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
         if request.host.rpartition(":")[0] not in _LOCAL and request.host not in _LOCAL:
             raise web.HTTPForbidden(text="this page is for this machine alone")
