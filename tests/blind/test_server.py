@@ -85,6 +85,8 @@ def test_votes_are_taken_once_and_none_after_the_result(tmp_path):
     found, choices, _ = talk(tmp_path, *asked)
     assert [status for status, _, _ in found] == [200, 409, 409, 409, 409, 409, 409, 200, 200, 200, 409, 409, 200]
     assert choices == {1: "="}
+    # Each answer is the view that follows.
+    assert [json.loads(text)["judged"] for _, _, text in found] == [1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1]
     assert json.loads(found[-1][2])["phase"] == "ended"
     assert [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()] == [
         {"question": 1, "choice": "B"}, {"undo": 1}, {"question": 1, "choice": "="}, {"end": True}

@@ -107,7 +107,8 @@ class Site:
         return self._answer(self.ballot.view(), 200 if is_counted else 409)
 
     async def _undo(self, request: web.Request) -> web.Response:
-        return self._answer(self.ballot.view(), 200 if self.ballot.undo() else 409)
+        is_undone = self.ballot.undo()
+        return self._answer(self.ballot.view(), 200 if is_undone else 409)
 
     async def _end(self, request: web.Request) -> web.Response:
         self.ballot.end()
