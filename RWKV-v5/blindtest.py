@@ -33,7 +33,7 @@ from rwkv_dpo.files.json_text import as_json
 try:
     from rwkv_dpo.blind.ballot import Ballot
     from rwkv_dpo.blind.cards import Card, Question, deal, read_answers, read_cards, read_questions, write_cards
-    from rwkv_dpo.blind.folder import claim
+    from rwkv_dpo.blind.folder import check, claim
     from rwkv_dpo.blind.result import as_text, pairs_of, result_of, shown
     from rwkv_dpo.blind.terminal import judge
     from rwkv_dpo.blind.votes import open_votes
@@ -93,15 +93,16 @@ def from_models(args: argparse.Namespace) -> tuple[list[str], list[Card], Sequen
         refuse(f"--load_model {' '.join(args.load_model)}: the same model twice")
     questions = read_questions(args.questions)
     flags = {name: getattr(args, name) for name in (*OF_ANSWERS, "seed")}
-    names = labels([column.tuned or column.checkpoint for column in columns])
-    pairs = open_pairs("auto", args.auto) if args.auto else None
-    claim(args.folder, names, {"models": contents, "questions": sha256_of([question.prompt for question in questions]), **flags})
-    cards = read_cards(args.folder)
+    test = {"models": contents, "questions": sha256_of([question.prompt for question in questions]), **flags}
+    check(args.folder, test)
+    cards, names = read_cards(args.folder), labels([column.tuned or column.checkpoint for column in columns])
     held_out: Sequence[dict[str, float]] = ()
-    if not cards or pairs is not None:
-        # What can be refused is refused before hours of answers.
+    if not cards or args.auto:
+        # What can be refused is refused before anything is written, and before hours of answers.
+        pairs = open_pairs("auto", args.auto) if args.auto else None
         losses = losses_on(args, columns, pairs) if pairs is not None else ()
         loads = loaders(args, columns, pairs)
+        claim(args.folder, names, test)
         cards = cards or answered(args, loads, questions)
         held_out = scored(args, loads, losses, pairs) if pairs is not None else ()
     return names, cards, held_out

@@ -77,7 +77,7 @@ async def _tab(session: aiohttp.ClientSession, process: subprocess.Popen[bytes],
         assert process.poll() is None
         assert time.monotonic() < end
         await asyncio.sleep(0.05)
-        with contextlib.suppress(FileNotFoundError, IndexError, aiohttp.ClientError):
+        with contextlib.suppress(FileNotFoundError, StopIteration, aiohttp.ClientError):
             port = (folder / "DevToolsActivePort").read_text().split("\n")[0]
             async with session.get(f"http://127.0.0.1:{port}/json") as answer:
-                return [tab for tab in json.loads(await answer.text()) if tab["type"] == "page"][0]["webSocketDebuggerUrl"]
+                return next(tab for tab in json.loads(await answer.text()) if tab["type"] == "page")["webSocketDebuggerUrl"]

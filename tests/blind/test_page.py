@@ -81,7 +81,7 @@ def test_on_a_narrow_screen_nothing_stands_beyond_its_edge_and_the_test_may_end_
             # What is to be pressed is on the screen without scrolling.
             boxes = await tab.value("[...document.querySelectorAll('button')].map(b => b.getBoundingClientRect()).filter(b => b.width)"
                                     ".map(b => [b.left, b.right, b.top, b.bottom])")  # fmt: skip
-            assert all(0 <= left and right <= 400 and 0 <= top and bottom <= 800 for left, right, top, bottom in boxes)
+            assert all(min(left, top) >= 0 and right <= 400 and bottom <= 800 for left, right, top, bottom in boxes)
 
         await check()
         assert await tab.value("document.querySelector('article:nth-child(2)').offsetTop > document.querySelector('article').offsetTop")

@@ -98,7 +98,8 @@ def test_strangers_are_refused(tmp_path):
         post("/api/vote", {"number": 1, "choice": "A"}, Host="evil.example:80"), ("GET", "/", None, {"Host": "evil.example"}),
         post("/api/vote", {"number": 1, "choice": "A"}, **{TOKEN_HEADER: "guess"}),
         post("/api/vote", {"number": 1, "choice": "A"}, **{TOKEN_HEADER: None}), ("GET", "/api/view", None, {TOKEN_HEADER: None}),
-        post("/api/vote", {"number": 1, "choice": "A"}, **{"Content-Type": "text/plain"}), post("/api/end", **{"Content-Type": "text/plain"}),
+        post("/api/vote", {"number": 1, "choice": "A"}, **{"Content-Type": "text/plain"}),
+        post("/api/end", **{"Content-Type": "text/plain"}),
         post("/api/vote", b" " * 5000), ("GET", "/", None, {"Host": "localhost:9"}), ("GET", "/", None, {"Host": "127.0.0.1"}),
         ("GET", "/api/end", None, {}),
     ]  # fmt: skip

@@ -62,7 +62,8 @@ def test_whatever_a_kill_leaves_is_the_votes_before(tmp_path_factory, done, kept
 
 
 @pytest.mark.parametrize("line", [
-    '{"question": 5, "choice": "A"}', '{"question": 0, "choice": "A"}', '{"question": true, "choice": "A"}', '{"question": 2, "choice": "C"}',
+    '{"question": 5, "choice": "A"}', '{"question": 0, "choice": "A"}', '{"question": true, "choice": "A"}',
+    '{"question": 2, "choice": "C"}',
     '{"question": 1, "choice": "B"}', '{"undo": 2}', "[1]", "{", '{"end": 1}', '{"question": 2, "choice": ["A"]}',
 ])  # fmt: skip
 def test_a_line_that_is_no_vote_is_named(tmp_path, line):

@@ -17,28 +17,33 @@ FILE = "blindtest.json"
 CONTENT = ("models", "questions")
 
 
+def check(folder: Path, test: Mapping[str, Any]) -> None:
+    """InputError for the folder of another test. test: what makes the test the one it is, as JSON values: hashes under the names of
+    CONTENT, and flags."""
+    before = _read(folder)
+    if before is not None and (changes := _changes(before, test)):
+        refuse(f"--folder {folder}: holds another test: {', '.join(changes)}; another folder takes this one")
+
+
 def claim(folder: Path, names: Sequence[str], test: Mapping[str, Any]) -> None:
-    """Makes the folder that of a test, or finds that it is. names: of the models, for readers of FILE. test: what makes the test the one
-    it is, as JSON values: hashes under the names of CONTENT, and flags. InputError for the folder of another test, and for one that can't
-    be written to."""
+    """Makes the folder, where it isn't there, that of a test. names: of the models, for readers of FILE. InputError as of check, and for
+    one that can't be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--folder {folder}: cannot be made: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         refuse(f"--folder {folder}: cannot be written to")
-    before = _read(folder)
-    if before is None:
+    check(folder, test)
+    if not (folder / FILE).exists():
         with atomic_write(folder / FILE) as file:
             file.write(as_json({"names": names, "test": test}, indent=1, ensure_ascii=False).encode() + b"\n")
-    elif changes := _changes(before, test):
-        refuse(f"--folder {folder}: holds another test: {', '.join(changes)}; another folder takes this one")
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
     try:
         text = (folder / FILE).read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if found := [name for name in (ANSWERS, VOTES) if (folder / name).exists()]:
             refuse(f"--folder {folder}: holds {found[0]}, and no {FILE} that says of which test")
         return None
