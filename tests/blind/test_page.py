@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 LONG = "long" * 60
 HOSTILE = "<img src=x onerror=\"document.title='broken in'\"><script>document.title='broken in'</script>"
 CARDS = [Card(Question(f"Question {i}? {LONG} {HOSTILE}"), (f"first {i}\n{LONG}", HOSTILE), (i % 2, 1 - i % 2)) for i in range(1, 5)]
-NAMES = [f"base/{LONG}.pth", "tuned/rwkv-final.pth"]
+NAMES = [f"base/{LONG}.pth", f"tuned/{HOSTILE}.pth"]
 
 
 def drive(folder, width, acts):
@@ -60,10 +60,11 @@ def test_keys_alone_judge_a_test_from_its_start_to_the_result(tmp_path):
         await press(tab, "u", "view.judged === 3")
         await press(tab, "a", "view.phase === 'judged'")
         page = await tab.value("document.documentElement.outerHTML")
-        assert not any(name in page for name in NAMES)
+        assert "base/" not in page
+        assert "tuned/" not in page
         await press(tab, "Enter", "view.phase === 'ended'")
         told = await tab.value("document.body.innerText")
-        assert NAMES[0] in told
+        assert all(name in told for name in NAMES)
         assert "4 of 4 questions judged, 1 of them equal." in told
         assert await tab.value("document.title") == "Blind test"
         assert await tab.value("document.querySelectorAll('img').length") == 0

@@ -61,7 +61,7 @@ def listen(port: int) -> socket.socket:
 
 
 class Site:
-    """The page of a ballot. `ended`: set when the result has been sent."""
+    """The page of a ballot. `ended`: set when the result is asked for."""
 
     def __init__(self, ballot: Ballot) -> None:
         self.ballot, self.ended = ballot, threading.Event()
@@ -112,12 +112,9 @@ class Site:
 
     async def _end(self, request: web.Request) -> web.Response:
         self.ballot.end()
-        response = self._answer(self.ballot.view())
-        await response.prepare(request)
-        await response.write_eof()
-        # The server may stop from now on.
+        # The server stops from now on, but not before it has sent what it is asked for.
         self.ended.set()
-        return response
+        return self._answer(self.ballot.view())
 
     def _answer(self, value: object, status: int = 200) -> web.Response:
         return web.Response(text=as_json(value, ensure_ascii=False), status=status, content_type="application/json")
