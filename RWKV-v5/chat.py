@@ -10,7 +10,6 @@ Within a chat: /reset begins anew, /system TEXT does with a system message, /und
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,52 +24,41 @@ from rwkv_dpo.files.atomic import atomic_write
 from rwkv_dpo.files.json_text import as_json
 
 try:
-    from rwkv_dpo.data.prompt_files import as_question, read_prompts
-    from rwkv_dpo.data.tokenizer import LAST_TOKEN, VOCAB_SIZE, WorldTokenizer
+    from rwkv_dpo.data.prompt_files import read_prompts
+    from rwkv_dpo.data.tokenizer import WorldTokenizer
+    from rwkv_dpo.evaluation.flags import add_device_flags, add_sampling_flags, check_sampling, sampling_of
 except ModuleNotFoundError as error:
     leave_without(error)
 
-# Prompts whose answers are drawn together.
-_BATCH = 16
 _COMMANDS = "/reset, /system TEXT, /undo, /retry, /save FILE.jsonl and /quit"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the script. Raises InputError."""
     args = parse_flags(arguments)
-    prompts = read_prompts("prompts", args.prompts) if args.prompts else [args.prompt] if args.prompt else []
+    prompts = [args.prompt] if args.prompt else []
+    if args.prompts:
+        prompts = [row.prompt for row in read_prompts("--prompts", args.prompts)]
     # Here, not above: --help and a mistyped flag need no PyTorch.
-    from rwkv_dpo.devices.device import COMPUTE_DTYPES, pick_device, set_up
+    from rwkv_dpo.devices.device import pick_device, set_up
+    from rwkv_dpo.evaluation.answering import load_speaker
     from rwkv_dpo.evaluation.dialogue import Dialogue
-    from rwkv_dpo.evaluation.generate import Sampling
-    from rwkv_dpo.model.checkpoint import load_model
-    from rwkv_dpo.tuning.tuning import load_tuned
 
     device = pick_device(args.device, "--device")
     set_up(device, args.precision)
-    model = load_model(args.load_model, device=device, compute_dtype=COMPUTE_DTYPES[args.precision], wkv_backend=args.wkv_backend)
-    if model.shape.vocab_size <= LAST_TOKEN:
-        refuse(f"--load_model {args.load_model}: a vocabulary of {model.shape.vocab_size}; the World tokenizer has {VOCAB_SIZE} tokens")
-    if args.peft_load:
-        load_tuned(model, args.peft_load, args.load_model, args.any_base == 1)
-    model.eval()
-    sampling = Sampling(
-        args.temperature, args.top_p, args.top_k, args.min_p, args.presence_penalty, args.repetition_penalty, args.penalty_decay
-    )
+    model = load_speaker(args.load_model, args.peft_load, args.any_base == 1, device, args.precision, args.wkv_backend)
     if prompts:
-        answer_all(args, model, sampling, prompts)
+        answer_all(args, model, prompts)
     else:
-        chat(Dialogue(model, WorldTokenizer(), sampling, args.max_tokens, args.seed, args.system))
+        chat(Dialogue(model, WorldTokenizer(), sampling_of(args), args.max_tokens, args.seed, args.system))
 
 
-def answer_all(args: argparse.Namespace, model: Any, sampling: Any, prompts: list[str]) -> None:
+def answer_all(args: argparse.Namespace, model: Any, prompts: list[str]) -> None:
     """Prints the answers to prompts, or writes them to --out."""
-    from rwkv_dpo.evaluation.generate import answers
+    from rwkv_dpo.evaluation.answering import answer_prompts
 
-    written = [as_question(prompt, args.system) for prompt in prompts]
-    tokenizer, found = WorldTokenizer(), []
-    for first in range(0, len(prompts), _BATCH):
-        found += answers(model, tokenizer, written[first : first + _BATCH], args.n, sampling, args.max_tokens, args.seed + first)
+    batches = answer_prompts(model, prompts, args.n, sampling_of(args), args.max_tokens, args.seed, args.system)
+    found = [of_prompt for batch in batches for of_prompt in batch]
     rows = [{"prompt": prompt, "answers": of_prompt} for prompt, of_prompt in zip(prompts, found, strict=True)]
     if args.out:
         with atomic_write(args.out) as file:
@@ -145,29 +133,13 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, help="answer every line of this file, or the field prompt of every line of a .jsonl file")
     parser.add_argument("--n", type=int, default=1, help="answers to each of them (1)")
     parser.add_argument("--out", type=Path, help="write prompts and answers to this file, a JSON line each")
-    parser.add_argument("--max_tokens", type=int, default=300, help="of an answer (300)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token (1)")
-    parser.add_argument("--top_p", type=float, default=0.7, help="the likeliest tokens that make up so much (0.7)")
-    parser.add_argument("--top_k", type=int, default=0, help="the so many likeliest tokens (0: all)")
-    parser.add_argument("--min_p", type=float, default=0.0, help="tokens at least so likely as a share of the likeliest (0)")
-    parser.add_argument("--presence_penalty", type=float, default=0.0, help="off the logit of a token that the answer has (0)")
-    parser.add_argument("--repetition_penalty", type=float, default=0.0, help="off it for each time that the answer has it (0)")
-    parser.add_argument("--penalty_decay", type=float, default=0.996, help="of each time, with every token that follows (0.996)")
+    add_sampling_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="of sampling (0)")
-    parser.add_argument("--precision", choices=("fp32", "tf32", "fp16", "bf16"), default="fp32", help="(fp32)")
-    parser.add_argument("--wkv_backend", default="auto", help="auto, reference, chunked, cpu or cuda (auto)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU when there is one (auto)")
+    add_device_flags(parser)
     args = parser.parse_args(arguments)
-    for name, is_good, accepted in (
-        ("n", args.n >= 1, "at least 1"), ("max_tokens", args.max_tokens >= 0, "0 or more"), ("top_k", args.top_k >= 0, "0 or more"),
-        ("temperature", 0 <= args.temperature < math.inf, "0 or more"), ("top_p", 0 <= args.top_p <= 1, "0 to 1"),
-        ("min_p", 0 <= args.min_p <= 1, "0 to 1"), ("penalty_decay", 0 <= args.penalty_decay <= 1, "0 to 1"),
-        ("presence_penalty", math.isfinite(args.presence_penalty), "a number"),
-        ("repetition_penalty", math.isfinite(args.repetition_penalty), "a number"),
-        ("seed", -(2**63) <= args.seed < 2**62, "a number of 62 bits"),
-    ):  # fmt: skip
-        if not is_good:
-            refuse(f"--{name} {str(getattr(args, name))[:30]}: {accepted} is accepted")
+    if args.n < 1:
+        refuse(f"--n {args.n}: at least 1 is accepted")
+    check_sampling(args)
     if args.prompt and args.prompts:
         refuse("--prompt and --prompts: either of them is accepted")
     if (args.out or args.n > 1) and not (args.prompt or args.prompts):

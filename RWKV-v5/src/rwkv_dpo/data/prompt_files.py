@@ -1,8 +1,9 @@
-"""Prompts that a user types or keeps in a file, and how a model is asked them."""
+"""Prompts: how a model is asked one, and files of them: a line each, or JSON rows with a field `prompt`."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 from rwkv_dpo.base.errors import InputError, refuse
 from rwkv_dpo.data.preference import Preference
@@ -18,29 +19,41 @@ def as_question(prompt: str, system: str = "") -> str:
     return render(Preference("", system, (prompt,), "", ""), MODES["chat"], seed=0).prompt
 
 
-def read_prompts(flag: str, path: str | Path) -> list[str]:
-    """A prompt a line; of a .jsonl file the field `prompt` of each. flag: that names the file. InputError for a file without any, and
-    for one that isn't UTF-8."""
-    name, path = f"--{flag} {path}", Path(path)
+class PromptRow(NamedTuple):
+    """`where`: the file and line, for messages; `fields`: all that a JSON row has."""
+
+    where: str
+    prompt: str
+    fields: Mapping[str, Any]
+
+
+def read_prompts(flag: str, path: Path, is_json: bool | None = None) -> list[PromptRow]:
+    """A prompt a line, or of JSON rows (is_json; None: of a .jsonl file) the field `prompt`; blank lines aside. InputError, which names
+    the flag, for a file that has none, or isn't UTF-8."""
     try:
         text = path.read_text("utf-8-sig")
     except OSError as error:
-        raise InputError(f"{name}: cannot be read: {error.strerror}") from error
+        raise InputError(f"{flag} {path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{name}: not UTF-8: {error.reason} at byte {error.start}") from error
-    lines = enumerate(text.splitlines(), start=1)
-    prompts = [_prompt(line, f"{name}: line {number}", path.suffix == ".jsonl") for number, line in lines if line.strip()]
-    return prompts or refuse(f"{name}: holds no prompt")
+        raise InputError(f"{flag} {path}: not UTF-8: {error.reason} at byte {error.start}") from error
+    is_json = path.suffix == ".jsonl" if is_json is None else is_json
+    # Not splitlines, which ends lines at characters that JSON texts hold as they are.
+    lines = [(f"{flag} {path}: line {number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    rows = [_json_row(where, line) if is_json else PromptRow(where, line.strip(), {}) for where, line in lines]
+    return rows or refuse(f"{flag} {path}: holds no prompt")
 
 
-def _prompt(line: str, name: str, is_json: bool) -> str:
-    prompt: Any = line
-    if is_json:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{name}: not JSON: {error}") from error
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-    if not (isinstance(prompt, str) and prompt.strip()):
-        refuse(f"{name}: has no text in a field 'prompt'")
-    return prompt.strip()
+def is_text(value: Any) -> TypeGuard[str]:
+    """Whether it is a text that UTF-8 can hold: JSON may spell half of a character."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _json_row(where: str, line: str) -> PromptRow:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON: {error}") from error
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    if not is_text(prompt) or not prompt.strip():
+        refuse(f"{where}: has no text in a field 'prompt'")
+    return PromptRow(where, prompt.strip(), row)

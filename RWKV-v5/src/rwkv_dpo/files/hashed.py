@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from rwkv_dpo.base.errors import reading
 from rwkv_dpo.files.atomic import atomic_write, hidden_name, unfinished_file, writing
 
 _CHUNK = 1 << 24
@@ -120,6 +121,19 @@ def fault_of(path: str | Path) -> str:
 def file_sha256(path: str | Path) -> str:
     """Of what is in a file, in hexadecimal. Raises OSError."""
     return _sha256(path).hexdigest()
+
+
+def path_sha256(path: str | Path) -> str:
+    """Of a file, or of the files in an adapter folder; "" of what isn't there, which its reader refuses."""
+    if not Path(path).exists():
+        return ""
+    with reading(path):
+        if not Path(path).is_dir():
+            return file_sha256(path)
+        digest = hashlib.sha256()
+        for file in sorted(one for one in Path(path).iterdir() if one.is_file() and one.suffix in (".json", ".safetensors")):
+            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+        return digest.hexdigest()
 
 
 def _sha256(path: str | Path) -> "hashlib._Hash":

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rwkv_dpo.base.errors import refuse
 from rwkv_dpo.batches.sampling import check_magic_prime
@@ -89,7 +90,7 @@ def open_prompts(settings: RunSettings, vocab_size: int) -> Sequence[str]:
         return ()
     if 0 < vocab_size <= LAST_TOKEN:
         refuse(f"--sample_prompts {path}: becomes tokens of the World tokenizer, {VOCAB_SIZE} of them; the model has {vocab_size}")
-    return read_prompts("sample_prompts", path)
+    return [row.prompt for row in read_prompts("--sample_prompts", Path(path))]
 
 
 def _refuse_world_pairs(settings: RunSettings, corpus: Corpus, data: RunData) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 from rwkv_dpo.base.errors import refuse
 from rwkv_dpo.data.corpus import corpus_sha256
 from rwkv_dpo.data.pairs import content_sha256
+from rwkv_dpo.files.hashed import path_sha256
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.run.data import RunData
 from rwkv_dpo.run.rules import PILE_EPOCH_WINDOWS, check_trains
 from rwkv_dpo.run.settings import PARTS, RunSettings
 from rwkv_dpo.run_folder.contents import cut_logs, is_finished, newest_epoch, prepare_folder, read_identity, save_vocabulary, saved_name
-from rwkv_dpo.run_folder.identity import Identity, path_sha256
+from rwkv_dpo.run_folder.identity import Identity
 from rwkv_dpo.run_folder.lock import RunLock
 from rwkv_dpo.run_folder.resume import Saved, check_fits, checkpoints_in, choose, goes_on_here, last_of
 from rwkv_dpo.settings.fields import Part

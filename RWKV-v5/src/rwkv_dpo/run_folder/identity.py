@@ -3,14 +3,11 @@
 Every question "is this mine?" (a finished run, a checkpoint of last/, a run folder) is asked of an Identity.
 """
 
-import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rwkv_dpo.base.errors import reading
-from rwkv_dpo.files.hashed import file_sha256
 from rwkv_dpo.settings.fields import Part
 
 
@@ -56,16 +53,3 @@ class Identity:
         """The identity that as_json wrote, also as earlier versions did, without "content"."""
         content = settings.get("content", {})
         return cls({name: value for name, value in settings.items() if name != "content"}, content if isinstance(content, dict) else {})
-
-
-def path_sha256(path: str) -> str:
-    """Of a file, or of the files in an adapter folder; "" of what isn't there, which its reader refuses."""
-    if not Path(path).exists():
-        return ""
-    with reading(path):
-        if not Path(path).is_dir():
-            return file_sha256(path)
-        digest = hashlib.sha256()
-        for file in sorted(one for one in Path(path).iterdir() if one.is_file() and one.suffix in (".json", ".safetensors")):
-            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
-        return digest.hexdigest()
