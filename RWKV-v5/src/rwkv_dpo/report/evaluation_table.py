@@ -59,7 +59,7 @@ def _corpus_rows(columns: Sequence[Figures]) -> _Rows:
     losses = [column["corpus_loss"] for column in columns]
     rows = [("corpus loss (nats/token)", _cells("{:.4f}", losses)), *_spread(columns, "corpus_loss", "{:.4f}", "{:+.4f}")]
     rows.append(("corpus perplexity", _cells("{:.2f}", (column["corpus_perplexity"] for column in columns))))
-    if len(columns) > 1:
+    if len(columns) > 1 and losses[0]:
         rows.append(("change of corpus loss", _cells("{:+.1f} %", (100 * (loss / losses[0] - 1) for loss in losses))))
     if "kl" in columns[0]:
         rows.append(("KL to the first column", _cells("{:.4f}", (column["kl"] for column in columns))))
