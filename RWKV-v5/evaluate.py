@@ -7,6 +7,7 @@ evaluate.py --load_model base.pth --peft_load out/adapter-final --pairs testset.
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -149,8 +150,9 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
         refuse("--prompt: takes texts, each of them once")
     for name in ("out", "plot"):
         path = getattr(args, name)
-        if path and (path.is_dir() or not path.parent.is_dir()):
-            refuse(f"--{name} {path}: {'a folder; a file is written' if path.is_dir() else 'its folder does not exist'}")
+        # Not by Path, whose is_dir raises for a name that is too long.
+        if path and (os.path.isdir(path) or not os.path.isdir(path.parent)):
+            refuse(f"--{name} {path}: {'a folder; a file is written' if os.path.isdir(path) else 'its folder does not exist'}")
     return args
 
 

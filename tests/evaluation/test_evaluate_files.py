@@ -186,6 +186,7 @@ REFUSED = {
     "a plot without pairs": (["--plot", "r.png"], r"^--plot: draws what pairs give; --pairs names them$"),
     "a plot of another kind": (["--plot", "r.pdf", "--pairs", "a.save"], r"^--plot .*r\.pdf: a \.png file is written$"),
     "a plot nowhere": (["--plot", "nowhere/r.png", "--pairs", "a.save"], r"^--plot .*r\.png: its folder does not exist$"),
+    "a name that is too long": (["--out", "x" * 300 + "/r.json"], r"^--out x+/r\.json: its folder does not exist$"),
     "a report nowhere": (["--out", "nowhere/r.json"], r"^--out .*r\.json: its folder does not exist$"),
     "a report that is a folder": (["--out", "."], r"^--out .*: a folder; a file is written$"),
     "a choice that isn't one": (["--kl", "2"], r"--kl"),
