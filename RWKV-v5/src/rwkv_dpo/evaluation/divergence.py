@@ -58,4 +58,5 @@ def kl_divergence(hidden: Tensor, head: Head, other: Tensor, other_head: Head, s
         differences = log_q.neg_().add_(log_p)
         # A product of rows, without another tensor of their size.
         part.copy_(torch.einsum("rv,rv->r", log_p.exp_(), differences))
+        del log_p, log_q, differences  # before the next slice's logits
     return result
