@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Compare checkpoints: preference accuracy and margin on pairs, perplexity on a corpus, and an answer to a prompt.
+"""Compare checkpoints: preferences and calibration on pairs, loss and divergence on corpora, and answers to prompts.
 
 evaluate.py --load_model base.pth tuned.pth --pairs testset.save --data_file default_text_document
-evaluate.py --load_model base.pth --peft_load out/adapter-final --pairs testset.save
+evaluate.py --load_model base.pth --peft_load out/adapter-final --pairs testset.save other.save --plot report.png
 """
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,11 +24,10 @@ from rwkv_dpo.files.json_text import as_json
 from rwkv_dpo.objective.settings import ObjectiveSettings
 
 try:
-    from rwkv_dpo.data.corpus import open_corpus
-    from rwkv_dpo.data.corpus_names import name_corpus
-    from rwkv_dpo.data.pair_files import open_pairs
-    from rwkv_dpo.data.pairs import PairSet, check_pairs
-    from rwkv_dpo.data.tokenizer import LAST_TOKEN, VOCAB_SIZE, WorldTokenizer
+    from rwkv_dpo.data.corpus import Corpus
+    from rwkv_dpo.data.pairs import PairSet
+    from rwkv_dpo.data.prompt_files import as_question
+    from rwkv_dpo.data.tokenizer import WorldTokenizer
 except ModuleNotFoundError as error:
     leave_without(error)
 
@@ -37,50 +37,72 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_flags(arguments)
     # Here, not above: --help and a mistyped flag need no PyTorch.
     from rwkv_dpo.devices.device import COMPUTE_DTYPES, pick_device, set_up
-    from rwkv_dpo.evaluation.generate import generate
-    from rwkv_dpo.evaluation.origin import objectives, run_of
-    from rwkv_dpo.evaluation.scoring import corpus_loss, evaluate_pairs
+    from rwkv_dpo.evaluation.compare import compare
+    from rwkv_dpo.evaluation.inputs import check_reads_text, open_corpora, open_pair_files, vocab_sizes
+    from rwkv_dpo.evaluation.origin import doubts_of, objectives, run_of
     from rwkv_dpo.model.checkpoint import load_model
+    from rwkv_dpo.report.evaluation_table import as_table
     from rwkv_dpo.tuning.tuning import load_tuned
-    from tqdm import tqdm
 
+    if args.plot:
+        from rwkv_dpo.report.evaluation_plot import write_plot
     device = pick_device(args.device, "--device")
     set_up(device, args.precision)
-    if args.prompt:
-        for path in args.load_model:
-            check_reads_prompts(path)
     columns = [(path, "") for path in args.load_model] + [(args.load_model[0], tuned) for tuned in args.peft_load]
-    origins = [run_of(tuned or path) for path, tuned in columns]
-    pairs = open_pairs("pairs", args.pairs) if args.pairs else None
-    if pairs is not None:
-        tell_doubts(pairs, args.pairs, [(tuned or path, run) for (path, tuned), run in zip(columns, origins, strict=True)])
-    reports = []
-    for (path, tuned), own in zip(columns, objectives(origins), strict=True):
-        mixture = replace(own, options=replace(own.options, beta=args.dpo_beta or own.options.beta))
+    names = [tuned or path for path, tuned in columns]
+    with_kl = args.kl == 1 and len(columns) > 1
+    sizes = vocab_sizes(args.load_model)
+    if args.prompt:
+        check_reads_text(sizes)
+    pairs = open_pair_files(args.pairs, sizes)
+    corpora = open_corpora(args.data_file, args.data_type, args.ctx_len, sizes, with_kl)
+    runs = [run_of(name) for name in names]
+    for doubt in doubts_of(pairs, names, runs):
+        print(f"warning: {doubt}", file=sys.stderr)
+    mixtures = [replace(own, options=replace(own.options, beta=args.dpo_beta or own.options.beta)) for own in objectives(runs)]
+    found, first = [], None
+    for path, tuned in columns:
         model = load_model(path, device=device, compute_dtype=COMPUTE_DTYPES[args.precision], wkv_backend=args.wkv_backend)
         if tuned:
             load_tuned(model, tuned, path, args.any_base == 1)
-        report: dict = {"checkpoint": tuned or path}
-        if pairs is not None:
-            check_pairs(pairs, args.pairs, model.shape.vocab_size)
-            with tqdm(total=len(pairs), unit="pair", desc=tuned or path, leave=False, disable=None) as bar:
-                report |= evaluate_pairs(model, pairs, mixture, args.batch_tokens, bar.update)
-            report |= {"dpo_beta": mixture.options.beta} if pairs.is_scored else {}
-        if args.data_file:
-            data_file, data_type = name_corpus(args.data_file, args.data_type)
-            corpus = open_corpus(data_file, data_type, model.shape.vocab_size, args.ctx_len, path)
-            starts = range(0, corpus.n_tokens - args.ctx_len, args.ctx_len)
-            with tqdm(starts, unit="window", desc=tuned or path, leave=False, disable=None) as bar:
-                windows = (corpus.window(start, args.ctx_len + 1) for start in bar)
-                report["corpus_loss"] = corpus_loss(model, windows, args.batch_tokens)
-        if args.prompt:
-            prompt = f"User: {args.prompt}\n\nAssistant:"
-            report["answer"] = generate(model, WorldTokenizer(), prompt, args.max_tokens, args.temperature, args.top_p, args.seed)
-        reports.append(report)
-    print_table(reports)
+        found.append(scores_of(model, tuned or path, pairs, corpora[path], first, args))
+        # The divergence of the others is measured from it.
+        first = first or (model if with_kl and args.data_file else None)
+        del model
+    reports = compare(names, pairs, found, mixtures, with_kl, args.seed)
+    print(as_table(reports))
     if args.out:
         with atomic_write(args.out) as file:
             file.write(as_json(reports, indent=1, ensure_ascii=False).encode() + b"\n")
+    if args.plot:
+        with atomic_write(args.plot) as file:
+            write_plot(reports, file)
+
+
+def scores_of(
+    model: Any, name: str, pairs: Mapping[str, PairSet], corpora: Mapping[str, Corpus], first: Any, args: argparse.Namespace
+) -> Any:
+    """compare.Scores of a model on all that is to be read. first: the first column's model, where the divergence from it is wanted."""
+    from rwkv_dpo.evaluation.compare import Scores
+    from rwkv_dpo.evaluation.divergence import score_windows
+    from rwkv_dpo.evaluation.generate import Sampling, answers
+    from rwkv_dpo.evaluation.scoring import score_pairs
+    from tqdm import tqdm
+
+    found = Scores({}, {}, {})
+    for file, of_file in pairs.items():
+        with tqdm(total=len(of_file), unit="pair", desc=name, leave=False, disable=None) as bar:
+            found.pairs[file] = score_pairs(model, of_file, args.batch_tokens, bar.update)
+    for file, corpus in corpora.items():
+        starts = range(0, corpus.n_tokens - args.ctx_len, args.ctx_len)
+        with tqdm(starts, unit="window", desc=name, leave=False, disable=None) as bar:
+            windows = (corpus.window(start, args.ctx_len + 1) for start in bar)
+            found.corpora[file] = score_windows(model, windows, args.batch_tokens, first)
+    written = [as_question(prompt) for prompt in args.prompt]
+    sampling = Sampling(args.temperature, args.top_p)
+    of_prompts = answers(model, WorldTokenizer(), written, 1, sampling, args.max_tokens, args.seed) if written else []
+    found.answers.update(zip(args.prompt, (text for (text,) in of_prompts), strict=True))
+    return found
 
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
@@ -89,22 +111,26 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--load_model", nargs="+", required=True, help="checkpoints, a column each")
     parser.add_argument("--peft_load", nargs="+", default=[], help="adapter folders or state files on the first checkpoint, a column each")
     parser.add_argument("--any_base", type=int, choices=(0, 1), default=0, help="1: take an adapter of another base model (0)")
-    parser.add_argument("--pairs", help="preference pairs (.save), scored by the first checkpoint or any other reference")
+    parser.add_argument("--pairs", nargs="+", default=[], help="preference pairs (.save), scored by the first checkpoint or another")
     beta = ObjectiveSettings.dpo_beta
     parser.add_argument("--dpo_beta", type=float, help=f"of the rewards (that of the checkpoint's own run; else {beta})")
-    parser.add_argument("--data_file", help="corpus, as train.py takes it")
-    parser.add_argument("--data_type", default="", help="as train.py takes it (what data_file is)")
+    parser.add_argument("--data_file", nargs="+", default=[], help="corpora, as train.py takes them")
+    parser.add_argument("--data_type", nargs="+", default=[], help="as train.py takes it, one for all or one a corpus (what data_file is)")
     parser.add_argument("--ctx_len", type=int, default=1024, help="window of the corpus perplexity (1024)")
-    parser.add_argument("--prompt", help="a question to answer")
-    parser.add_argument("--max_tokens", type=int, default=100, help="of the answer (100)")
+    parser.add_argument(
+        "--kl", type=int, choices=(0, 1), default=1, help="0: no KL divergence to the first column, whose model then leaves memory (1)"
+    )
+    parser.add_argument("--prompt", nargs="+", default=[], help="questions to answer")
+    parser.add_argument("--max_tokens", type=int, default=100, help="of an answer (100)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token (0.7)")
     parser.add_argument("--top_p", type=float, default=0.9, help="nucleus of sampling (0.9)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (0)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling and of the bootstrap (0)")
     parser.add_argument("--precision", choices=("fp32", "tf32", "fp16", "bf16"), default="fp32", help="(fp32)")
     parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens scored at once (8192)")
     parser.add_argument("--wkv_backend", default="auto", help="auto, reference, chunked, cpu or cuda (auto)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU when there is one (auto)")
     parser.add_argument("--out", type=Path, help="also write the report as JSON")
+    parser.add_argument("--plot", type=Path, help="also draw accuracy, calibration and margins of --pairs into this .png file")
     args = parser.parse_args(arguments)
     for name, least in (("ctx_len", 1), ("max_tokens", 0), ("batch_tokens", 1)):
         if getattr(args, name) < least:
@@ -117,59 +143,16 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     ):
         if not is_good:
             refuse(f"--{name} {str(getattr(args, name))[:30]}: {accepted} is accepted")
+    if args.plot and (args.plot.suffix != ".png" or not args.pairs):
+        refuse(f"--plot {args.plot}: a .png file is written" if args.pairs else "--plot: draws what pairs give; --pairs names them")
+    if not all(prompt.strip() for prompt in args.prompt) or len(set(args.prompt)) < len(args.prompt):
+        refuse("--prompt: takes texts, each of them once")
+    for name in ("out", "plot"):
+        path = getattr(args, name)
+        # Not by Path, whose is_dir raises for a name that is too long.
+        if path and (os.path.isdir(path) or not os.path.isdir(path.parent)):
+            refuse(f"--{name} {path}: {'a folder; a file is written' if os.path.isdir(path) else 'its folder does not exist'}")
     return args
-
-
-ROWS = {
-    "preference accuracy": ("logps/accuracies", "{:.3f}"),
-    "mean margin (nats)": ("logps/margins", "{:+.2f}"),
-    "reward accuracy": ("rewards/accuracies", "{:.3f}"),
-    "reward margin": ("rewards/margins", "{:+.3f}"),
-    "beta of the rewards": ("dpo_beta", "{:g}"),
-    "corpus loss (nats/token)": ("corpus_loss", "{:.4f}"),
-    "corpus perplexity": ("corpus_perplexity", "{:.2f}"),
-}
-
-
-def check_reads_prompts(checkpoint: str) -> None:
-    """Refuses a checkpoint whose vocabulary is smaller than the tokenizer's."""
-    from rwkv_dpo.model.checkpoint import read_checkpoint, shape_of
-
-    vocab_size = shape_of(read_checkpoint(checkpoint), checkpoint).vocab_size
-    if vocab_size <= LAST_TOKEN:
-        refuse(f"--prompt: becomes tokens of the World tokenizer, {VOCAB_SIZE} of them, and {checkpoint} has a vocabulary of {vocab_size}")
-
-
-def tell_doubts(pairs: PairSet, name: str, columns: list[tuple[str, Mapping[str, Any]]]) -> None:
-    """Warns of pairs that are not held out from a column's run, or not scored. InputError for those of another preparation."""
-    from rwkv_dpo.evaluation.origin import check_not_trained_on
-
-    doubts = [check_not_trained_on(pairs, f"--pairs {name}", run, checkpoint) for checkpoint, run in columns]
-    if not pairs.is_scored:
-        doubts.append(f"--pairs {name}: not scored by a reference, so that rewards are left out; prepare_pairs.py scores pairs")
-    for doubt in filter(None, doubts):
-        print(f"warning: {doubt}", file=sys.stderr)
-
-
-def print_table(reports: list[dict]) -> None:
-    """A column a checkpoint, with each answer below."""
-    for report in reports:
-        if "logps/chosen" in report:
-            report["logps/margins"] = report["logps/chosen"] - report["logps/rejected"]
-        if "corpus_loss" in report:
-            report["corpus_perplexity"] = math.exp(report["corpus_loss"])
-    names = ["/".join(Path(report["checkpoint"]).parts[-2:]) for report in reports]
-    width = max(12, *(len(name) + 2 for name in names))
-    print(f"{'':26}" + "".join(f"{name:>{width}}" for name in names))
-    for label, (name, form) in ROWS.items():
-        if name in reports[0]:
-            print(f"{label:26}" + "".join(f"{form.format(report[name]):>{width}}" for report in reports))
-    if "corpus_loss" in reports[0] and len(reports) > 1:
-        changes = (f"{100 * (report['corpus_loss'] / reports[0]['corpus_loss'] - 1):+.1f} %" for report in reports)
-        print(f"{'change of corpus loss':26}" + "".join(f"{change:>{width}}" for change in changes))
-    for name, report in zip(names, reports, strict=True):
-        if "answer" in report:
-            print(f"\n{name} answers:\n  {report['answer']}")
 
 
 if __name__ == "__main__":

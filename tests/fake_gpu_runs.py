@@ -105,7 +105,7 @@ def scoring(folder: Path) -> list[tuple[str, list[Any]]]:
         ("prepare_pairs", [*prepare, "bf16", "--out_dir", folder / "pairs"]),
         ("prepare_pairs", [*prepare, "fp32", "--batch_tokens", 16, "--out_dir", folder / "pairs of fp32"]),
         ("evaluate", [*compare, "--pairs", tiny / "train.save", "--peft_load", *tuned]),
-        ("evaluate", [*compare, "--data_file", tiny / "corpus.bin", "--data_type", "uint16", "--ctx_len", 100]),
+        ("evaluate", [*compare, "--data_file", tiny / "corpus.bin", "--data_type", "uint16", "--ctx_len", 100, "--peft_load", *tuned]),
         ("evaluate", ["--load_model", world / "model.pth", "--prompt", "Who are you?", "--max_tokens", 5, *on_gpu, "fp16"]),
     ]
 

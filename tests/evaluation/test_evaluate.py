@@ -177,7 +177,7 @@ def test_rewards_take_the_beta_of_the_run_and_the_report_says_which(two_models, 
 def test_pairs_that_are_not_scored_get_what_needs_no_reference(two_models, capsys):
     (report,) = report_of(two_models, "--load_model", two_models / "base.pth", "--pairs", two_models / "unscored.save")
     assert set(report) == {"checkpoint", "logps/chosen", "logps/rejected", "logps/accuracies", "logps/margins",
-                           "lengths/chosen", "lengths/rejected", "lengths/preferred"}  # fmt: skip
+                           "lengths/chosen", "lengths/rejected", "lengths/preferred", "pairs"}  # fmt: skip
     told = capsys.readouterr()
     assert told.err.startswith(f"warning: --pairs {two_models / 'unscored.save'}: not scored by a reference, so that rewards are left out")
     assert "preference accuracy" in told.out

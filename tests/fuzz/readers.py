@@ -373,8 +373,10 @@ def _flag_lines() -> list[bytes]:
     ]
     lines += [["prepare_pairs", "--source", "a.json", "--load_model", "b.pth", "--valid_ratio", "0.1", "--ctx_len", "64", "--limit", "3"]]
     lines += [
-        ["evaluate", "--load_model", "a", "b", "--pairs", "p", "--top_p", "0.5", "--temperature", "1", "--seed", "3", "--ctx_len", "9"]
-    ]
+        ["evaluate", "--load_model", "a", "b", "--pairs", "p", "--top_p", "0.5", "--temperature", "1", "--seed", "3", "--ctx_len", "9"],
+        ["evaluate", "--load_model", "a", "--pairs", "p", "q", "--data_file", "c", "d", "--data_type", "uint16", "--kl", "0", "--prompt",
+         "e", "f", "--plot", "r.png", "--out", "r.json"],
+    ]  # fmt: skip
     return ["\0".join(line).encode() for line in lines]
 
 

@@ -14,7 +14,8 @@ from rwkv_dpo.batches.forest import ForestBuilder
 from rwkv_dpo.batches.micro_batch import collate
 from rwkv_dpo.batches.step import Step, build_step
 from rwkv_dpo.data.pairs import pack_pairs
-from rwkv_dpo.evaluation.scoring import corpus_loss, score_pairs
+from rwkv_dpo.evaluation.divergence import score_windows
+from rwkv_dpo.evaluation.scoring import score_pairs
 from rwkv_dpo.kernels.linear_logprobs import LogProbs
 from rwkv_dpo.kernels.wkv5 import choose_backend
 from rwkv_dpo.objective import chunked_step
@@ -263,10 +264,10 @@ def test_scoring_takes_no_more_tokens_at_once_than_it_may(tiny_shape):
     model, sizes = random_model(tiny_shape), []
     model.register_forward_pre_hook(lambda module, arguments: sizes.append(arguments[0].tokens.numel()))
     pairs, windows = pack_pairs([tuple(map(np.asarray, pair)) for pair in PAIRS]), WINDOWS[:2]
-    whole = score_pairs(model, pairs, 1000), corpus_loss(model, windows, 1000)
+    whole = score_pairs(model, pairs, 1000), score_windows(model, windows, 1000).losses
     assert max(sizes) > 100
     sizes.clear()
-    parts = score_pairs(model, pairs, 16), corpus_loss(model, windows, 16)
+    parts = score_pairs(model, pairs, 16), score_windows(model, windows, 16).losses
     assert max(sizes) == 16
     np.testing.assert_allclose(parts[0], whole[0], rtol=1e-9)
     assert parts[1] == pytest.approx(whole[1], rel=1e-9)

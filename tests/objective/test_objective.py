@@ -13,7 +13,8 @@ from rwkv_dpo.batches.forest import ForestBuilder
 from rwkv_dpo.batches.micro_batch import collate
 from rwkv_dpo.batches.step import build_step
 from rwkv_dpo.data.pairs import pack_pairs
-from rwkv_dpo.evaluation.scoring import corpus_loss, score_pairs, scoring_batches, token_batches
+from rwkv_dpo.evaluation.divergence import score_windows
+from rwkv_dpo.evaluation.scoring import score_pairs, scoring_batches, token_batches
 from rwkv_dpo.kernels.wkv5 import BACKENDS, choose_backend, reference
 from rwkv_dpo.model.checkpoint import empty_model, load_into, shape_of
 from rwkv_dpo.objective.losses import L2WRAP_FACTOR, dpo, preference_loss
@@ -147,7 +148,7 @@ def test_ratio_0_needs_no_windows_and_ratio_1_no_pairs(tiny_shape):
     assert only_pairs.item() == metrics["loss_dpo"].item()
     assert "loss_general" not in metrics
     only_corpus, metrics = objective(model, collate([np.arange(9)], [], np.zeros((0, 2))), dpo(0.1), 1.0)
-    assert only_corpus.item() == pytest.approx(corpus_loss(model, [np.arange(9)], 100))
+    assert only_corpus.item() == pytest.approx(score_windows(model, [np.arange(9)], 100).losses[0])
     assert "rewards/margins" not in metrics
 
 

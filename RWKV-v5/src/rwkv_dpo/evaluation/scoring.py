@@ -1,6 +1,6 @@
-"""Log-probabilities, accuracy and losses of a model on pairs and text, through the training objective's own code."""
+"""Log-probabilities, accuracy and losses of a model on pairs, through the training objective's own code."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -79,6 +79,13 @@ def scoring_batches(pairs: PairSet, batch_tokens: int) -> list[np.ndarray]:
     return [np.concatenate([groups[i] for i in batch]) for batch in batches]
 
 
+def prompt_numbers(pairs: PairSet) -> np.ndarray:
+    """int64 [pairs], from 0 on: the same for pairs of one tree, and of trees that begin with the same prompt."""
+    numbers: dict[bytes, int] = {}
+    of_trees = [numbers.setdefault(_shared(pairs, first), len(numbers)) for first in pairs.trees[:-1]]
+    return np.repeat(of_trees, np.diff(pairs.trees))
+
+
 def _shared(pairs: PairSet, i: int) -> bytes:
     """What pairs that are computed together have in common: the first prompt of their tree."""
     return pairs.pair(pairs.trees[pairs.tree_of(i)])[0].tobytes()
@@ -98,24 +105,18 @@ def token_batches(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> 
     return [*batches, np.array(current)] if current else batches
 
 
-@torch.no_grad()
-def corpus_loss(model: RWKV, windows: Iterable[np.ndarray], batch_tokens: int) -> float:
-    """Mean negative log-likelihood (nats a token) of windows of [T + 1] token ids, up to batch_tokens tokens at once."""
-    total, count = 0.0, 0
-    for window in windows:
-        logps = _score_in_parts(model, build_step([window], []), batch_tokens).logps
-        total, count = total - float(logps.double().sum()), count + logps.numel()
-    return total / count
-
-
 def evaluate_pairs(
     model: RWKV, pairs: PairSet, mixture: Mixture, batch_tokens: int, progress: Callable[[int], object] = lambda n: None
 ) -> dict[str, float]:
-    """Means over all pairs (of losses of rankings, over all rankings), under the names of metrics.jsonl; logps/accuracies: the share of
-    pairs whose chosen answer is the more probable one, reference aside; lengths/preferred: tokens of the answers with the higher
-    reward. Of pairs that are not scored only what needs no reference.
-    `progress` is told how many pairs each batch held."""
-    logps = torch.from_numpy(score_pairs(model, pairs, batch_tokens, progress, mixture.options.ld_alpha))
+    """pair_means of what the model makes of the pairs. `progress` is told how many pairs each batch held."""
+    return pair_means(score_pairs(model, pairs, batch_tokens, progress, mixture.options.ld_alpha), pairs, mixture)
+
+
+def pair_means(scores: np.ndarray, pairs: PairSet, mixture: Mixture) -> dict[str, float]:
+    """Means over all pairs (of losses of rankings, over all rankings) of score_pairs' log-probabilities, under the names of metrics.jsonl;
+    logps/accuracies: the share of pairs whose chosen answer is the more probable one, reference aside; lengths/preferred: tokens
+    of the answers with the higher reward. Of pairs that are not scored only what needs no reference."""
+    logps = torch.from_numpy(scores)
     refs = torch.from_numpy(pairs.ref_logps)
     trees = [pairs.tree(t) for t in range(pairs.n_trees)]
     compared, _ = compare([pairs.pair(i) for i in range(len(pairs))], trees, pairs.scores)

@@ -13,7 +13,8 @@ from typing_extensions import override
 
 from rwkv_dpo.data.corpus import Corpus
 from rwkv_dpo.data.pairs import PairSet
-from rwkv_dpo.evaluation.scoring import corpus_loss, evaluate_pairs
+from rwkv_dpo.evaluation.divergence import score_windows
+from rwkv_dpo.evaluation.scoring import evaluate_pairs
 from rwkv_dpo.files.json_text import as_json
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.objective.losses import Mixture
@@ -69,7 +70,8 @@ class HeldOutCorpus:
     def figures(self, model: RWKV, shows_bar: bool) -> dict[str, Any]:
         """All windows, on every rank."""
         with tqdm(self.starts, unit="window", desc="held-out", leave=False, disable=None if shows_bar else True) as bar:
-            loss = corpus_loss(model, (self.corpus.window(start, self.ctx_len + 1) for start in bar), self.batch_tokens)
+            windows = (self.corpus.window(start, self.ctx_len + 1) for start in bar)
+            loss = float(score_windows(model, windows, self.batch_tokens).losses.mean())
         return {"windows": len(self.starts), "corpus_loss": finite(loss), "corpus_perplexity": finite(_exp(loss))}
 
     def words(self, figures: dict[str, Any]) -> str:

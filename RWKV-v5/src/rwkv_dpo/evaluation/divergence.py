@@ -1,0 +1,62 @@
+"""Windows of a corpus: a model's loss, and how far its distribution over the vocabulary is from another model's."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rwkv_dpo.batches.forest import ForestBuilder, LayerState
+from rwkv_dpo.model.rwkv import RWKV, Head
+
+# Of one [rows, vocabulary] tensor of fp32 logits; three of them live at a time.
+SLICE_BYTES = 64 << 20
+
+
+class WindowScores(NamedTuple):
+    """Means over the tokens of each window, float64 [windows], nats a token."""
+
+    losses: np.ndarray  # negative log-likelihood of the next token
+    divergences: np.ndarray  # KL(model || first), 0 without a first model
+
+
+@torch.no_grad()
+def score_windows(model: RWKV, windows: Iterable[np.ndarray], batch_tokens: int, first: RWKV | None = None) -> WindowScores:
+    """Of windows of [T + 1] token ids, batch_tokens tokens at once. first: the model to measure the divergence from, of the same
+    vocabulary and on the same device; both are in memory, and each reads every window."""
+    scores = []
+    for window in windows:
+        tokens = torch.from_numpy(window).to(model.head.weight.device)
+        states: list[LayerState] | None = None
+        first_states: list[LayerState] | None = None
+        loss = divergence = 0.0
+        for start in range(0, len(window) - 1, batch_tokens):
+            end = min(start + batch_tokens, len(window) - 1)
+            builder = ForestBuilder()
+            builder.add(window[start:end])
+            forest = builder.build()[0].to(tokens.device)
+            hidden, states = model(forest, states)
+            loss -= float(model.head(hidden, tokens[start + 1 : end + 1]).logps.double().sum())
+            if first is not None:
+                other, first_states = first(forest, first_states)
+                divergence += float(kl_divergence(hidden, model.head, other, first.head).double().sum())
+        scores.append((loss / (len(window) - 1), divergence / (len(window) - 1)))
+    return WindowScores(*np.array(scores, np.float64).reshape(-1, 2).T)
+
+
+@torch.no_grad()
+def kl_divergence(hidden: Tensor, head: Head, other: Tensor, other_head: Head, slice_bytes: int = SLICE_BYTES) -> Tensor:
+    """sum_v p(v) (log p(v) - log q(v)) of each row [R], over the whole vocabulary, in nats: p the distribution that `head` makes of
+    hidden [R, C], q that of the other head and rows. fp32 (float64 of float64), as many rows at once as have logits of slice_bytes."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    n_rows = max(1, slice_bytes // (4 * head.weight.shape[0]))
+    result = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+    for part, rows, other_rows in zip(result.split(n_rows), hidden.split(n_rows), other.split(n_rows), strict=True):
+        log_p = torch.log_softmax(head(rows), dim=1, dtype=wide)
+        log_q = torch.log_softmax(other_head(other_rows), dim=1, dtype=wide)
+        differences = log_q.neg_().add_(log_p)
+        # A product of rows, without another tensor of their size.
+        part.copy_(torch.einsum("rv,rv->r", log_p.exp_(), differences))
+        del log_p, log_q, differences  # before the next slice's logits
+    return result
