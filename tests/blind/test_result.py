@@ -46,7 +46,7 @@ def test_the_sign_test_is_the_sum_of_both_tails_and_the_interval_has_2_5_percent
 
 def test_without_decided_votes_nothing_is_claimed():
     assert sign_test((0, 0)) == {"win_rate": None, "interval": [0.0, 1.0], "p": 1.0}
-    assert "show no difference" in as_text(result_of(NAMES, CARDS, {3: "="}))
+    assert "too even to say which is better" in as_text(result_of(NAMES, CARDS, {3: "="}))
 
 
 def test_the_result_in_numbers_and_words():
@@ -65,7 +65,7 @@ def test_the_result_in_numbers_and_words():
     ]  # fmt: skip
     assert as_text(result).splitlines()[-3:] == [
         "4 of 5 questions judged, 1 of them equal.", "1 more had the same answer from both and was not asked.",
-        "The votes show no difference (sign test, exact, two-sided: p = 1).",
+        "The votes are too even to say which is better (sign test, exact, two-sided: p = 1).",
     ]  # fmt: skip
 
 

@@ -108,4 +108,4 @@ def _lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"{same} more had the same answer from both and {'was' if same == 1 else 'were'} not asked."
     p = f"sign test, exact, two-sided: p = {result['p']:.2g}"
     better = result["models"][second > first]
-    yield f"{better} is judged better ({p})." if result["p"] < _SIGNIFICANT else f"The votes show no difference ({p})."
+    yield f"{better} is judged better ({p})." if result["p"] < _SIGNIFICANT else f"The votes are too even to say which is better ({p})."
