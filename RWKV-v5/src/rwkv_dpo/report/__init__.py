@@ -1,5 +1,5 @@
-"""What preparation tells of preference data: its figures, what looks wrong with them, a table and a page.
+"""What preparation tells of preference data, and training of itself: figures, what looks wrong with them, a table, pages, a picture.
 
-May import: data, jinja2, datasketch, numpy.
-Must not enter: models, torch; decisions of what is kept.
+May import: data, jinja2, datasketch, numpy, matplotlib.
+Must not enter: models, torch; files of a run; decisions of what is kept.
 """
