@@ -46,7 +46,8 @@ TURNS: tuple[tuple[dict[str, Any], ...], ...] = (
     ({}, {"balance": "none"}, {"dpo_ref": "recompute"}),
     ({}, {"dpo_loss": "plackett_luce,softmax,all_pairs,aot,sft"}, {"dpo_loss": "simpo,orpo,ipo,dpop"}, {"dpo_f_divergence": "js"}),
     ({"dpo_valid_file": True}, {}, {"dropout": 0.1}, {"epoch_steps": 2, "accumulate_grad_batches": 2}, {"layerwise_lr": 0}),
-    ({}, {"weight_decay": 0.01}, {"enable_progress_bar": True}, {"save_every": 1}, {"accelerator": "auto"}, {"wkv_backend": "cuda"}),
+    ({}, {"weight_decay": 0.01}, {"enable_progress_bar": True, "log_every_s": 0}, {"save_every": 1, "tensorboard": 1},
+     {"accelerator": "auto"}, {"wkv_backend": "cuda"}),
 )
 
 

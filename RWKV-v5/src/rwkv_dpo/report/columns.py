@@ -66,4 +66,4 @@ def flat(record: Mapping[str, Any]) -> dict[str, float]:
     for name, value in record.items():
         is_interval = isinstance(value, list) and len(value) == 2
         parts |= {f"{name}/low": value[0], f"{name}/high": value[1]} if is_interval else {name: value}
-    return {name: float(value) for name, value in parts.items() if isinstance(value, int | float)}
+    return {name: value for name, value in parts.items() if isinstance(value, int | float)}

@@ -7,6 +7,7 @@ from typing import Any
 from rwkv_dpo.report.curves import Chart, Curve
 
 _COLORS = {"train": "#3567a8", "held-out": "#c2570c", "chosen": "#1f7f4c", "rejected": "#b8344d", "preferred": "#7a4fb0"}
+_LOOKS: dict[str, dict[str, Any]] = {"raw": {"alpha": 0.3, "linewidth": 0.7}, "points": {"marker": "."}}
 _MOST, _COLUMNS, _INCHES = 6, 3, (4.6, 3.0)
 
 
@@ -41,7 +42,6 @@ def _draw(axes: Any, curve: Curve) -> None:
     if curve.style == "band":
         axes.fill_between(curve.steps, curve.values, curve.upper, color=color, alpha=0.16, linewidth=0, label=curve.label)
         return
-    looks: dict[str, Any] = {"raw": {"alpha": 0.3, "linewidth": 0.7}, "points": {"marker": "."}}.get(curve.style, {})
     # Names that begin so are left out of the legend.
     label = f"_{curve.label}" if curve.style == "raw" else curve.label
-    axes.plot(curve.steps, curve.values, color=color, label=label, **looks)
+    axes.plot(curve.steps, curve.values, color=color, label=label, **_LOOKS.get(curve.style, {}))
