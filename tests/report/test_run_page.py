@@ -106,11 +106,13 @@ def test_a_hundred_thousand_steps_stay_small():
 
 def test_a_curves_path_by_hand():
     curve = Curve("a", "train", "points", np.array([0.0, 5.0, 10.0]), np.array([0.0, 1.0, 0.25]))
-    chart = Chart("a", "", "g", [curve], is_share=True)
-    assert line(curve, chart) == "M0,300.0 500,0.0 1000,225.0"
-    assert dots(curve, chart) == "M0,300.0h0M500,0.0h0M1000,225.0h0"
+    chart = Chart("a", "", "g", [curve])
+    # A twentieth of room above and below.
+    low, high, mid = f"{300 * 1.05 / 1.1:.1f}", f"{300 * 0.05 / 1.1:.1f}", f"{300 * 0.8 / 1.1:.1f}"
+    assert line(curve, chart) == f"M0,{low} 500,{high} 1000,{mid}"
+    assert dots(curve, chart) == f"M0,{low}h0M500,{high}h0M1000,{mid}h0"
     band = Curve("a", "train", "band", curve.steps, curve.values, np.array([1.0, 1.0, 0.5]))
-    assert line(band, chart) == "M0,300.0 500,0.0 1000,225.0 1000,150.0 500,0.0 0,0.0Z"
+    assert line(band, chart) == f"M0,{low} 500,{high} 1000,{mid} 1000,150.0 500,{high} 0,{high}Z"
 
 
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), (-3.2, 8.9), (1e-5, 9e-5), (0.95, 1.05), (1e6, 3e6), (-1e-9, 1e-9)])

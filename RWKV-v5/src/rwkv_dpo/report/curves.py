@@ -42,7 +42,7 @@ class Chart:
     def bounds(self) -> tuple[float, float]:
         """What the value axis shows; a few outliers among single steps may lie beyond."""
         if self.is_share:
-            return 0.0, 1.0
+            return -0.03, 1.03
         parts = [np.percentile(curve.values, [1, 99]) if curve.style == "raw" else curve.values for curve in self.curves]
         low, high = float(min(part.min() for part in parts)), float(max(part.max() for part in parts))
         # What differs by rounding alone is one value.
@@ -71,10 +71,10 @@ def charts(train: Columns, held_out: Columns) -> list[Chart]:
             "Length", "tokens of the held-out answers that the model prefers, and of the chosen and rejected ones", ".1f",
             [curve for name in ("preferred", "chosen", "rejected") for curve in _points(held_out, f"lengths/{name}", name, name)],
         ),
-        *(Chart(title, about, form, _steps(train, name)) for title, about, form, name in (
-            ("Learning rate", "", ".3g", "lr"), ("Gradient norm", "before clipping", ".3g", "grad_norm"),
-            ("Throughput", "tokens a second", ",.0f", "tokens_per_s"), ("Peak memory", "GB, of the first process", ".2f", "peak_memory_gb"),
-        )),
+        Chart("Learning rate", "", ".3g", _exact(train, "lr")),
+        Chart("Gradient norm", "before clipping", ".3g", _steps(train, "grad_norm")),
+        Chart("Throughput", "tokens a second", ",.0f", _steps(train, "tokens_per_s")),
+        Chart("Peak memory", "GB, of the first process", ".2f", _exact(train, "peak_memory_gb")),
     ]  # fmt: skip
     return [chart for chart in drawn if chart.curves]
 
@@ -95,16 +95,20 @@ def _steps(train: Columns, name: str) -> list[Curve]:
     return _curves("training", "train", train.steps, train[name])
 
 
+def _exact(train: Columns, name: str) -> list[Curve]:
+    """Of a figure without noise."""
+    known = np.isfinite(train[name])
+    return [Curve("training", "train", "line", *means(train.steps[known], train[name][known]))] if known.any() else []
+
+
 def _curves(label: str, kind: str, steps: np.ndarray, values: np.ndarray) -> list[Curve]:
-    """The single steps, where they differ from it, and a smooth curve; nothing without numbers."""
+    """The single steps and a smooth curve; nothing without numbers."""
     known = np.isfinite(values)
     steps, values = steps[known], values[known]
     if not len(steps):
         return []
-    smooth = smoothed(values)
-    line = Curve(label, kind, "line", *means(steps, smooth))
     raw = Curve(f"{label}, single steps", kind, "raw", *extremes(steps, values))
-    return [line] if np.allclose(smooth, values, rtol=1e-2) else [raw, line]
+    return [raw, Curve(label, kind, "line", *means(steps, smoothed(values)))]
 
 
 def _points(held_out: Columns, name: str, label: str = "held-out", kind: str = "held-out", from_first: bool = False) -> list[Curve]:
