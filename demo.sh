@@ -29,6 +29,6 @@ python "$root/RWKV-v5/train.py" --load_model "$out/base/rwkv-final.pth" "${corpu
 step "4/4 Before and after, on prompts that neither run has seen"
 python "$root/RWKV-v5/evaluate.py" --load_model "$out/base/rwkv-final.pth" "$out/dpo/rwkv-final.pth" --pairs "$out/pairs/testset.save" \
     --data_file "$root/default_text_document" --ctx_len 256 --max_tokens 40 --temperature 0 --device cpu --out "$out/report.json" \
-    --prompt "What does a horse eat?" "Where does a badger sleep?" "What is a wheelbarrow made of?"
+    --prompt "What does a horse eat?" "Where does a badger sleep?" "What is a cradle made of?"
 
 printf '\n%s shows the curves of the run and its answers\n' "$out/dpo/report.html"
