@@ -78,7 +78,11 @@ def test_a_spike_of_a_single_step_does_not_flatten_the_rest():
     losses = np.full(1000, 0.5) + np.random.default_rng(0).normal(size=1000) * 0.1
     losses[500] = 1e6
     steps = [{"step": i, "loss": loss, "grad_norm": 1.0} for i, loss in enumerate(losses)]
-    steps[500]["loss"] = None  # as a step that isn't finite is written
-    assert charts(Columns(steps), Columns())[0].bounds[1] < 2
+    steps[700]["loss"] = None  # as a step that isn't finite is written
+    loss = charts(Columns(steps), Columns())[0]
+    assert loss.bounds[1] < 2
+    assert [curve.style for curve in loss.curves] == ["raw", "line"]
+    assert loss.curves[0].values.max() == 1e6
+    assert loss.curves[1].values.max() < 1
     constant = next(chart for chart in charts(Columns(steps), Columns()) if chart.title == "Gradient norm")
     assert constant.bounds == pytest.approx((0.95, 1.05))

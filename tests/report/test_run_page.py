@@ -72,7 +72,7 @@ def test_the_page_has_all_its_parts():
     assert seen.texts["title"] == [seen.texts["title"][0], *(f"{title} by optimizer step" for title in titles)]
     assert "step 53 of 60, running" in seen.text
     assert len(seen.texts["desc"]) == sum(tag == "svg" for tag, _ in seen.tags) == 11
-    assert "held-out: first 0.69, lowest 0.39, highest 0.69, last 0.39." in seen.text
+    assert "held-out: first 0.6900, lowest 0.3900, highest 0.6900, last 0.3900." in seen.text
     assert [text for text in seen.texts["td"] if text in ("0.0003", "0.0006")] == ["0.0003", "0.0006"]
     for text in ("2 flags that differ", "the other 1", "after step 50", "the model at the start", "the model now", "How?"):
         assert text in seen.text
@@ -148,7 +148,10 @@ def test_a_browser_shows_it_without_scrolling_sideways(tmp_path):
         frame.onload = () => {{
             const root = frame.contentDocument.documentElement, plots = [...root.querySelectorAll(".plot svg")];
             document.getElementById("told").textContent = JSON.stringify({{
-                width: root.clientWidth, needed: root.scrollWidth, plots: plots.map((plot) => plot.getBoundingClientRect().width)}});
+                width: root.clientWidth, needed: root.scrollWidth, plots: plots.map((plot) => plot.getBoundingClientRect().width),
+                right: Math.max(...[...root.querySelectorAll("table")].map((table) => table.getBoundingClientRect().right)),
+                wide: [...root.querySelectorAll("body *")].filter((one) => one.clientWidth && one.scrollWidth > one.clientWidth)
+                    .map((one) => one.tagName)}});
         }};
         frame.srcdoc = {json.dumps(page).replace("</", "<" + chr(92) + "/")};
     </script>""")
@@ -159,5 +162,7 @@ def test_a_browser_shows_it_without_scrolling_sideways(tmp_path):
     told = json.loads(html.unescape(re.search(r'<pre id="told">(\{.*?\})</pre>', done.stdout)[1]))
     assert told["width"] in (400, 385)  # with a scroll bar or without
     assert told["needed"] <= told["width"]
+    assert told["wide"] == []
+    assert told["right"] <= told["width"] - 15  # the margin of the page
     assert len(told["plots"]) == 11
     assert min(told["plots"]) > 250

@@ -43,7 +43,7 @@ class Chart:
         """What the value axis shows; a few outliers among single steps may lie beyond."""
         if self.is_share:
             return -0.03, 1.03
-        parts = [np.percentile(curve.values, [1, 99]) if curve.style == "raw" else curve.values for curve in self.curves]
+        parts = [_usual(curve.values) if curve.style == "raw" else curve.values for curve in self.curves]
         low, high = float(min(part.min() for part in parts)), float(max(part.max() for part in parts))
         # What differs by rounding alone is one value.
         room = 0.05 * (high - low if high - low > 1e-6 * abs(high) else abs(high)) or 1.0
@@ -55,15 +55,15 @@ def charts(train: Columns, held_out: Columns) -> list[Chart]:
     # What a run minimises is shown beside the part that it is alone only where it has two.
     is_one_part = ("loss_general" in train) != ("loss_dpo" in train)
     drawn = [
-        Chart("Loss", "what the run minimises", ".4g", [] if is_one_part else _steps(train, "loss")),
-        Chart("Preference loss", "of pairs", ".4g", _steps(train, "loss_dpo") + _points(held_out, "loss_dpo")),
-        Chart("Corpus loss", "nats a token", ".4g", _steps(train, "loss_general") + _points(held_out, "corpus_loss")),
+        Chart("Loss", "what the run minimises", ".4f", [] if is_one_part else _steps(train, "loss")),
+        Chart("Preference loss", "of pairs", ".4f", _steps(train, "loss_dpo") + _points(held_out, "loss_dpo")),
+        Chart("Corpus loss", "nats a token", ".4f", _steps(train, "loss_general") + _points(held_out, "corpus_loss")),
         Chart(
             "Accuracy", "share of pairs whose chosen answer has the larger reward; the band holds the held-out one with 95 % confidence",
             ".3f", [*_band(held_out), *_steps(train, "rewards/accuracies")[-1:], *_points(held_out, "rewards/accuracies")], is_share=True,
         ),
         Chart(
-            "Margin", "reward of the chosen answer less that of the rejected one", ".4g",
+            "Margin", "reward of the chosen answer less that of the rejected one", ".3f",
             _steps(train, "rewards/margins") + _points(held_out, "rewards/margins"),
         ),
         drift(train, held_out),
@@ -108,7 +108,8 @@ def _curves(label: str, kind: str, steps: np.ndarray, values: np.ndarray) -> lis
     if not len(steps):
         return []
     raw = Curve(f"{label}, single steps", kind, "raw", *extremes(steps, values))
-    return [raw, Curve(label, kind, "line", *means(steps, smoothed(values)))]
+    # One step in a thousand may be millions of times the others, and would be seen in the mean of all around it.
+    return [raw, Curve(label, kind, "line", *means(steps, smoothed(np.clip(values, *_usual(values)))))]
 
 
 def _points(held_out: Columns, name: str, label: str = "held-out", kind: str = "held-out", from_first: bool = False) -> list[Curve]:
@@ -127,6 +128,11 @@ def _band(held_out: Columns) -> list[Curve]:
         return []
     steps, lows = means(held_out.steps[known], low[known])
     return [Curve("95 %", "held-out", "band", steps, lows, means(held_out.steps[known], high[known])[1])]
+
+
+def _usual(values: np.ndarray) -> np.ndarray:
+    """Between which all but a hundredth at either end lie; all of fewer than a hundred."""
+    return np.array([np.percentile(values, 1, method="lower"), np.percentile(values, 99, method="higher")])
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

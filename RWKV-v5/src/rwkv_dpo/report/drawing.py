@@ -27,11 +27,12 @@ def as_png(title: str, charts: Sequence[Chart]) -> bytes:
         axes = figure.add_subplot(n_rows, _COLUMNS, i + 1)
         for curve in chart.curves:
             _draw(axes, curve)
-        axes.set_title(chart.title, fontsize=10)
+        axes.set_title(chart.title, fontsize=10, loc="left")
         axes.set_ylim(*chart.bounds)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, loc="upper left", framealpha=0.6)
+        # Above the curves, where it hides none.
+        axes.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=3, frameon=False)
     file = io.BytesIO()
     FigureCanvasAgg(figure).print_png(file)
     return file.getvalue()
