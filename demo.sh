@@ -23,8 +23,12 @@ python "$root/RWKV-v5/prepare_pairs.py" --source "$root/RWKV-v5/demo/preferences
 step "3/4 Direct Preference Optimization, with the corpus mixed in"
 python "$root/RWKV-v5/train.py" --load_model "$out/base/rwkv-final.pth" "${corpus[@]}" "${run[@]}" --proj_dir "$out/dpo" \
     --dpo 1 --dpo_train_file "$out/pairs/trainset.save" --dpo_valid_file "$out/pairs/validset.save" \
-    --dpo_beta 0.1 --dpo_general_corpus_ratio 0.8 --micro_bsz 4 --epoch_steps 84 --epoch_count 2 --lr_init 2.5e-4 --lr_final 5e-5 --warmup_steps 10
+    --dpo_beta 0.1 --dpo_general_corpus_ratio 0.8 --micro_bsz 4 --epoch_steps 84 --epoch_count 2 --lr_init 2.5e-4 --lr_final 5e-5 --warmup_steps 10 \
+    --eval_every 21
 
 step "4/4 Before and after, on prompts that neither run has seen"
 python "$root/RWKV-v5/evaluate.py" --load_model "$out/base/rwkv-final.pth" "$out/dpo/rwkv-final.pth" --pairs "$out/pairs/testset.save" \
-    --data_file "$root/default_text_document" --ctx_len 256 --prompt "What does a horse eat?" --max_tokens 40 --device cpu --out "$out/report.json"
+    --data_file "$root/default_text_document" --ctx_len 256 --max_tokens 40 --temperature 0 --device cpu --out "$out/report.json" \
+    --prompt "What does a horse eat?" "Where does a badger sleep?" "What is a cradle made of?"
+
+printf '\n%s shows the curves of the run and its answers\n' "$out/dpo/report.html"

@@ -63,8 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
     tell_dropped(prepared.report)
     print(as_table(counts=counts, looked=looked, sources=by_source), *notes.lines(), sep="\n", flush=True)
     # Here, not above: --help and a mistyped flag need no PyTorch.
+    from rwkv_dpo.base.progress import Progress
     from rwkv_dpo.evaluation.reference import discard_journal, score_with_checkpoint
-    from tqdm import tqdm
 
     for line in looked["warnings"] if looked else lost_shares(counts, args.ctx_len):
         warn(line)
@@ -78,10 +78,10 @@ def main(arguments: list[str] | None = None) -> None:
         discard_journal(args.out_dir)
         print(f"{args.out_dir} holds the pair files that these flags make; --overwrite 1 makes them anew")
         return
-    with tqdm(total=len(prepared.pairs), unit="pair", desc="reference") as bar:
+    with Progress(len(prepared.pairs), "pair", "reference", leave=True) as progress:
         pairs = score_with_checkpoint(
             unscored, args.load_model, args.out_dir, device=args.device, precision=args.precision, batch_tokens=args.batch_tokens,
-            wkv_backend=args.wkv_backend, progress=bar.update,
+            wkv_backend=args.wkv_backend, progress=progress.update,
         )  # fmt: skip
     report = whole_report(looked, prepared, notes, by_source, pairs)
     files = write_splits(args.out_dir, pairs, rows, report, as_page, write_as_original if args.original_format else write_packed)

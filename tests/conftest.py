@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
@@ -38,6 +39,14 @@ def random_model(shape: ModelShape, dtype: torch.dtype = torch.float64, seed: in
             else:
                 p.normal_(0, p.shape[1] ** -0.5, generator=generator)
     return model
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch) -> None:
+    """Of a run, which take half a second each; but where they are what is tested."""
+    run_report = sys.modules.get("rwkv_dpo.training.run_report")
+    if run_report is not None and request.module.__name__ != "test_run_report":
+        monkeypatch.setattr(run_report, "as_png", lambda title, shown: b"")
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,8 @@ TURNS: tuple[tuple[dict[str, Any], ...], ...] = (
     ({"dpo_valid_file": True}, {"valid_data_file": True}, {"dpo_wpo": 1}, {"dpo_ref": "recompute", "dpo_ld_alpha": 0.5},
      {"dpo_ref": "recompute", "dpo_sync_ref": 1}),
     ({}, {"dropout": 0.1}, {"epoch_steps": 2, "accumulate_grad_batches": 2}, {"layerwise_lr": 0}),
-    ({}, {"weight_decay": 0.01}, {"enable_progress_bar": True}, {"save_every": 1}, {"accelerator": "auto"}, {"wkv_backend": "cuda"}),
+    ({}, {"weight_decay": 0.01}, {"enable_progress_bar": True, "log_every_s": 0}, {"save_every": 1, "tensorboard": 1},
+     {"accelerator": "auto"}, {"wkv_backend": "cuda"}),
 )
 
 

@@ -82,6 +82,8 @@ def _live(flags: list[str], rank: int, world_size: int, port: int, log: Path, pr
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "lives"}
     import train
     from pytorch_lightning.utilities import rank_zero_only
+    from rwkv_dpo.training import run_report
+    run_report.as_png = lambda title, shown: b""  # a picture takes half a second
     prepare()
     rank_zero_only.rank = rank  # Lightning read it when it was imported, before there were ranks
     train.run(flags)

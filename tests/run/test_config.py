@@ -62,6 +62,7 @@ def test_what_a_flag_is_to_a_runs_identity():
             "proj_dir", "overwrite", "wandb", "enable_progress_bar", "cpu_malloc", "wkv_backend", "accelerator", "resume", "save_every",
             "keep", "max_bad_steps", "any_base", "gpu_ids", "eval_every", "eval_pairs", "keep_best",
             "eval_windows", "early_stop", "recipe", "epochs", "sample_prompts", "sample_tokens", "sample_temperature", "sample_top_p",
+            "tensorboard", "log_every_s",
         },
         Part.CONTINUATION: {"load_model", "epoch_begin", "epoch_count", "my_pile_stage", "my_exit", "warmup_steps", "peft_load"},
         Part.LAYOUT: {

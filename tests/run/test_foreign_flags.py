@@ -30,6 +30,7 @@ BASE = ["--load_model", "m.pth"]
      {"dpo_beta": 0.2, "dpo_loss": "sigmoid", "peft": "lora", "lora_r": 16}),
     ("--finetuning_type full --stage pt --data_file x", {"peft": "none", "dpo": 0, "data_file": "x"}),
     ("--max_grad_norm 1.0 --local_rank=0 --local-rank 1 --report_to none --lr_scheduler_type exponential", {}),
+    ("--report_to tensorboard", {"tensorboard": 1}),
     ("--adapter_name_or_path lora/adapter-final --peft lora", {"peft_load": "lora/adapter-final", "peft": "lora"}),
     # Lightning
     ("--precision bf16-mixed --gradient_clip_val 1.0 --seed_everything 3", {"precision": "bf16", "random_seed": 3}),
@@ -95,6 +96,7 @@ def test_the_norm_that_is_accepted_is_the_one_that_is_used(name):
 
 
 OURS = OUR_FLAGS.keys() | NEUTRAL.keys()
+DEFAULTS = settings_of({}).as_flags()
 
 
 def answer(name):
@@ -132,9 +134,8 @@ def test_the_table_names_flags_and_values_that_there_are():
         assert here.same in OURS | {""}
         for meaning in here.values.values():
             flag, _, value = meaning.removeprefix("--").partition(" ")
-            check(settings_of({"load_model": "m.pth", "data_file": "x", flag: type(settings_of({}).as_flags()[flag])(value)}))
+            check(settings_of({"load_model": "m.pth", "data_file": "x", flag: type(DEFAULTS[flag])(value)}))
     for flag, spelled in VALUES.items():
         for value in spelled.values():
-            kind = type(settings_of({}).as_flags()[flag])
-            check(settings_of({"data_file": "x", "chunk_ctx": 16, flag: kind(value)}))
+            check(settings_of({"data_file": "x", "chunk_ctx": 16, flag: type(DEFAULTS[flag])(value)}))
     assert REFUSED.keys() <= OURS

@@ -79,7 +79,8 @@ def test_a_run_begins_at_the_reference_learns_and_saves_what_it_trained_alone(da
     tuned = {saved_as(tmp_path, method, label).name for label in ("init", "0", "1", "final")}
     tuned |= {f"{name}.sha256" for name in tuned if name.endswith(".pth")}
     end = f"{'state' if method == 'state' else 'adapter'}-final.json"
-    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "metrics.jsonl", "train_log.txt", "valid.jsonl", end, *tuned}
+    always = {"config.json", "metrics.jsonl", "train_log.txt", "valid.jsonl", "report.html", "curves.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {*always, end, *tuned}
     assert (logits_of(data, saved_as(tmp_path, method)) - logits_of(data)).abs().max() > 1e-3
     torch.testing.assert_close(logits_of(data, saved_as(tmp_path, method, "init")), logits_of(data), rtol=0, atol=2e-5)
 

@@ -64,7 +64,7 @@ def test_a_run_writes_the_folder_of_the_design(data, tmp_path):
     assert records[-1]["rewards/margins"] > records[0]["rewards/margins"]
     names = {p.name for p in tmp_path.iterdir()}
     weights = {"rwkv-0.pth", "rwkv-1.pth", "rwkv-final.pth"}
-    others = {"config.json", "metrics.jsonl", "train_log.txt", "valid.jsonl", "rwkv-final.json"}
+    others = {"config.json", "metrics.jsonl", "train_log.txt", "valid.jsonl", "rwkv-final.json", "report.html", "curves.png"}
     assert names == others | weights | {f"{name}.sha256" for name in weights}
     assert (tmp_path / "rwkv-1.pth").samefile(tmp_path / "rwkv-final.pth")  # the same bytes once on the disk
     valid = [json.loads(line) for line in (tmp_path / "valid.jsonl").read_text().splitlines()]

@@ -77,8 +77,9 @@ def test_without_an_account_steps_and_held_out_figures_are_logged_offline_and_a_
     for record, expected in zip(history, lines(tmp_path / "out" / "metrics.jsonl"), strict=True):
         assert {name: record[name] for name in expected} == pytest.approx(expected)
     for record, expected in zip(history[3::4], lines(tmp_path / "out" / "valid.jsonl"), strict=True):
-        for name in ("loss_dpo", "rewards/accuracies", "rewards/margins"):
-            assert record[f"valid/{name}"] == pytest.approx(expected[name])
+        assert record["eval_loss"] == pytest.approx(expected["loss_dpo"])
+        for name in ("rewards/accuracies", "rewards/margins", "logps/chosen"):
+            assert record[f"eval_{name}"] == pytest.approx(expected[name])
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
-"""What any command needs before it does anything: its command line, faults in one line, signals.
+"""What any command needs before it does anything: its command line, faults in one line, signals, how far it is.
 
-May import: nothing.
+May import: tqdm.
 Must not enter: anything that knows of files, models or settings.
 """

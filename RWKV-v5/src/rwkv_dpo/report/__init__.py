@@ -1,6 +1,6 @@
-"""What preparation tells of preference data: its figures, what looks wrong with them, a table and a page. The table and the picture of an
-evaluation, of figures that it is given.
+"""What preparation tells of preference data, training of itself and an evaluation of its figures: tables, pages, pictures, and what looks
+wrong.
 
-May import: data, jinja2, datasketch, matplotlib, numpy.
-Must not enter: models, torch; decisions of what is kept.
+May import: data, jinja2, datasketch, numpy, matplotlib.
+Must not enter: models, torch; files of a run; decisions of what is kept.
 """

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from rwkv_dpo.objective.losses import mixture_of
+from rwkv_dpo.report.run_page import About
 from rwkv_dpo.run.data import RunData
 from rwkv_dpo.run.settings import RunSettings
 from rwkv_dpo.run_folder.contents import saved_name
@@ -21,7 +22,9 @@ from rwkv_dpo.training.moving_reference import MovingReference
 from rwkv_dpo.training.progress import RunBar, Summary
 from rwkv_dpo.training.reference import StartIsReference
 from rwkv_dpo.training.reference_check import ReferenceCheck
+from rwkv_dpo.training.run_report import RunReport
 from rwkv_dpo.training.samples import Prompts, Samples
+from rwkv_dpo.training.tensorboard_log import TensorBoardLog
 from rwkv_dpo.training.validation import HeldOut, HeldOutCorpus, HeldOutPairs, Measure, drawn
 from rwkv_dpo.training.wandb_log import WandbLog
 from rwkv_dpo.tuning.tuning import Tuning
@@ -42,7 +45,7 @@ def build_callbacks(
     if data.pair_files and is_recomputed:
         callbacks.append(StartIsReference(
             list(data.pair_files.values()), s.devices.precision, scored_at_once, s.devices.wkv_backend, length.epoch_begin > 0, folder,
-            halt, shows_bar, s.objective.dpo_ld_alpha,
+            halt, shows_bar, s.training.log_every_s, s.objective.dpo_ld_alpha,
         ))  # fmt: skip
     if data.pairs is not None and (is_recomputed or data.pairs.is_scored):
         callbacks.append(ReferenceCheck(data.pairs, s.devices.precision, is_recomputed, chunk_ctx or 4096, s.objective.dpo_ld_alpha))
@@ -57,8 +60,11 @@ def build_callbacks(
     callbacks += evaluations(s, data, held_out, checkpoints)
     if s.training.wandb:
         callbacks.append(WandbLog(s.training.wandb, flags, folder, metrics, held_out))
+    if s.training.tensorboard:
+        callbacks.append(TensorBoardLog(folder, length, metrics, held_out))
     if shows_bar:
-        callbacks.append(RunBar(length.total_steps, metrics))
+        callbacks.append(RunBar(length.total_steps, s.training.log_every_s, metrics))
+    callbacks.append(RunReport(folder, about(settings, data), held_out))
     last = LastCheckpoints(s.saving, folder, length, s.general.seed, s.devices.precision == "fp16", metrics, saved, identity, reference)
     return [*callbacks, last, StopOnSignal(halt), Summary(folder, checkpoints, next_commands(settings))]
 
@@ -84,6 +90,22 @@ def evaluations(s: RunSettings, data: RunData, held_out: HeldOut, checkpoints: C
         asked = Prompts(data.prompts, h.sample_tokens, h.sample_temperature, h.sample_top_p, s.general.seed)
         callbacks.append(Samples(asked, held_out, s.length, folder, halt))
     return callbacks
+
+
+def about(settings: RunSettings, data: RunData) -> About:
+    """What the run's page says that its folder doesn't know."""
+    told, files, length = {}, settings.data, settings.length
+    for name, pairs, path in (("training", data.pairs, files.dpo_train_file), ("held-out", data.valid, files.dpo_valid_file)):
+        if pairs is not None:
+            trees = f" in {pairs.n_trees:,} trees" if pairs.n_trees < len(pairs) else ""
+            told[f"{name} pairs"] = f"{len(pairs):,}{trees}, of {path}"
+    if data.corpus is not None:
+        told["corpus"] = f"{data.corpus.n_tokens:,} tokens, of {files.data_file or files.data_type}"
+    if data.valid_corpus is not None:
+        told["held-out corpus"] = f"{data.valid_corpus.n_tokens:,} tokens, of {files.valid_data_file}"
+    total_steps = length.epoch_begin * length.steps_per_epoch + length.total_steps
+    title = settings.folder.path.resolve().name or str(settings.folder.path)
+    return About(title, "", total_steps, flags=settings.as_flags(), defaults=RunSettings().as_flags(), data=told)
 
 
 def next_commands(settings: RunSettings) -> list[str]:

@@ -30,6 +30,7 @@ from rwkv_dpo.run_folder.resume import Saved, load, start_of
 from rwkv_dpo.training.halt import Halted
 from rwkv_dpo.training.module import CLIP_NORM, DPOModule
 from rwkv_dpo.training.optimizer_state import trainable
+from rwkv_dpo.training.tensorboard_log import check_tensorboard
 from rwkv_dpo.tuning.tuning import Tuning, begin_tuning
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def train(settings: RunSettings, given: frozenset[str]) -> None:
     device = pick_device(settings.devices.accelerator, "--accelerator")
     check_devices(settings.devices, device)
     check_optim(settings.optimizer)
+    check_tensorboard(settings.training.tensorboard)
     ranks = meet(settings.devices, device)
     with RunLock(settings.folder.path) as lock:
         settings, shape_there = ranks.told("plan", lambda: plan(settings, given, lock))

@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 LOGS = ("metrics.jsonl", "valid.jsonl", "samples.jsonl", "train_log.txt")
 # What a run writes under these names, a run that begins anew would write again.
 _OF_A_RUN = re.compile(
-    r"config\.json|wandb-run-id|(metrics|valid|samples)\.jsonl|train_log\.txt|vocab\.json|reference\.(save|journal.*)|last"
-    r"|(rwkv|state)-(init|final|best|last-good|\d+)\.pth(\.sha256)?|adapter-(init|final|best|last-good|\d+)|(rwkv|state|adapter)-final\.json"
+    r"config\.json|wandb-run-id|tensorboard|report\.html|curves\.png|(metrics|valid|samples)\.jsonl|train_log\.txt|vocab\.json"
+    r"|reference\.(save|journal.*)|last|(rwkv|state)-(init|final|best|last-good|\d+)\.pth(\.sha256)?"
+    r"|adapter-(init|final|best|last-good|\d+)|(rwkv|state|adapter)-final\.json"
 )
 # Of those, what stays for a run that starts from rwkv-init.pth; and what says by itself of which pairs and weights it is.
 _START, _KEYED = re.compile(r"rwkv-init\.pth(\.sha256)?|vocab\.json"), re.compile(r"reference\..*")

@@ -1,6 +1,6 @@
-"""The Lightning module and what happens around its steps: logs, checkpoints, held-out pairs, bad steps, ends.
+"""The Lightning module and what happens around its steps: logs, a report, checkpoints, held-out pairs, ends.
 
-May import: base, files, settings, data, batches, devices, model, tuning, objective, evaluation, optimizer, run_folder, numpy, torch,
-pytorch_lightning, deepspeed, tqdm, wandb, typing_extensions.
+May import: base, files, settings, data, report, batches, devices, model, tuning, objective, evaluation, optimizer, run_folder, numpy,
+torch, pytorch_lightning, deepspeed, tqdm, wandb, typing_extensions.
 Must not enter: the command line, and how a run is put together.
 """

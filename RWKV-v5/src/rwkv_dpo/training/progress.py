@@ -1,71 +1,65 @@
-"""What a run shows: a progress bar while it lasts, and at its end what it has made and what to do with it."""
+"""What a run shows: its progress while it lasts, and at its end what it has made and what to do with it."""
 
 import contextlib
 import datetime
 import json
 import logging
-import sys
 import time
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 from typing_extensions import override
 
+from rwkv_dpo.base.progress import Progress
 from rwkv_dpo.training.checkpoints import Checkpoints
 from rwkv_dpo.training.metrics import MetricsLog
 from rwkv_dpo.training.module import DPOModule
+from rwkv_dpo.training.run_report import REPORT
 
 log = logging.getLogger(__name__)
 
-# What the bar shows of a step's record.
+# What is shown of a step's record.
 _SHOWN = {
     "loss": ("loss", ".4f"), "rewards/accuracies": ("accuracy", ".2f"), "rewards/margins": ("margin", ".3f"),
     "tokens_per_s": ("tok/s", ",.0f"),
 }  # fmt: skip
-# Between two updates of the bar, in a terminal and elsewhere, where each stays.
-_PAUSE_S, _PAUSE_IN_FILE_S = 0.1, 60.0
 
 
 class RunBar(pl.Callback):
-    """A bar over the optimizer steps of the whole run, those before a resumption included: rate and remaining time are of this life and
-    of all that is left. On rank 0. Comes after the callback whose records it shows."""
+    """How far the run is in its optimizer steps, those before a resumption included: rate and remaining time are of this life and of all
+    that is left. On rank 0. Comes after the callback whose records it shows."""
 
-    def __init__(self, total_steps: int, metrics: MetricsLog) -> None:
-        self.total_steps, self.metrics = total_steps, metrics
+    def __init__(self, total_steps: int, every_s: float, metrics: MetricsLog) -> None:
+        """every_s: seconds between two lines, where there is no terminal for a bar."""
+        self.total_steps, self.every_s, self.metrics = total_steps, every_s, metrics
         self.shown = contextlib.ExitStack()
-        self.bar: tqdm | None = None
+        self.progress: Progress | None = None
+        self.figures: dict[str, str] = {}
 
     @override
     def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        if not trainer.is_global_zero:
-            return
-        pause = _PAUSE_S if sys.stderr.isatty() else _PAUSE_IN_FILE_S
-        bar = tqdm(
-            total=self.total_steps, initial=trainer.global_step, desc="training", unit="step", mininterval=pause,
-            dynamic_ncols=True,
-        )  # fmt: skip
-        self.bar = self.shown.enter_context(bar)
-        self.shown.enter_context(logging_redirect_tqdm())
+        if trainer.is_global_zero:
+            progress = Progress(self.total_steps, "step", "training", self.every_s, done=trainer.global_step, leave=True)
+            self.progress = self.shown.enter_context(progress)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         record = self.metrics.record
-        if self.bar is not None and record:
-            shown = {short: format(record[name], form) for name, (short, form) in _SHOWN.items() if record.get(name) is not None}
-            self.bar.set_postfix(shown, refresh=False)
-            self.bar.update()
+        if self.progress is not None and record:
+            self.figures = {short: format(record[name], form) for name, (short, form) in _SHOWN.items() if record.get(name) is not None}
+            self.progress.update(1, self.figures)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        if self.progress is not None:
+            self.progress.tell(self.figures)
         self.shown.close()
 
     @override
     def on_exception(self, trainer: pl.Trainer, module: DPOModule, exception: BaseException) -> None:  # type: ignore[override]
-        self.shown.close()
+        self.on_train_end(trainer, module)
 
 
 class Summary(pl.Callback):
@@ -86,6 +80,8 @@ class Summary(pl.Callback):
         log.info("steps %d to %d in %s", self.first, trainer.global_step, took)
         logs = [path for name in ("metrics.jsonl", "valid.jsonl") if (path := self.folder / name).exists()]
         log.info("wrote %s", ", ".join(map(str, [*_some(self.checkpoints.written), *logs])))
+        if (page := self.folder / REPORT).exists():
+            log.info("%s shows the run", page)
         if held_out := best_and_last(self.folder / "valid.jsonl"):
             log.info("%s", held_out)
         for command in self.next_commands:

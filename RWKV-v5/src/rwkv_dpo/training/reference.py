@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from tqdm import tqdm
 from typing_extensions import override
 
+from rwkv_dpo.base.progress import Progress
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.data.pairs import PairSet, join_pairs, pairs_sha256
 from rwkv_dpo.evaluation.reference import JOURNAL, discard_journal
@@ -40,11 +40,12 @@ class StartIsReference(pl.Callback):
 
     def __init__(
         self, sets: Sequence[PairSet], precision: str, batch_tokens: int, wkv_backend: str, continues: bool, folder: Path, halt: Halt,
-        shows_bar: bool, ld_alpha: float = 1.0,
+        shows_bar: bool, every_s: float, ld_alpha: float = 1.0,
     ) -> None:  # fmt: skip
-        """batch_tokens: scored at once. continues: the run goes on with the epochs of an earlier one. ld_alpha: of the objective."""
+        """batch_tokens: scored at once. continues: the run goes on with the epochs of an earlier one. every_s: seconds between two lines
+        of how far it is, where there is no terminal for a bar. ld_alpha: of the objective."""
         self.sets, self.precision, self.batch_tokens, self.wkv_backend = sets, precision, batch_tokens, wkv_backend
-        self.continues, self.folder, self.halt, self.shows_bar = continues, folder, halt, shows_bar
+        self.continues, self.folder, self.halt, self.shows_bar, self.every_s = continues, folder, halt, shows_bar, every_s
         self.path, self.ld_alpha = folder / REFERENCE_FILE, ld_alpha
 
     @override
@@ -95,14 +96,14 @@ class StartIsReference(pl.Callback):
         model.to(device).eval()
         batches = scoring_batches(pairs, self.batch_tokens)
         settings = [sorted(key.items()), device.type, self.batch_tokens, self.wkv_backend]
-        is_quiet = not (self.shows_bar and trainer.is_global_zero)
+        shows = self.shows_bar and trainer.is_global_zero
         with (
             self._journal(trainer, hashlib.sha256(as_json(settings).encode()).digest()) as journal,
-            tqdm(total=len(pairs), unit="pair", desc="reference", disable=is_quiet) as bar,
+            Progress(len(pairs), "pair", "reference", self.every_s, shows, leave=True) as progress,
         ):
             records: list[bytes] = trainer.strategy.broadcast(list(journal.records) if journal else [])
             n_done = sum(map(len, batches[: len(records)]))
-            bar.update(n_done)
+            progress.update(n_done)
             if n_done and trainer.is_global_zero:
                 log.info("reference log-probabilities of %d of %d pairs from %s", n_done, len(pairs), self.folder / JOURNAL)
             while len(records) < len(batches):
@@ -112,7 +113,7 @@ class StartIsReference(pl.Callback):
                 scores = [part.tobytes() for part in found]
                 self.halt.write(trainer, functools.partial(_append, journal, scores))
                 records += scores
-                bar.update(sum(map(len, together)))
+                progress.update(sum(map(len, together)))
         model.train().to(home)
         ref_logps = np.zeros((len(pairs), 2))
         for rows, record in zip(batches, records, strict=True):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rwkv_dpo.settings.fields import AT_LEAST_ONE, NOT_NEGATIVE, SHARE, Part, flag
+from rwkv_dpo.settings.fields import AT_LEAST_ONE, NOT_NEGATIVE, SHARE, SWITCH, Part, flag
 
 # Figures of held-out pairs of which the best evaluation may be told.
 OF_PAIRS = ("loss_dpo", "rewards/accuracies", "rewards/margins", "logps/accuracies")
@@ -66,4 +66,10 @@ class TrainingSettings:
         10, "stop after so many optimizer steps in a row whose loss or gradient is not finite", AT_LEAST_ONE, part=Part.INCIDENTAL
     )
     wandb: str = flag("", "Weights & Biases project; empty: don't use it", part=Part.INCIDENTAL)
-    enable_progress_bar: bool = flag(True, "show a progress bar", part=Part.INCIDENTAL)
+    tensorboard: int = flag(
+        0, "1: write event files of TensorBoard, into tensorboard/ in proj_dir; needs its package", SWITCH, part=Part.INCIDENTAL
+    )
+    enable_progress_bar: bool = flag(True, "show how far the run is: a bar in a terminal, elsewhere lines", part=Part.INCIDENTAL)
+    log_every_s: float = flag(
+        30.0, "seconds between those lines, where output is no terminal; 0: a line for every step", NOT_NEGATIVE, part=Part.INCIDENTAL
+    )

@@ -14,6 +14,7 @@ from typing_extensions import override
 from rwkv_dpo.files.atomic import atomic_write
 from rwkv_dpo.training.metrics import MetricsLog
 from rwkv_dpo.training.module import DPOModule
+from rwkv_dpo.training.trackers import Tracker
 from rwkv_dpo.training.validation import HeldOut
 
 log = logging.getLogger(__name__)
@@ -24,14 +25,13 @@ ID_FILE = "wandb-run-id"
 _FINISH_S = "120"
 
 
-class WandbLog(pl.Callback):
-    """A record of metrics.jsonl at every step, and what is new in valid.jsonl under valid/..., from rank 0. Comes after the callbacks
-    whose records it passes on. wandb's own settings (WANDB_MODE and the like) are left to the user."""
+class WandbLog(Tracker):
+    """From rank 0. wandb's own settings (WANDB_MODE and the like) are left to the user."""
 
     def __init__(self, project: str, flags: Mapping[str, Any], folder: Path, metrics: MetricsLog, valid: HeldOut | None) -> None:
-        self.project, self.flags, self.folder, self.metrics, self.valid = project, flags, folder, metrics, valid
+        super().__init__(metrics, valid)
+        self.project, self.flags, self.folder = project, flags, folder
         self.run: Any = None
-        self.held_out: dict[str, Any] = {}  # the last evaluation that was logged
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
@@ -42,26 +42,6 @@ class WandbLog(pl.Callback):
                 _tell(error, "the run goes on without it")
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        self._log(self.metrics.record)
-        self._log_held_out()
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        self._log_held_out()
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        self._log_held_out()
-
-    def _log_held_out(self) -> None:
-        """The last evaluation, once."""
-        record = self.valid.record if self.valid is not None else {}
-        if record is not self.held_out:
-            self.held_out = record
-            self._log({name if name in ("step", "epoch") else f"valid/{name}": value for name, value in record.items()})
-
-    @override
     def on_fit_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         self._do(lambda run: run.finish())
         self.run = None
@@ -70,10 +50,11 @@ class WandbLog(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, module: DPOModule, exception: BaseException) -> None:  # type: ignore[override]
         self.on_fit_end(trainer, module)
 
-    def _log(self, record: dict[str, Any]) -> None:
+    @override
+    def take(self, numbers: dict[str, float]) -> None:
         # A resumed run does some steps again, with the same values; wandb takes steps in their order only.
-        if record and self.run is not None and record["step"] >= self.run.step:
-            self._do(lambda run: run.log(record, step=record["step"]))
+        if self.run is not None and numbers["step"] >= self.run.step:
+            self._do(lambda run: run.log(numbers, step=numbers["step"]))
 
     def _do(self, act: Callable[[Any], object]) -> None:
         if self.run is None:

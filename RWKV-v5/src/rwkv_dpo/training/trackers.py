@@ -1,0 +1,59 @@
+"""What metrics.jsonl and valid.jsonl hold, for programs that draw curves: the same names in all of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+from typing_extensions import override
+
+from rwkv_dpo.report.columns import flat
+from rwkv_dpo.training.metrics import MetricsLog
+from rwkv_dpo.training.module import DPOModule
+from rwkv_dpo.training.validation import HeldOut
+
+
+def tracked(record: Mapping[str, Any], is_held_out: bool = False) -> dict[str, float]:
+    """The numbers of a record, by the names that TRL gives them: those of an evaluation begin with eval_, and its loss is eval_loss.
+
+    >>> tracked({"step": 4, "loss_dpo": 0.5, "rewards/margins": None, "rewards/accuracies_95": [0.25, 0.75]}, is_held_out=True)
+    {'step': 4, 'eval_loss': 0.5, 'eval_rewards/accuracies_95/low': 0.25, 'eval_rewards/accuracies_95/high': 0.75}
+    """
+    numbers = flat(record)
+    if not is_held_out:
+        return numbers
+    own = {"step": "step", "epoch": "epoch", "loss_dpo": "eval_loss"}
+    return {own.get(name, f"eval_{name}"): value for name, value in numbers.items()}
+
+
+class Tracker(pl.Callback):
+    """Passes on a record of metrics.jsonl at every step, and what is new in valid.jsonl. Comes after the callbacks whose records these
+    are."""
+
+    def __init__(self, metrics: MetricsLog, valid: HeldOut | None) -> None:
+        self.metrics, self.valid = metrics, valid
+        self.held_out: dict[str, Any] = {}  # the last evaluation that was passed on
+
+    def take(self, numbers: dict[str, float]) -> None:
+        """On every rank. numbers: of a step, which is among them, or of an evaluation after it."""
+        raise NotImplementedError
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        self._take_held_out()
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        if self.metrics.record:
+            self.take(tracked(self.metrics.record))
+        self._take_held_out()
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        self._take_held_out()
+
+    def _take_held_out(self) -> None:
+        """The last evaluation, once."""
+        record = self.valid.record if self.valid is not None else {}
+        if record and record is not self.held_out:
+            self.held_out = record
+            self.take(tracked(record, is_held_out=True))
