@@ -24,7 +24,7 @@ step "3/4 Direct Preference Optimization, with the corpus mixed in"
 python "$root/RWKV-v5/train.py" --load_model "$out/base/rwkv-final.pth" "${corpus[@]}" "${run[@]}" --proj_dir "$out/dpo" \
     --dpo 1 --dpo_train_file "$out/pairs/trainset.save" --dpo_valid_file "$out/pairs/validset.save" \
     --dpo_beta 0.1 --dpo_general_corpus_ratio 0.8 --micro_bsz 4 --epoch_steps 84 --epoch_count 2 --lr_init 2.5e-4 --lr_final 5e-5 --warmup_steps 10 \
-    --eval_every 21
+    --eval_every 21 --sample_prompts "$root/RWKV-v5/demo/prompts.txt" --sample_tokens 40
 
 step "4/4 Before and after, on prompts that neither run has seen"
 python "$root/RWKV-v5/evaluate.py" --load_model "$out/base/rwkv-final.pth" "$out/dpo/rwkv-final.pth" --pairs "$out/pairs/testset.save" \

@@ -2,10 +2,12 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import train
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.run import recipes
 from rwkv_dpo.run.flags import parse_flags
 from rwkv_dpo.run.recipes import with_recipe
 
@@ -42,13 +44,17 @@ def test_what_is_given_comes_first(data, caplog):
     assert settings_of(data, f"{PAIRS} {CORPUS} --recipe dpo").objective.dpo_general_corpus_ratio == 0.8
 
 
-def test_wider_models_learn_at_lower_rates_but_states_do_not(data):
-    # The width of the model is 32, a quarter of the one that was swept.
-    rates = {name: settings_of(data, f"{PAIRS} --recipe {name}").optimizer.lr_init for name in ("dpo", "lora", "state")}
-    from rwkv_dpo.run import recipes
-
+def test_wider_models_learn_at_lower_rates_but_states_do_not(data, monkeypatch):
     swept = {name: recipe["lr_init"] for name, recipe in recipes._RECIPES.items()}
-    assert rates == {"dpo": 4 * swept["dpo"], "lora": 4 * swept["lora"], "state": swept["state"]}
+
+    def rates(width):
+        monkeypatch.setattr(recipes, "expected_shape", lambda settings, given: SimpleNamespace(n_embd=width))
+        return {name: settings_of(data, f"{PAIRS} {CORPUS} --vocab_size 61 --recipe {name}").optimizer.lr_init for name in swept}
+
+    assert rates(128) == rates(32) == swept
+    wide = rates(1024)
+    assert {name: round(swept[name] / wide[name]) for name in swept} == {"dpo": 64, "lora": 64, "state": 1, "pretrain": 8}
+    assert wide["dpo"] == pytest.approx(5e-6, rel=0.5)  # the original's at this width
 
 
 @pytest.mark.parametrize(("more", "words"), [

@@ -26,6 +26,10 @@ _RECIPES: Mapping[str, Mapping[str, Any]] = {
     "state": {**_PREFERENCE, "peft": "state", "lr_init": 3e-2},
     "pretrain": {"dpo": 0, "micro_bsz": 4, "epochs": 1, "lr_init": 3e-3},
 }
+# How learning rates fall with the width, wider models being those that have learned more. Squared, the rate of the sweep becomes 4e-6 at
+# 1,024 (the original has 5e-6 there) and 2e-7 at 4,096 (Zephyr: 5e-7, Tunstall et al. 2023, arXiv:2310.16944); adapters go with it.
+# Pre-training goes as RWKV-LM's rates do, 6e-4 at 768. A state has no width but that of its heads.
+_FALLS_WITH_WIDTH = {"dpo": 2, "lora": 2, "state": 0, "pretrain": 1}
 # What the rate falls to, and the part of the steps in which it rises before.
 _FALLS_TO, _WARMUP = 0.2, 0.06
 # Beside pairs, where a corpus is given.
@@ -62,9 +66,8 @@ def _fixed(settings: RunSettings, given: frozenset[str]) -> dict[str, Any]:
     accelerator = settings.devices.accelerator if "accelerator" in given else "auto"
     on_gpu = pick_device(accelerator, "--accelerator").type == "cuda"
     recipe |= {"accelerator": "gpu" if on_gpu else "cpu", "precision": "bf16" if on_gpu else "fp32", "epoch_save": 1}
-    if "state" not in (recipe.get("peft"), settings.tuning.peft):
-        # As in RWKV-LM's own runs, wider models learn at lower rates.
-        recipe["lr_init"] *= _SWEPT_WIDTH / expected_shape(settings, given).n_embd
+    width = max(expected_shape(settings, given).n_embd, _SWEPT_WIDTH)
+    recipe["lr_init"] *= (_SWEPT_WIDTH / width) ** _FALLS_WITH_WIDTH[settings.general.recipe]
     lr_init = settings.optimizer.lr_init if "lr_init" in given else recipe["lr_init"]
     recipe["lr_final"] = lr_init * _FALLS_TO
     if recipe["dpo"] and settings.data.data_file:
