@@ -15,12 +15,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "RWKV-v5" / "src"), str(Path(__file__).parent)]
 
 import numpy as np  # noqa: E402 (the path above makes the package importable without installing it)
 from measure import save  # noqa: E402 (as above)
 from rwkv_dpo.data.binidx import read_binidx  # noqa: E402 (as above)
+from rwkv_dpo.evaluation.divergence import score_windows  # noqa: E402 (as above)
+from rwkv_dpo.model.checkpoint import load_model  # noqa: E402 (as above)
+from rwkv_dpo.run_folder.contents import saved_name  # noqa: E402 (as above)
+from rwkv_dpo.tuning.tuning import load_tuned  # noqa: E402 (as above)
 
 CORPUS = ROOT / "default_text_document"
 SHARED = {
@@ -87,7 +93,25 @@ def measured(folder: Path, part: str, changes: dict[str, Any]) -> dict[str, Any]
     records = [json.loads(line) for line in (folder / name / "valid.jsonl").read_text().splitlines()]
     shown = ("step", "loss_dpo", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "corpus_loss")
     curve = [{key: round(record[key], 5) for key in shown if key in record} for record in records]
-    return {"flags": changes, "evaluations": curve}
+    found: dict[str, Any] = {"flags": changes, "evaluations": curve}
+    if part != "pretrain":
+        found["kl"] = round(divergence(folder, folder / name / saved_name(changes.get("peft", "none"), "final")), 5)
+    print(part, changes, found.get("kl"), curve[-1], flush=True)
+    return found
+
+
+def divergence(folder: Path, trained: Path) -> float:
+    """KL(trained || base), nats a token, on the windows that the run was evaluated on."""
+    path = str(folder / "base" / "rwkv-final.pth")
+    device = torch.device("cpu")
+    is_whole = trained.name.startswith("rwkv")
+    base, model = (load_model(one, device=device, compute_dtype=torch.float32) for one in (path, str(trained) if is_whole else path))
+    if not is_whole:
+        load_tuned(model, str(trained), path, any_base=False)
+    tokens, ctx_len = read_binidx(CORPUS).tokens, SHARED["ctx_len"]
+    starts = range(0, PREFERENCE["eval_windows"] * ctx_len, ctx_len)
+    windows = (np.asarray(tokens[start : start + ctx_len + 1], np.int64) for start in starts)
+    return float(score_windows(model, windows, 8192, base).divergences.mean())
 
 
 def run(script: str, **flags: Any) -> None:
