@@ -4,7 +4,7 @@ a GPU that is not there (tests/fake_gpu.py), into results/memory_fake_gpu.json.
 
     python benchmarks/bench_gpu_memory.py                        every configuration, two steps each; ten minutes
     python benchmarks/bench_gpu_memory.py --parts "stage 2" ...  some
-    python benchmarks/bench_gpu_memory.py --markdown             README's table, from what was recorded
+    python benchmarks/bench_gpu_memory.py --markdown             the table of docs/memory.md, from what was recorded
 
 A micro-batch is one window of 4,096 tokens and one pair of 256/200/150, in bf16. What the allocator counts is exact, for torch and
 DeepSpeed allocate as on a GPU; its kernels don't run.
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--n_layer", type=int, default=24)
     parser.add_argument("--n_embd", type=int, default=1024)
     parser.add_argument("--parts", nargs="+", choices=list(CONFIGURATIONS), default=list(CONFIGURATIONS))
-    parser.add_argument("--markdown", action="store_true", help="print README's table and measure nothing")
+    parser.add_argument("--markdown", action="store_true", help="print the table of docs/memory.md and measure nothing")
     parser.add_argument("--dont_save", action="store_true")
     args = parser.parse_args()
     if args.markdown:

@@ -3,7 +3,7 @@
 
     python benchmarks/bench_memory.py                        every configuration, two steps each; about half an hour on 2 cores
     python benchmarks/bench_memory.py --parts "grad_cp" ...  some
-    python benchmarks/bench_memory.py --markdown             README's table, from what was recorded
+    python benchmarks/bench_memory.py --markdown             the table of docs/memory.md, from what was recorded
 
 A micro-batch is one window of ctx_len tokens and one pair of 256/200/150, in bf16. Each configuration is train.py in a process of its
 own, from a checkpoint to rwkv-final.pth: on a CPU its largest resident set less that of a process that only imports (--cpu_malloc 0, so
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--ctx_len", type=int, default=CTX, help="smaller for a trial of the benchmark itself")
     parser.add_argument("--original_ctx", type=int, nargs=2, default=(1024, 2048))
     parser.add_argument("--parts", nargs="+", choices=[ORIGINAL, *CONFIGURATIONS], default=[ORIGINAL, *CONFIGURATIONS])
-    parser.add_argument("--markdown", action="store_true", help="print README's table and measure nothing")
+    parser.add_argument("--markdown", action="store_true", help="print the table of docs/memory.md and measure nothing")
     parser.add_argument("--dont_save", action="store_true")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

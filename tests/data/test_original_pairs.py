@@ -190,7 +190,7 @@ def test_pairs_with_a_tensor_for_every_score_load_in_memory_like_the_files(tmp_p
     pairs = load_pairs(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    # What RELIABILITY.md promises.
+    # What docs/reliability.md promises.
     assert peak < 64 * path.stat().st_size
     assert pairs.ref_logps.tolist() == scores
 

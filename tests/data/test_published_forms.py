@@ -164,8 +164,8 @@ def test_a_published_row_is_told_by_its_columns_and_read_right(name):
         assert to_preference(row, "row 1", form) == expected
 
 
-def test_the_readme_lists_every_form():
-    listed = re.findall(r"^\| `(\w+)` \|", (Path(__file__).parents[2] / "README.md").read_text("utf-8"), re.MULTILINE)
+def test_the_documentation_lists_every_form():
+    listed = re.findall(r"^\| `(\w+)` \|", (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8"), re.MULTILINE)
     assert set(listed) >= set(FORMS)
 
 

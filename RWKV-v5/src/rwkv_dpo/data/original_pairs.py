@@ -18,7 +18,7 @@ from rwkv_dpo.data.stored_numbers import Numbers
 
 _SHAPE = "(prompt_tokens, chosen_tokens, rejected_tokens, chosen_ref_logp, rejected_ref_logp)"
 # A token takes a byte or more. Rows may share a list, as those of one prompt do, but not so that a small file fills the memory: a token
-# takes four bytes in its row and four where the rows are packed, and RELIABILITY.md promises 64 for a byte of the file.
+# takes four bytes in its row and four where the rows are packed, and docs/reliability.md promises 64 for a byte of the file.
 _TOKENS_PER_BYTE = 7
 
 

@@ -99,7 +99,7 @@ def _boolean(text: str) -> bool:
 
 
 def flag_table() -> str:
-    """The flags as Markdown tables, one a room, for README.md."""
+    """The flags as Markdown tables, one a room, for docs/flags.md."""
     return "\n\n".join(_table_of(room) for room in ROOMS.values())
 
 

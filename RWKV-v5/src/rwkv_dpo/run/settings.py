@@ -53,7 +53,7 @@ class GeneralSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Every flag once, in the room that reads it. The order of rooms is that of --help, of README's table and of config.json."""
+    """Every flag once, in the room that reads it. The order of rooms is that of --help, docs/flags.md and config.json."""
 
     general: GeneralSettings = field(default_factory=GeneralSettings)
     folder: FolderSettings = field(default_factory=FolderSettings)
