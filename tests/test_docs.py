@@ -80,7 +80,7 @@ def test_every_page_is_linked_from_the_front_page_the_index_and_the_navigation()
     for page in PAGES[1:]:
         assert page.name == "index.md" or f"](docs/{page.name})" in PAGES[0].read_text("utf-8")
         assert page.name == "index.md" or f"]({page.name})" in (ROOT / "docs" / "index.md").read_text("utf-8")
-        assert f"- {page.name}\n" in navigation
+        assert f" {page.name}\n" in navigation
 
 
 def test_the_front_page_is_short():
