@@ -46,10 +46,11 @@ RUNS: dict[str, list[dict[str, Any]]] = {
     "dpo": [
         *({"lr_init": lr} for lr in (1e-4, 2.5e-4, 5e-4, 1e-3)),
         *({"lr_init": 2.5e-4, "dpo_beta": beta} for beta in (0.03, 0.3)),
-        *({"lr_init": 2.5e-4, "dpo_general_corpus_ratio": ratio} for ratio in (0.0, 0.5)),
+        {"lr_init": 2.5e-4, "dpo_general_corpus_ratio": 0.5},
+        *({"lr_init": lr, "dpo_general_corpus_ratio": 0.0} for lr in (2.5e-5, 5e-5, 2.5e-4)),
     ],
     "lora": [{"peft": "lora", "lr_init": lr} for lr in (5e-4, 1e-3, 2e-3, 4e-3)],
-    "state": [{"peft": "state", "lr_init": lr} for lr in (3e-3, 1e-2, 3e-2, 1e-1)],
+    "state": [{"peft": "state", "lr_init": lr} for lr in (1e-2, 1e-1, 1.0, 3.0, 10.0)],
     "pretrain": [{"lr_init": lr} for lr in (6e-4, 1.5e-3, 3e-3, 6e-3)],
 }
 

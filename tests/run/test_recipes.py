@@ -57,6 +57,11 @@ def test_wider_models_learn_at_lower_rates_but_states_do_not(data, monkeypatch):
     assert wide["dpo"] == pytest.approx(5e-6, rel=0.5)  # the original's at this width
 
 
+def test_a_dry_run_is_of_the_accelerator_that_is_named(data):
+    s = settings_of(data, f"{PAIRS} --recipe lora --dry_run 1".replace("--accelerator cpu", "--accelerator gpu"))
+    assert (s.devices.accelerator, s.devices.precision) == ("gpu", "bf16")
+
+
 @pytest.mark.parametrize(("more", "words"), [
     ("--epochs 2 --epoch_steps 5", "--epochs 2: --epoch_steps says it too"),
     ("--epochs 2 --epoch_count 5", "--epochs 2: --epoch_count says it too"),

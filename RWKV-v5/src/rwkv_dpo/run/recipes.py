@@ -64,7 +64,9 @@ def _fixed(settings: RunSettings, given: frozenset[str]) -> dict[str, Any]:
     """What depends on the model and the machine alone."""
     recipe = dict(_RECIPES[settings.general.recipe])
     accelerator = settings.devices.accelerator if "accelerator" in given else "auto"
-    on_gpu = pick_device(accelerator, "--accelerator").type == "cuda"
+    # A dry run may be of a GPU that isn't there.
+    is_named = settings.general.dry_run and accelerator != "auto"
+    on_gpu = accelerator != "cpu" if is_named else pick_device(accelerator, "--accelerator").type == "cuda"
     recipe |= {"accelerator": "gpu" if on_gpu else "cpu", "precision": "bf16" if on_gpu else "fp32", "epoch_save": 1}
     width = max(expected_shape(settings, given).n_embd, _SWEPT_WIDTH)
     recipe["lr_init"] *= (_SWEPT_WIDTH / width) ** _FALLS_WITH_WIDTH[settings.general.recipe]
