@@ -8,7 +8,7 @@ from torch import Tensor
 class Materialised:
     """What objective() calls of a model, on `weights` by their official names."""
 
-    grad_cp = is_lean = False
+    grad_cp = is_lean = finds_collisions = False
 
     def __init__(self, plain: RWKV, weights: dict[str, Tensor]) -> None:
         self.plain, self.weights = plain, weights
