@@ -1,6 +1,7 @@
 """Figures of several columns, by hand and against scipy."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -140,3 +141,13 @@ def test_a_report_has_what_is_alone_of_its_kind_itself_too():
     }  # fmt: skip
     assert several["pairs"]["a"] == one["pairs"]["a"]
     assert (one["corpus_loss"], one["answer"], one["rewards/margins"]) == (1.5, "So.", one["pairs"]["a"]["rewards/margins"])
+
+
+@pytest.mark.parametrize("middle", [0.0, -3.0, 1e15, -3e38])
+def test_margins_that_are_all_but_equal_have_a_histogram(middle):
+    scores = np.stack([np.full(4, middle) * (1 + np.array([0, 1, 2, 3]) * 2**-52), np.zeros(4)], 1)
+    (figures,) = pair_figures(pairs_of(4), [scores], [dpo(0.1)], 0)
+    edges, counts = figures["margins"]["edges"], figures["margins"]["pairs"]
+    assert len(edges) == len(counts) + 1
+    assert all(low < high for low, high in pairwise(edges))
+    assert sum(counts) == 4

@@ -52,6 +52,8 @@ def test_wider_models_learn_at_lower_rates_but_states_do_not(data, monkeypatch):
         return {name: settings_of(data, f"{PAIRS} {CORPUS} --vocab_size 61 --recipe {name}").optimizer.lr_init for name in swept}
 
     assert rates(128) == rates(32) == swept
+    alone = settings_of(data, f"{PAIRS} --recipe dpo").optimizer.lr_init
+    assert alone == pytest.approx(0.2 * swept["dpo"])
     wide = rates(1024)
     assert {name: round(swept[name] / wide[name]) for name in swept} == {"dpo": 64, "lora": 64, "state": 1, "pretrain": 8}
     assert wide["dpo"] == pytest.approx(5e-6, rel=0.5)  # the original's at this width

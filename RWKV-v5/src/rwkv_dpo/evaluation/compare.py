@@ -121,7 +121,11 @@ def _outcomes(margins: np.ndarray) -> dict[str, np.ndarray]:
 def _edges(margins: np.ndarray) -> np.ndarray:
     known = margins[np.isfinite(margins)]
     low, high = np.percentile(known, _SHOWN) if len(known) else (0.0, 0.0)
-    return np.histogram_bin_edges([low, high], _N_BINS)
+    # Numbers that are all but equal lie around the middle of the bins.
+    room = max(1.0, abs(low), abs(high))
+    if high - low < 1e-9 * room:
+        low, high = low - room / 2, high + room / 2
+    return np.linspace(low, high, _N_BINS + 1)
 
 
 def _histogram(margins: np.ndarray, edges: np.ndarray) -> list[int]:

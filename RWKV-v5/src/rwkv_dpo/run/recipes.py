@@ -22,8 +22,8 @@ _SWEPT_WIDTH = 128
 _PREFERENCE = {"dpo": 1, "dpo_beta": 0.1, "micro_bsz": 4, "epochs": 2}
 _RECIPES: Mapping[str, Mapping[str, Any]] = {
     "dpo": {**_PREFERENCE, "lr_init": 2.5e-4},
-    "lora": {**_PREFERENCE, "peft": "lora", "lr_init": 2e-3},
-    "state": {**_PREFERENCE, "peft": "state", "lr_init": 3e-2},
+    "lora": {**_PREFERENCE, "peft": "lora", "lr_init": 5e-4},
+    "state": {**_PREFERENCE, "peft": "state", "lr_init": 1.0},
     "pretrain": {"dpo": 0, "micro_bsz": 4, "epochs": 1, "lr_init": 3e-3},
 }
 # How learning rates fall with the width, wider models being those that have learned more. Squared, the rate of the sweep becomes 4e-6 at
@@ -32,8 +32,8 @@ _RECIPES: Mapping[str, Mapping[str, Any]] = {
 _FALLS_WITH_WIDTH = {"dpo": 2, "lora": 2, "state": 0, "pretrain": 1}
 # What the rate falls to, and the part of the steps in which it rises before.
 _FALLS_TO, _WARMUP = 0.2, 0.06
-# Beside pairs, where a corpus is given.
-_CORPUS_RATIO = 0.8
+# Beside pairs, where a corpus is given. Without one weights learn from pairs alone, and at the same rate would unlearn everything else.
+_CORPUS_RATIO, _ALONE = 0.8, 0.2
 # Evaluations in a run.
 _EVALUATIONS = 8
 
@@ -70,9 +70,12 @@ def _fixed(settings: RunSettings, given: frozenset[str]) -> dict[str, Any]:
     recipe |= {"accelerator": "gpu" if on_gpu else "cpu", "precision": "bf16" if on_gpu else "fp32", "epoch_save": 1}
     width = max(expected_shape(settings, given).n_embd, _SWEPT_WIDTH)
     recipe["lr_init"] *= (_SWEPT_WIDTH / width) ** _FALLS_WITH_WIDTH[settings.general.recipe]
+    has_corpus = bool(settings.data.data_file)
+    if recipe["dpo"] and not has_corpus and settings.general.recipe != "state":
+        recipe["lr_init"] *= _ALONE
     lr_init = settings.optimizer.lr_init if "lr_init" in given else recipe["lr_init"]
     recipe["lr_final"] = lr_init * _FALLS_TO
-    if recipe["dpo"] and settings.data.data_file:
+    if recipe["dpo"] and has_corpus:
         recipe["dpo_general_corpus_ratio"] = _CORPUS_RATIO
     if given & {"epoch_steps", "epoch_count"}:
         del recipe["epochs"]
