@@ -50,7 +50,7 @@ RUNS: dict[str, list[dict[str, Any]]] = {
         *({"lr_init": lr, "dpo_general_corpus_ratio": 0.0} for lr in (2.5e-5, 5e-5, 2.5e-4)),
     ],
     "lora": [{"peft": "lora", "lr_init": lr} for lr in (5e-4, 1e-3, 2e-3, 4e-3)],
-    "state": [{"peft": "state", "lr_init": lr} for lr in (1e-2, 1e-1, 1.0, 3.0, 10.0)],
+    "state": [{"peft": "state", "lr_init": lr} for lr in (1e-2, 1e-1, 1.0, 10.0)],
     "pretrain": [{"lr_init": lr} for lr in (6e-4, 1.5e-3, 3e-3, 6e-3)],
 }
 
