@@ -150,13 +150,12 @@ def answered(args: argparse.Namespace, loads: Sequence[Callable[[], Any]], quest
 
 def losses_on(args: argparse.Namespace, columns: Sequence[Column], pairs: PairSet) -> Sequence[Any]:
     """The preference losses by which each model's margins are told, those of its run; warns of pairs that a model was trained on."""
-    from rwkv_dpo.evaluation.origin import check_not_trained_on, objectives, run_of
+    from rwkv_dpo.evaluation.origin import doubts_of, objectives, run_of
 
     paths = [column.tuned or column.checkpoint for column in columns]
     runs = [run_of(path) for path in paths]
-    for path, run in zip(paths, runs, strict=True):
-        if doubt := check_not_trained_on(pairs, f"--auto {args.auto}", run, path):
-            print(f"warning: {doubt}", file=sys.stderr)
+    for doubt in doubts_of({f"--auto {args.auto}": pairs}, paths, runs):
+        print(f"warning: {doubt}", file=sys.stderr)
     return objectives(runs)
 
 

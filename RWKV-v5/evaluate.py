@@ -27,7 +27,8 @@ try:
     from rwkv_dpo.data.corpus import Corpus
     from rwkv_dpo.data.pairs import PairSet
     from rwkv_dpo.data.prompt_files import as_question
-    from rwkv_dpo.data.tokenizer import WorldTokenizer
+    from rwkv_dpo.data.tokenizer import WorldTokenizer, check_reads_text
+    from rwkv_dpo.evaluation.flags import add_device_flags
 except ModuleNotFoundError as error:
     leave_without(error)
 
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Here, not above: --help and a mistyped flag need no PyTorch.
     from rwkv_dpo.devices.device import COMPUTE_DTYPES, pick_device, set_up
     from rwkv_dpo.evaluation.compare import compare
-    from rwkv_dpo.evaluation.inputs import check_reads_text, open_corpora, open_pair_files, vocab_sizes
+    from rwkv_dpo.evaluation.inputs import open_corpora, open_pair_files, vocab_sizes
     from rwkv_dpo.evaluation.origin import doubts_of, objectives, run_of
     from rwkv_dpo.model.checkpoint import load_model
     from rwkv_dpo.report.evaluation_table import as_table
@@ -52,12 +53,12 @@ def main(arguments: list[str] | None = None) -> None:
     names = [tuned or path for path, tuned in columns]
     with_kl = args.kl == 1 and len(columns) > 1
     sizes = vocab_sizes(args.load_model)
-    if args.prompt:
-        check_reads_text(sizes)
+    for path, size in sizes.items() if args.prompt else ():
+        check_reads_text(size, "--prompt", path)
     pairs = open_pair_files(args.pairs, sizes)
     corpora = open_corpora(args.data_file, args.data_type, args.ctx_len, sizes, with_kl)
     runs = [run_of(name) for name in names]
-    for doubt in doubts_of(pairs, names, runs):
+    for doubt in doubts_of({f"--pairs {name}": of_file for name, of_file in pairs.items()}, names, runs):
         print(f"warning: {doubt}", file=sys.stderr)
     mixtures = [replace(own, options=replace(own.options, beta=args.dpo_beta or own.options.beta)) for own in objectives(runs)]
     found, first = [], None
@@ -125,10 +126,8 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token (0.7)")
     parser.add_argument("--top_p", type=float, default=0.9, help="nucleus of sampling (0.9)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of the bootstrap (0)")
-    parser.add_argument("--precision", choices=("fp32", "tf32", "fp16", "bf16"), default="fp32", help="(fp32)")
     parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens scored at once (8192)")
-    parser.add_argument("--wkv_backend", default="auto", help="auto, reference, chunked, cpu or cuda (auto)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU when there is one (auto)")
+    add_device_flags(parser)
     parser.add_argument("--out", type=Path, help="also write the report as JSON")
     parser.add_argument("--plot", type=Path, help="also draw accuracy, calibration and margins of --pairs into this .png file")
     args = parser.parse_args(arguments)

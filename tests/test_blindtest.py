@@ -303,7 +303,7 @@ def test_faults_are_named(inputs, answers, tmp_path, monkeypatch):
         ((*models, base), "--load_model: 3 checkpoints, and 2 are judged"),
         ((*models, "--peft_load", inputs / "adapter-final"), "--load_model: 2 checkpoints, and 1 is judged"),
         (("--load_model", base, base), "the same model twice"),
-        (("--load_model", base, tmp_path / "small.pth"), r"small\.pth: a vocabulary of 61; the World tokenizer has 65536"),
+        (("--load_model", base, tmp_path / "small.pth"), r"small\.pth: text becomes tokens .*, 65536 of them; it has a vocabulary of 61"),
         (("--load_model", base, tmp_path / "large.pth"), r"vocabularies of different sizes: 65536 of .*base\.pth, 65544 of .*large\.pth"),
         (("--load_model", base, tmp_path / "none.pth"), r"none\.pth"),
         ((*models, "--questions", tmp_path / "latin.txt"), r"--questions .*latin\.txt: not UTF-8: .* at byte 1"),

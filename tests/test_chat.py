@@ -102,7 +102,7 @@ def test_faults_are_named(checkpoint, tmp_path):
         (("--prompt", "a", "--prompts", "b"), "--prompt and --prompts: either of them"),
         (("--out", "b"), "--out: is for --prompt and --prompts"),
         (("--top_p", 2), "--top_p 2.0: 0 to 1 is accepted"),
-        (("--load_model", small), "small.pth: a vocabulary of 61; the World tokenizer has 65536 tokens"),
+        (("--load_model", small), "small.pth: text becomes tokens of the World tokenizer, 65536 of them; it has a vocabulary of 61"),
     ):
         with pytest.raises(InputError, match=words):
             chat.main(flags(checkpoint, *more))

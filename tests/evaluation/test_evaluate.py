@@ -215,6 +215,6 @@ def test_pairs_of_the_run_are_told_and_those_of_another_preparation_refused(two_
 def test_a_prompt_needs_the_worlds_vocabulary(two_models):
     model = random_model(ModelShape(1, 32, 32, 96, 300, head_size=32), torch.float32)
     save_weights(model.state_dict(), two_models / "small.pth")
-    message = r"^--prompt: becomes tokens of the World tokenizer, 65536 of them, and .*small\.pth has a vocabulary of 300$"
+    message = r"^--prompt: text becomes tokens of the World tokenizer, 65536 of them; .*small\.pth has a vocabulary of 300$"
     with pytest.raises(InputError, match=message):
         report_of(two_models, "--load_model", two_models / "base.pth", two_models / "small.pth", "--prompt", "Why?")

@@ -180,7 +180,9 @@ REFUSED = {
                               r"^--data_type: 2 of them for 3 files; one for all is accepted, or one for each file$"),
     "a checkpoint that is none": (["--load_model", "m0.pth", "c.bin"], r"c\.bin"),
     "a missing checkpoint": (["--load_model", "m0.pth", "none.pth"], r"none\.pth: no such checkpoint"),
-    "text for a small vocabulary": (["--prompt", "Why?"], r"^--prompt: becomes tokens of the World tokenizer, .*m0\.pth has a vocabulary"),
+    "text for a small vocabulary": (
+        ["--prompt", "Why?"], r"^--prompt: text becomes tokens of the World tokenizer, .*m0\.pth has a vocabulary",
+    ),
     "a prompt of nothing": (["--prompt", "Why?", " "], r"^--prompt: takes texts, each of them once$"),
     "a prompt twice": (["--prompt", "Why?", "Why?"], r"^--prompt: takes texts, each of them once$"),
     "a plot without pairs": (["--plot", "r.png"], r"^--plot: draws what pairs give; --pairs names them$"),

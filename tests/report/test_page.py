@@ -1,10 +1,10 @@
 """The page of the report: of what the files hold, and harmless whatever the data says."""
 
-import html.parser
 import json
 
 import numpy as np
 import pytest
+from html_reader import Reader
 from rwkv_dpo.data.preference import Notes, Preference
 from rwkv_dpo.data.prepare import prepare
 from rwkv_dpo.data.splits import identified, split_rows, write_splits
@@ -13,29 +13,6 @@ from rwkv_dpo.report.look import look, whole_report
 from rwkv_dpo.report.page import as_page, outline
 
 HOSTILE = "<script>alert(1)</script>"
-VOID = {"meta", "br", "polyline"}
-
-
-class Reader(html.parser.HTMLParser):
-    """What is in the page: tags, and text; that every tag is closed."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.open, self.text = [], [], ""
-        self.feed(page)
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def preferences():

@@ -1,6 +1,6 @@
 """The page of a run: whole, harmless whatever files and flags say, and readable on a narrow display."""
 
-import html.parser
+import html
 import json
 import math
 import re
@@ -9,37 +9,14 @@ import subprocess
 
 import numpy as np
 import pytest
+from html_reader import Reader
 from rwkv_dpo.report.columns import Columns
 from rwkv_dpo.report.curves import Chart, Curve, charts
 from rwkv_dpo.report.drawing import as_png
 from rwkv_dpo.report.run_page import About, as_run_page, dots, line, ticks
 
 HOSTILE = "</pre><script>alert(1)</script>&<img src=x onerror=alert(1)>"
-VOID = {"meta", "line", "path"}
 LONG = "/a/very/long/path/" + "x" * 200
-
-
-class Reader(html.parser.HTMLParser):
-    """Tags, texts by tag, and that every tag is closed."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.open, self.text, self.texts = [], [], "", {}
-        self.feed(page)
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-        self.texts.setdefault(self.open[-1] if self.open else "", []).append(data)
 
 
 def steps(n: int) -> Columns:

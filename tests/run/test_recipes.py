@@ -8,13 +8,15 @@ import pytest
 import train
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.run import recipes
+from rwkv_dpo.run.data import open_data, tell_corpus
 from rwkv_dpo.run.flags import parse_flags
-from rwkv_dpo.run.recipes import with_recipe
+from rwkv_dpo.run.recipes import with_length, with_recipe
 
 
 def settings_of(data, text):
     settings, given = parse_flags(text.replace("DATA/", f"{data}/").split())
-    return with_recipe(settings, given)
+    settings = tell_corpus(with_recipe(settings, given), given)
+    return with_length(settings, given, open_data(settings, 61))
 
 
 PAIRS = "--load_model DATA/model.pth --dpo_train_file DATA/train.save --accelerator cpu --proj_dir DATA/none"
@@ -36,7 +38,7 @@ def test_what_is_given_comes_first(data, caplog):
     assert (s.optimizer.lr_init, s.optimizer.lr_final, s.objective.dpo_beta, s.batches.micro_bsz) == (1e-3, 2e-4, 0.5, 5)
     assert (s.devices.precision, s.held_out.keep_best, s.held_out.eval_every) == ("fp32", "loss_dpo", 1)
     assert s.objective.dpo_general_corpus_ratio == 0
-    (told,) = [record.getMessage() for record in caplog.records if "--recipe dpo" in record.getMessage()]
+    told = " ".join(record.getMessage() for record in caplog.records if "--recipe dpo" in record.getMessage())
     assert "--precision fp32" in told
     assert "--keep_best loss_dpo" in told
     assert "--lr_init" not in told
@@ -56,7 +58,7 @@ def test_wider_models_learn_at_lower_rates_but_states_do_not(data, monkeypatch):
     assert alone == pytest.approx(0.2 * swept["dpo"])
     wide = rates(1024)
     assert {name: round(swept[name] / wide[name]) for name in swept} == {"dpo": 64, "lora": 64, "state": 1, "pretrain": 8}
-    assert wide["dpo"] == pytest.approx(5e-6, rel=0.5)  # the original's at this width
+    assert wide["dpo"] == pytest.approx(5e-6, rel=0.25)  # the original's at this width
 
 
 def test_a_dry_run_is_of_the_accelerator_that_is_named(data):

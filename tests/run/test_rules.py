@@ -22,6 +22,7 @@ BROKEN = [
     ({"dpo_train_file": ""}, "--dpo_train_file is needed with --dpo 1"),
     ({"keep_best": "loss_dpo"}, "--keep_best loss_dpo: needs --dpo_valid_file"),
     ({**STAGE, "my_pile_stage": 1, "magic_prime": 101, "load_model": "m.pth"}, "--load_model m.pth: --my_pile_stage 1 makes initial"),
+    ({**STAGE, "magic_prime": 101, "micro_bsz": 1, "epochs": 2}, "--my_pile_stage 2 counts its own epochs; --recipe and --epochs are for"),
     ({"my_pile_shift": 5}, "--my_pile_shift 5 shifts the windows of --magic_prime, which is not given"),
     (STAGE, "--my_pile_stage 2 needs --magic_prime"),
     # 40,320 = 2^7 * 3^2 * 5 * 7.

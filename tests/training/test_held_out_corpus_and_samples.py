@@ -186,7 +186,8 @@ def test_prompts_that_are_none(world, tmp_path, prompts, words):
 
 def test_a_vocabulary_that_is_not_the_tokenizers(data, tmp_path):
     (tmp_path / "p.txt").write_text("Hello")
-    with pytest.raises(InputError, match=r"--sample_prompts .*: becomes tokens of the World tokenizer, 65536 of them; the model has 61"):
+    words = r"--sample_prompts .*: text becomes tokens of the World tokenizer, 65536 of them; the model has a vocabulary of 61"
+    with pytest.raises(InputError, match=words):
         train.main(flags(data, tmp_path / "out", sample_prompts=tmp_path / "p.txt"))
 
 

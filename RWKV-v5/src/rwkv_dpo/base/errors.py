@@ -42,3 +42,14 @@ def reading(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def read_utf8(named: str, path: Path) -> str:
+    """The text of a small file, without a byte order mark. InputError, which begins with `named`, for one that can't be read or isn't
+    UTF-8."""
+    try:
+        return path.read_text("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{named}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{named}: not UTF-8: {error.reason} at byte {error.start}") from error

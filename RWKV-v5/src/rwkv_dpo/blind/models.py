@@ -10,13 +10,14 @@ import torch
 
 from rwkv_dpo.base.errors import refuse
 from rwkv_dpo.data.pairs import PairSet, content_sha256
-from rwkv_dpo.evaluation.answering import BATCH, answer_prompts, check_reads_text
+from rwkv_dpo.data.tokenizer import check_reads_text
+from rwkv_dpo.evaluation.answering import BATCH, answer_prompts
 from rwkv_dpo.evaluation.generate import Sampling
+from rwkv_dpo.evaluation.inputs import vocab_sizes
 from rwkv_dpo.evaluation.scoring import evaluate_pairs
 from rwkv_dpo.files.atomic import atomic_write
 from rwkv_dpo.files.journal import open_journal
 from rwkv_dpo.files.json_text import as_json
-from rwkv_dpo.model.checkpoint import read_checkpoint, shape_of
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.objective.losses import Mixture
 
@@ -26,9 +27,9 @@ Load = Callable[[], RWKV]
 
 def vocabulary_of(checkpoints: Sequence[str]) -> int:
     """The size of the one that all of them have. InputError where they differ, or are smaller than the World tokenizer's."""
-    sizes = {path: shape_of(read_checkpoint(path), path).vocab_size for path in checkpoints}
+    sizes = vocab_sizes(checkpoints)
     for path, size in sizes.items():
-        check_reads_text(size, path)
+        check_reads_text(size, f"--load_model {path}")
     if len(set(sizes.values())) > 1:
         refuse(f"--load_model: vocabularies of different sizes: {', '.join(f'{size} of {path}' for path, size in sizes.items())}")
     return next(iter(sizes.values()))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from rwkv_dpo.base.errors import InputError, refuse
+from rwkv_dpo.base.errors import InputError, read_utf8, refuse
 from rwkv_dpo.data.preference import Preference
 from rwkv_dpo.data.prompts import MODES, render
 
@@ -30,12 +30,7 @@ class PromptRow(NamedTuple):
 def read_prompts(flag: str, path: Path, is_json: bool | None = None) -> list[PromptRow]:
     """A prompt a line, or of JSON rows (is_json; None: of a .jsonl file) the field `prompt`; blank lines aside. InputError, which names
     the flag, for a file that has none, or isn't UTF-8."""
-    try:
-        text = path.read_text("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{flag} {path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{flag} {path}: not UTF-8: {error.reason} at byte {error.start}") from error
+    text = read_utf8(f"{flag} {path}", path)
     is_json = path.suffix == ".jsonl" if is_json is None else is_json
     # Not splitlines, which ends lines at characters that JSON texts hold as they are.
     lines = [(f"{flag} {path}: line {number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]

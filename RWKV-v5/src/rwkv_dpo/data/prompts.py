@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rwkv_dpo.base.errors import InputError, refuse
+from rwkv_dpo.base.errors import InputError, read_utf8, refuse
 from rwkv_dpo.data.preference import Preference
 
 
@@ -58,12 +58,7 @@ def load_templates(name: str) -> Templates:
     path = Path(name)
     if path.suffix not in (".txt", ".json"):
         refuse(f"--templates {name}: accepted are {', '.join(MODES)}, and a .txt or .json file")
-    try:
-        text = path.read_text("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"--templates {name}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"--templates {name}: not UTF-8: {error.reason} at byte {error.start}") from error
+    text = read_utf8(f"--templates {name}", path)
     return _checked(path.name, {"single": {text.removesuffix("\n"): 1.0}} if path.suffix == ".txt" else _parsed(text, name), name)
 
 

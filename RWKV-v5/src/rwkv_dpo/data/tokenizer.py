@@ -11,13 +11,19 @@ from pathlib import Path
 
 from pyrwkv_tokenizer import RWKVTokenizer
 
-from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.base.errors import InputError, refuse
 
 NAME = "rwkv_vocab_v20230424"
 # The model's vocabulary: ids above the tokenizer's last (65,529) are never made from text.
 VOCAB_SIZE = 65536
 LAST_TOKEN = 65529
 DOCUMENT_END = 0
+
+
+def check_reads_text(vocab_size: int, named: str, model: str = "it") -> None:
+    """InputError for a model of fewer tokens than the tokenizer makes. named: the flag that has it read text; model: whose vocabulary."""
+    if vocab_size <= LAST_TOKEN:
+        refuse(f"{named}: text becomes tokens of the World tokenizer, {VOCAB_SIZE} of them; {model} has a vocabulary of {vocab_size}")
 
 
 class WorldTokenizer:

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 
-from rwkv_dpo.base.errors import refuse
 from rwkv_dpo.data.prompt_files import as_question
-from rwkv_dpo.data.tokenizer import LAST_TOKEN, VOCAB_SIZE, WorldTokenizer
+from rwkv_dpo.data.tokenizer import WorldTokenizer, check_reads_text
 from rwkv_dpo.devices.device import COMPUTE_DTYPES
 from rwkv_dpo.evaluation.generate import Sampling, answers
 from rwkv_dpo.model.checkpoint import load_model
@@ -24,16 +23,10 @@ def load_speaker(
     """The model of a checkpoint, with the adapter or state `tuned` on it where one is named. InputError for a vocabulary that is smaller
     than the World tokenizer's."""
     model = load_model(checkpoint, device=device, compute_dtype=COMPUTE_DTYPES[precision], wkv_backend=wkv_backend)
-    check_reads_text(model.shape.vocab_size, checkpoint)
+    check_reads_text(model.shape.vocab_size, f"--load_model {checkpoint}")
     if tuned:
         load_tuned(model, tuned, checkpoint, any_base)
     return model.eval()
-
-
-def check_reads_text(vocab_size: int, checkpoint: str | Path) -> None:
-    """InputError for fewer tokens than the World tokenizer has."""
-    if vocab_size <= LAST_TOKEN:
-        refuse(f"--load_model {checkpoint}: a vocabulary of {vocab_size}; the World tokenizer has {VOCAB_SIZE} tokens")
 
 
 def answer_prompts(

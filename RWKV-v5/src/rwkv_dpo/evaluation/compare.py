@@ -1,6 +1,5 @@
 """What checkpoints made of the same data, side by side: figures, 95 % intervals, and each one's difference to the first."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from rwkv_dpo.data.pairs import PairSet
 from rwkv_dpo.evaluation.calibration import calibration
-from rwkv_dpo.evaluation.divergence import WindowScores
+from rwkv_dpo.evaluation.divergence import WindowScores, perplexity
 from rwkv_dpo.evaluation.intervals import mean_intervals
 from rwkv_dpo.evaluation.lengths import by_length
 from rwkv_dpo.evaluation.scoring import pair_means, prompt_numbers
@@ -17,8 +16,6 @@ from rwkv_dpo.objective.losses import Mixture
 _N_BINS = 30
 # Percentiles between which the histogram of margins has its bins; what is beyond counts in the outer ones.
 _SHOWN = (0.5, 99.5)
-# exp overflows beyond 709.
-_LARGEST_LOG = 700
 
 
 class Scores(NamedTuple):
@@ -90,9 +87,8 @@ def corpus_figures(scores: Sequence[WindowScores], with_kl: bool, seed: int) -> 
     found = []
     for own, spread in zip(values, spreads, strict=True):
         means = {name: float(value.mean()) for name, value in own.items()}
-        loss = means["corpus_loss"]
-        perplexity = {"corpus_perplexity": math.inf if loss > _LARGEST_LOG else math.exp(loss)}
-        found.append({**({"kl": 0.0} if with_kl else {}), **means, **perplexity, "n_windows": len(own["corpus_loss"]), **spread})
+        means["corpus_perplexity"] = perplexity(means["corpus_loss"])
+        found.append({**({"kl": 0.0} if with_kl else {}), **means, "n_windows": len(own["corpus_loss"]), **spread})
     return found
 
 

@@ -1,5 +1,6 @@
 """Windows of a corpus: a model's loss, and how far its distribution over the vocabulary is from another model's."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from rwkv_dpo.model.rwkv import RWKV, Head
 
 # Of one [rows, vocabulary] tensor of fp32 logits; three of them live at a time.
 SLICE_BYTES = 64 << 20
+# exp overflows beyond 709.
+_LARGEST_LOG = 700
 
 
 class WindowScores(NamedTuple):
@@ -19,6 +22,11 @@ class WindowScores(NamedTuple):
 
     losses: np.ndarray  # negative log-likelihood of the next token
     divergences: np.ndarray  # KL(model || first), 0 without a first model
+
+
+def perplexity(loss: float) -> float:
+    """Of a loss in nats a token; infinite where it is no number of a computer."""
+    return math.exp(loss) if loss <= _LARGEST_LOG else math.inf
 
 
 @torch.no_grad()

@@ -8,20 +8,12 @@ from rwkv_dpo.data.corpus_names import name_corpus
 from rwkv_dpo.data.pair_files import open_pairs
 from rwkv_dpo.data.pairs import PairSet, check_pairs
 from rwkv_dpo.data.text_corpus import vocabulary_of
-from rwkv_dpo.data.tokenizer import LAST_TOKEN, VOCAB_SIZE
 from rwkv_dpo.model.checkpoint import read_checkpoint, shape_of
 
 
 def vocab_sizes(checkpoints: Iterable[str]) -> dict[str, int]:
     """Of each file, told by the shapes of its weights. InputError for one that is no checkpoint."""
     return {path: shape_of(read_checkpoint(path), path).vocab_size for path in dict.fromkeys(checkpoints)}
-
-
-def check_reads_text(sizes: Mapping[str, int]) -> None:
-    """Refuses checkpoints whose vocabulary is smaller than the tokenizer's."""
-    for checkpoint, size in sizes.items():
-        if size <= LAST_TOKEN:
-            refuse(f"--prompt: becomes tokens of the World tokenizer, {VOCAB_SIZE} of them, and {checkpoint} has a vocabulary of {size}")
 
 
 def open_pair_files(names: Sequence[str], sizes: Mapping[str, int]) -> dict[str, PairSet]:

@@ -53,13 +53,13 @@ def check_not_trained_on(pairs: PairSet, name: str, run: Mapping[str, Any], chec
 
 
 def doubts_of(pairs: Mapping[str, PairSet], checkpoints: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What to warn of: pairs, by the name of their file, that are not scored, or are not held out from the run of a checkpoint. InputError
-    for those of another preparation."""
+    """What to warn of: pairs, by the flag and name of their file, that are not scored, or are not held out from the run of a checkpoint.
+    InputError for those of another preparation."""
     found = []
     for name, of_file in pairs.items():
-        found += [check_not_trained_on(of_file, f"--pairs {name}", *known) for known in zip(runs, checkpoints, strict=True)]
+        found += [check_not_trained_on(of_file, name, *known) for known in zip(runs, checkpoints, strict=True)]
         if not of_file.is_scored:
-            found.append(f"--pairs {name}: not scored by a reference, so that rewards are left out; prepare_pairs.py scores pairs")
+            found.append(f"{name}: not scored by a reference, so that rewards are left out; prepare_pairs.py scores pairs")
     return [doubt for doubt in found if doubt]
 
 

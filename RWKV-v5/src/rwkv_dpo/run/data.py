@@ -13,8 +13,8 @@ from rwkv_dpo.data.held_out import check_held_out
 from rwkv_dpo.data.pair_files import open_pairs
 from rwkv_dpo.data.pairs import PairSet
 from rwkv_dpo.data.prompt_files import read_prompts
-from rwkv_dpo.data.tokenizer import LAST_TOKEN, VOCAB_SIZE
 from rwkv_dpo.data.tokenizer import NAME as WORLD_TOKENIZER
+from rwkv_dpo.data.tokenizer import check_reads_text
 from rwkv_dpo.run.settings import RunSettings
 
 log = logging.getLogger(__name__)
@@ -88,8 +88,8 @@ def open_prompts(settings: RunSettings, vocab_size: int) -> Sequence[str]:
     path = settings.held_out.sample_prompts
     if not path:
         return ()
-    if 0 < vocab_size <= LAST_TOKEN:
-        refuse(f"--sample_prompts {path}: becomes tokens of the World tokenizer, {VOCAB_SIZE} of them; the model has {vocab_size}")
+    if vocab_size:
+        check_reads_text(vocab_size, f"--sample_prompts {path}", "the model")
     return [row.prompt for row in read_prompts("--sample_prompts", Path(path))]
 
 

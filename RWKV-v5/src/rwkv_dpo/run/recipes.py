@@ -7,10 +7,8 @@ from typing import Any
 from pytorch_lightning.utilities import rank_zero_only
 
 from rwkv_dpo.base.errors import refuse
-from rwkv_dpo.data.corpus import open_corpus
-from rwkv_dpo.data.pair_files import open_pairs
 from rwkv_dpo.devices.device import pick_device
-from rwkv_dpo.run.data import tell_corpus
+from rwkv_dpo.run.data import RunData
 from rwkv_dpo.run.model import expected_shape
 from rwkv_dpo.run.rules import check, check_trains
 from rwkv_dpo.run.settings import RunSettings
@@ -39,22 +37,25 @@ _EVALUATIONS = 8
 
 
 def with_recipe(settings: RunSettings, given: frozenset[str]) -> RunSettings:
-    """The settings with those of --recipe, but for the flags that were given, and with epochs of --epochs; says which they are. Raises
+    """The settings with those of --recipe that depend on model and machine alone, but for the flags that were given; says which they are.
+    Raises InputError."""
+    return _changed(settings, _fixed(settings, given)) if settings.general.recipe else settings
+
+
+def with_length(settings: RunSettings, given: frozenset[str], data: RunData) -> RunSettings:
+    """The settings with the epochs of --epochs, and with what of --recipe depends on the number of steps; says which they are. Raises
     InputError."""
-    recipe = settings.general.recipe
-    if not (recipe or settings.epochs.epochs):
+    lengths = _passes(settings, given, data)
+    more = _of_length(settings.with_flags(**lengths), given) if settings.general.recipe else {}
+    return _changed(settings, {**lengths, **more})
+
+
+def _changed(settings: RunSettings, chosen: dict[str, Any]) -> RunSettings:
+    if not chosen:
         return settings
-    chosen = _fixed(settings, given) if recipe else {}
-    settings = settings.with_flags(**chosen)
-    lengths = _passes(settings, given)
-    settings = settings.with_flags(**lengths)
-    if recipe:
-        chosen |= (more := _of_length(settings, given))
-        settings = settings.with_flags(**more)
-    values = (chosen | lengths).items()
-    told = " ".join(f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}" for name, value in values)
-    if told:
-        rank_zero_only(log.info)("%s: %s", f"--recipe {recipe}" if recipe else f"--epochs {settings.epochs.epochs}", told)
+    settings, recipe = settings.with_flags(**chosen), settings.general.recipe
+    told = " ".join(f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}" for name, value in chosen.items())
+    rank_zero_only(log.info)("%s: %s", f"--recipe {recipe}" if recipe else f"--epochs {settings.epochs.epochs}", told)
     check(settings)
     check_trains(settings)
     return settings
@@ -82,7 +83,7 @@ def _fixed(settings: RunSettings, given: frozenset[str]) -> dict[str, Any]:
     return {name: value for name, value in recipe.items() if name not in given}
 
 
-def _passes(settings: RunSettings, given: frozenset[str]) -> dict[str, Any]:
+def _passes(settings: RunSettings, given: frozenset[str], data: RunData) -> dict[str, Any]:
     """epoch_steps and epoch_count for --epochs passes over the pairs, or the corpus."""
     n_passes, accumulated = settings.epochs.epochs, settings.epochs.accumulate_grad_batches
     if not n_passes:
@@ -90,16 +91,13 @@ def _passes(settings: RunSettings, given: frozenset[str]) -> dict[str, Any]:
     for name in ("epoch_steps", "epoch_count"):
         if name in given:
             refuse(f"--epochs {n_passes}: --{name} says it too; give --epochs, or --epoch_steps and --epoch_count")
-    n_samples, a_step = _samples(settings, given), settings.length.samples * accumulated
+    n_samples = 0
+    if data.pairs is not None:
+        n_samples = data.pairs.n_trees
+    elif data.corpus is not None:
+        n_samples = (data.corpus.n_tokens - 1) // settings.data.ctx_len
+    a_step = settings.length.samples * accumulated
     return {"epoch_steps": -(-n_samples // a_step) * accumulated, "epoch_count": n_passes}
-
-
-def _samples(settings: RunSettings, given: frozenset[str]) -> int:
-    data, model = tell_corpus(settings, given).data, settings.model
-    if settings.objective.uses_pairs:
-        return open_pairs("dpo_train_file", data.dpo_train_file).n_trees
-    corpus = open_corpus(data.data_file, data.data_type, model.vocab_size, data.ctx_len, model.load_model)
-    return (corpus.n_tokens - 1) // data.ctx_len
 
 
 def _of_length(settings: RunSettings, given: frozenset[str]) -> dict[str, Any]:

@@ -167,6 +167,10 @@ RULES = (
         lambda s: f"--load_model {s.model.load_model}: --my_pile_stage 1 makes initial weights; leave it out",
     ),
     Rule(
+        lambda s: s.general.my_pile_stage and (s.general.recipe or s.epochs.epochs),
+        lambda s: f"--my_pile_stage {s.general.my_pile_stage} counts its own epochs; --recipe and --epochs are for other runs",
+    ),
+    Rule(
         lambda s: s.batches.my_pile_shift > 0 and not s.batches.magic_prime,
         lambda s: f"--my_pile_shift {s.batches.my_pile_shift} shifts the windows of --magic_prime, which is not given",
     ),

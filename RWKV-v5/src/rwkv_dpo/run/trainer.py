@@ -22,7 +22,7 @@ from rwkv_dpo.run.callbacks import build_callbacks
 from rwkv_dpo.run.data import RunData, doubts, open_data, tell_corpus, tell_differences
 from rwkv_dpo.run.dry_run import dry_run
 from rwkv_dpo.run.model import build_model, expected_shape, resolve_shape
-from rwkv_dpo.run.recipes import with_recipe
+from rwkv_dpo.run.recipes import with_length, with_recipe
 from rwkv_dpo.run.settings import RunSettings
 from rwkv_dpo.run.start import Start, begin_folder, find_start, identity_of, plan_stage
 from rwkv_dpo.run_folder.lock import RunLock
@@ -83,6 +83,7 @@ def prepare(
     rank 0 has read, and this rank won't."""
     shape, weights = (shape_there, None) if shape_there else resolve_shape(settings, given)
     data = open_data(settings, shape.vocab_size)
+    settings = with_length(settings, given, data)
     for doubt in doubts(settings, data):
         rank_zero_only(log.warning)("%s", doubt)
     if not shape.vocab_size and data.corpus is not None:

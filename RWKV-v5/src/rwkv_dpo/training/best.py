@@ -10,43 +10,32 @@ from typing_extensions import override
 
 from rwkv_dpo.training.checkpoints import Checkpoints
 from rwkv_dpo.training.module import DPOModule
-from rwkv_dpo.training.validation import HeldOut
+from rwkv_dpo.training.validation import AfterEvaluation, HeldOut
 
 log = logging.getLogger(__name__)
 
 
-class Best(pl.Callback):
+class Best(AfterEvaluation):
     """Keeps rwkv-best.pth (adapter-best, state-best.pth): the weights with the best figure so far; and ends the run after `patience`
-    evaluations without a better one. Evaluations before a resumption count. Comes after the callback that evaluates, and before those
-    that save what a run needs to go on."""
+    evaluations without a better one. Evaluations before a resumption count. Comes before the callbacks that save what a run needs to go
+    on."""
 
     def __init__(self, metric: str, held_out: HeldOut, checkpoints: Checkpoints, keeps: bool, patience: int) -> None:
         """metric: a name of valid.jsonl; of losses the lowest is the best. patience 0: the run goes on to its end."""
-        self.metric, self.held_out, self.checkpoints, self.keeps, self.patience = metric, held_out, checkpoints, keeps, patience
+        super().__init__(held_out)
+        self.metric, self.checkpoints, self.keeps, self.patience = metric, checkpoints, keeps, patience
         self.sign = 1.0 if "loss" in metric else -1.0
         self.best, self.since = math.inf, 0  # evaluations since the best one
-        self.seen: dict[str, Any] = {}
 
     @override
     def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         if not self.held_out.record:
             self.best, self.since = trainer.strategy.broadcast(self._before() if trainer.is_global_zero else (math.inf, 0))
             self._end(trainer)
-        self._look(trainer, module)
+        super().on_train_start(trainer, module)
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        self._look(trainer, module)
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        self._look(trainer, module)
-
-    def _look(self, trainer: pl.Trainer, module: DPOModule) -> None:
-        record = self.held_out.record
-        if record is self.seen or not record:
-            return
-        self.seen = record
+    def on_evaluation(self, trainer: pl.Trainer, module: DPOModule, record: dict[str, Any]) -> None:
         if self._is_better(record) and self.keeps:
             self.checkpoints.save(trainer, module, "best")
         self._end(trainer)

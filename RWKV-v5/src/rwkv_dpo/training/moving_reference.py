@@ -17,7 +17,7 @@ from rwkv_dpo.evaluation.scoring import scoring_batches
 from rwkv_dpo.training.checkpoints import full_weights
 from rwkv_dpo.training.module import DPOModule
 from rwkv_dpo.training.optimizer_state import trainable
-from rwkv_dpo.training.reference import score_shared
+from rwkv_dpo.training.reference import fill, score_shared
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class MovingReference(pl.Callback):
             self.weights = {name: weight.cpu().clone() for name, weight in full_weights(trainer, module).items()}
         else:
             self.weights = {name: weight.clone() for name, weight in saved["weights"].items()}
-            self._fill(saved["ref_logps"].numpy())
+            fill(self.sets, saved["ref_logps"].numpy())
         self.saved = None
         module.ref_logps = self.sets[0].ref_logps
 
@@ -74,7 +74,7 @@ class MovingReference(pl.Callback):
                 found = score_shared(trainer, module.model, pairs, together, self.batch_tokens, self.ld_alpha)
                 for rows, scores in zip(together, found, strict=True):
                     ref_logps[rows] = scores
-        self._fill(ref_logps)
+        fill(self.sets, ref_logps)
         rank_zero_only(log.info)("step %d: the reference moved, and scored %d pairs (--dpo_sync_ref)", trainer.global_step, len(pairs))
 
     @contextlib.contextmanager
@@ -93,8 +93,3 @@ class MovingReference(pl.Callback):
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(own[name])
-
-    def _fill(self, ref_logps: np.ndarray) -> None:
-        ends = np.cumsum([len(pairs) for pairs in self.sets])
-        for pairs, rows in zip(self.sets, np.split(ref_logps, ends[:-1]), strict=True):
-            pairs.ref_logps[:] = rows

@@ -70,9 +70,7 @@ class StartIsReference(pl.Callback):
                 self.halt.fault = "--dpo_ref recompute: the model that training starts from gives log-probabilities that are not finite"
                 self.halt.check(True)
             self.halt.write(trainer, lambda: self._keep(replace(pairs, ref_logps=ref_logps, header=key)))
-        ends = np.cumsum([len(pairs) for pairs in self.sets])
-        for pairs, rows in zip(self.sets, np.split(ref_logps, ends[:-1]), strict=True):
-            pairs.ref_logps[:] = rows
+        fill(self.sets, ref_logps)
 
     def _kept(self, key: dict[str, str]) -> np.ndarray | None:
         if not self.path.exists():
@@ -127,6 +125,13 @@ class StartIsReference(pl.Callback):
             opened: list[Journal] = []
             self.halt.write(trainer, lambda: opened.append(stack.enter_context(open_journal(self.folder / JOURNAL, fingerprint))))
             yield opened[0] if opened else None
+
+
+def fill(sets: Sequence[PairSet], ref_logps: np.ndarray) -> None:
+    """Puts the reference log-probabilities of all pairs [pairs of all sets, 2] into the sets, in place."""
+    ends = np.cumsum([len(pairs) for pairs in sets])
+    for pairs, rows in zip(sets, np.split(ref_logps, ends[:-1]), strict=True):
+        pairs.ref_logps[:] = rows
 
 
 def score_shared(

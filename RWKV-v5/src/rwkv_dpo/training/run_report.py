@@ -18,7 +18,7 @@ from rwkv_dpo.report.run_doubts import run_doubts
 from rwkv_dpo.report.run_page import About, as_run_page
 from rwkv_dpo.training.halt import Halted
 from rwkv_dpo.training.module import DPOModule
-from rwkv_dpo.training.validation import HeldOut
+from rwkv_dpo.training.validation import AfterEvaluation, HeldOut
 
 log = logging.getLogger(__name__)
 
@@ -77,28 +77,29 @@ class RunFiles:
         )  # fmt: skip
 
 
-class RunReport(pl.Callback):
+class RunReport(AfterEvaluation):
     """Writes both on rank 0: the page at every evaluation, and with the picture at ends of epochs and of the run. Warns once of each known
     failure that shows. What can't be written is told of once, and ends no run. Comes after the callbacks that write the logs."""
 
-    def __init__(self, folder: Path, about: About, valid: HeldOut | None) -> None:
+    def __init__(self, folder: Path, about: About, held_out: HeldOut) -> None:
         """about: without what the folder tells."""
-        self.files, self.about, self.valid = RunFiles(folder), about, valid
-        self.evaluation: dict[str, Any] | None = None  # the last that the page has
+        super().__init__(held_out)
+        self.files, self.about = RunFiles(folder), about
         self.told: set[str] = set()
         self.drawn_at = -float("inf")
 
     @override
     def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        self.seen = self.held_out.record
         self._write(trainer, "running", draws=False)
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        if self.valid is not None and self.valid.record is not self.evaluation:
-            self._write(trainer, "running", draws=False)
+    def on_evaluation(self, trainer: pl.Trainer, module: DPOModule, record: dict[str, Any]) -> None:
+        self._write(trainer, "running", draws=False)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        self.seen = self.held_out.record
         self._write(trainer, "running", draws=time.monotonic() - self.drawn_at > _PICTURE_PAUSE_S)
 
     @override
@@ -113,7 +114,6 @@ class RunReport(pl.Callback):
             self._write(trainer, str(exception), draws=False)
 
     def _write(self, trainer: pl.Trainer, state: str, draws: bool) -> None:
-        self.evaluation = self.valid.record if self.valid is not None else {}
         if not trainer.is_global_zero:
             return
         files = self.files

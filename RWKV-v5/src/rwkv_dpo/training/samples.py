@@ -16,7 +16,7 @@ from rwkv_dpo.files.json_text import as_json
 from rwkv_dpo.optimizer.length import RunLength
 from rwkv_dpo.training.halt import Halt
 from rwkv_dpo.training.module import DPOModule
-from rwkv_dpo.training.validation import HeldOut, when
+from rwkv_dpo.training.validation import AfterEvaluation, HeldOut, when
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,21 @@ class Prompts:
     seed: int
 
 
-class Samples(pl.Callback):
+class Samples(AfterEvaluation):
     """A line of samples.jsonl before the first step and at every evaluation: each prompt with the answer of the model that training
     started from (base; null of a prompt that it was not asked) and of the one it has become (now), drawn in one batch and with the same
-    seed. Comes after the callback that evaluates."""
+    seed."""
 
     def __init__(self, asked: Prompts, held_out: HeldOut, length: RunLength, folder: Path, halt: Halt) -> None:
-        self.asked, self.held_out, self.length, self.halt = asked, held_out, length, halt
+        super().__init__(held_out)
+        self.asked, self.length, self.halt = asked, length, halt
         self.path = folder / "samples.jsonl"
+        self.tokenizer = WorldTokenizer()
         self.base: dict[str, str] = {}
-        self.seen: dict[str, Any] = {}
 
     @override
     def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        # An evaluation before the first step is of the model that answers here in any case.
         self.seen = self.held_out.record
         has_begun = trainer.strategy.broadcast(self.path.exists())
         if has_begun and trainer.is_global_zero:
@@ -52,17 +54,8 @@ class Samples(pl.Callback):
             self._write(trainer, module)
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        self._look(trainer, module)
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        self._look(trainer, module)
-
-    def _look(self, trainer: pl.Trainer, module: DPOModule) -> None:
-        if self.held_out.record is not self.seen:
-            self.seen = self.held_out.record
-            self._write(trainer, module)
+    def on_evaluation(self, trainer: pl.Trainer, module: DPOModule, record: dict[str, Any]) -> None:
+        self._write(trainer, module)
 
     def _write(self, trainer: pl.Trainer, module: DPOModule) -> None:
         # Where ranks share out the weights, each has to make the same calls.
@@ -71,7 +64,7 @@ class Samples(pl.Callback):
         asked = self.asked
         module.model.eval()
         found = answers(
-            module.model, WorldTokenizer(), [as_question(prompt) for prompt in asked.prompts], 1,
+            module.model, self.tokenizer, [as_question(prompt) for prompt in asked.prompts], 1,
             Sampling(asked.temperature, asked.top_p), asked.max_tokens, asked.seed,
         )  # fmt: skip
         module.model.train()

@@ -32,8 +32,8 @@ class TensorBoardLog(Tracker):
     """Event files in the run folder, from rank 0. A resumed run takes away what the steps had left that it does again. What can't be
     written is told of once, and ends no run."""
 
-    def __init__(self, folder: Path, length: RunLength, metrics: MetricsLog, valid: HeldOut | None) -> None:
-        super().__init__(metrics, valid)
+    def __init__(self, folder: Path, length: RunLength, metrics: MetricsLog, held_out: HeldOut) -> None:
+        super().__init__(metrics, held_out)
         self.folder, self.length = folder / TENSORBOARD, length
         self.writer: Any = None
 

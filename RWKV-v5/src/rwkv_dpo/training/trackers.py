@@ -9,7 +9,7 @@ from typing_extensions import override
 from rwkv_dpo.report.columns import flat
 from rwkv_dpo.training.metrics import MetricsLog
 from rwkv_dpo.training.module import DPOModule
-from rwkv_dpo.training.validation import HeldOut
+from rwkv_dpo.training.validation import AfterEvaluation, HeldOut
 
 
 def tracked(record: Mapping[str, Any], is_held_out: bool = False) -> dict[str, float]:
@@ -25,35 +25,23 @@ def tracked(record: Mapping[str, Any], is_held_out: bool = False) -> dict[str, f
     return {own.get(name, f"eval_{name}"): value for name, value in numbers.items()}
 
 
-class Tracker(pl.Callback):
-    """Passes on a record of metrics.jsonl at every step, and what is new in valid.jsonl. Comes after the callbacks whose records these
-    are."""
+class Tracker(AfterEvaluation):
+    """Passes on a record of metrics.jsonl at every step, and each of valid.jsonl. Comes after the callbacks whose records these are."""
 
-    def __init__(self, metrics: MetricsLog, valid: HeldOut | None) -> None:
-        self.metrics, self.valid = metrics, valid
-        self.held_out: dict[str, Any] = {}  # the last evaluation that was passed on
+    def __init__(self, metrics: MetricsLog, held_out: HeldOut) -> None:
+        super().__init__(held_out)
+        self.metrics = metrics
 
     def take(self, numbers: dict[str, float]) -> None:
         """On every rank. numbers: of a step, which is among them, or of an evaluation after it."""
         raise NotImplementedError
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        self._take_held_out()
-
-    @override
     def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         if self.metrics.record:
             self.take(tracked(self.metrics.record))
-        self._take_held_out()
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
 
     @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        self._take_held_out()
-
-    def _take_held_out(self) -> None:
-        """The last evaluation, once."""
-        record = self.valid.record if self.valid is not None else {}
-        if record and record is not self.held_out:
-            self.held_out = record
-            self.take(tracked(record, is_held_out=True))
+    def on_evaluation(self, trainer: pl.Trainer, module: DPOModule, record: dict[str, Any]) -> None:
+        self.take(tracked(record, is_held_out=True))

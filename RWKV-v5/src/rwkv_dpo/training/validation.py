@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from rwkv_dpo.data.corpus import Corpus
 from rwkv_dpo.data.pairs import PairSet
-from rwkv_dpo.evaluation.divergence import score_windows
+from rwkv_dpo.evaluation.divergence import perplexity, score_windows
 from rwkv_dpo.evaluation.scoring import evaluate_pairs
 from rwkv_dpo.files.json_text import as_json
 from rwkv_dpo.model.rwkv import RWKV
@@ -72,12 +72,12 @@ class HeldOutCorpus:
         with tqdm(self.starts, unit="window", desc="held-out", leave=False, disable=None if shows_bar else True) as bar:
             windows = (self.corpus.window(start, self.ctx_len + 1) for start in bar)
             loss = float(score_windows(model, windows, self.batch_tokens).losses.mean())
-        return {"windows": len(self.starts), "corpus_loss": finite(loss), "corpus_perplexity": finite(_exp(loss))}
+        return {"windows": len(self.starts), "corpus_loss": finite(loss), "corpus_perplexity": finite(perplexity(loss))}
 
     def words(self, figures: dict[str, Any]) -> str:
         """As in "64 held-out windows: loss 2.1, perplexity 8.2"."""
         loss = math.nan if figures["corpus_loss"] is None else figures["corpus_loss"]
-        return f"{figures['windows']} held-out windows: loss {loss:.4f}, perplexity {_exp(loss):.2f}"
+        return f"{figures['windows']} held-out windows: loss {loss:.4f}, perplexity {perplexity(loss):.2f}"
 
 
 class HeldOut(pl.Callback):
@@ -122,6 +122,35 @@ class HeldOut(pl.Callback):
         log.info("epoch %d, step %d, %s", self.record["epoch"], self.record["step"], words)
 
 
+class AfterEvaluation(pl.Callback):
+    """Acts once on every evaluation of held_out, after which it comes."""
+
+    def __init__(self, held_out: HeldOut) -> None:
+        self.held_out = held_out
+        self.seen = held_out.record
+
+    def on_evaluation(self, trainer: pl.Trainer, module: DPOModule, record: dict[str, Any]) -> None:
+        """On every rank. record: as in valid.jsonl."""
+        raise NotImplementedError
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        self._look(trainer, module)
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self._look(trainer, module)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
+        self._look(trainer, module)
+
+    def _look(self, trainer: pl.Trainer, module: DPOModule) -> None:
+        if self.held_out.record is not self.seen:
+            self.seen = self.held_out.record
+            self.on_evaluation(trainer, module, self.seen)
+
+
 def when(trainer: pl.Trainer, length: RunLength) -> dict[str, Any]:
     """The epoch, and the optimizer steps, earlier runs' included."""
     step = length.epoch_begin * length.steps_per_epoch + trainer.global_step
@@ -144,7 +173,3 @@ def interval(share: float, n: int) -> list[float]:
     z = 1.959964
     middle, width = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
     return [(middle - width) / (1 + z * z / n), (middle + width) / (1 + z * z / n)]
-
-
-def _exp(loss: float) -> float:
-    return math.exp(min(loss, 700))

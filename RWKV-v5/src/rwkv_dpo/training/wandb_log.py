@@ -28,8 +28,8 @@ _FINISH_S = "120"
 class WandbLog(Tracker):
     """From rank 0. wandb's own settings (WANDB_MODE and the like) are left to the user."""
 
-    def __init__(self, project: str, flags: Mapping[str, Any], folder: Path, metrics: MetricsLog, valid: HeldOut | None) -> None:
-        super().__init__(metrics, valid)
+    def __init__(self, project: str, flags: Mapping[str, Any], folder: Path, metrics: MetricsLog, held_out: HeldOut) -> None:
+        super().__init__(metrics, held_out)
         self.project, self.flags, self.folder = project, flags, folder
         self.run: Any = None
 
