@@ -5,7 +5,6 @@ import json
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import runs
 import torch
@@ -87,4 +86,6 @@ def test_two_processes_have_the_reference_of_one(data, tmp_path, lives, strategy
     assert lives.end(processes, tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()
     train.main(flags(data, tmp_path / "one", **own | {"micro_bsz": 10}))
     for two, one in zip(*(lines(tmp_path / name / "valid.jsonl") for name in ("two", "one")), strict=True):
-        assert np.allclose([two["ref_logps/chosen"], two["logps/chosen"]], [one["ref_logps/chosen"], one["logps/chosen"]], atol=2e-3)
+        # Gradients that are rounded by 1e-7 move a weight by up to 1e-2 * 1e-7 / adam_eps in a step.
+        names = ("ref_logps/chosen", "ref_logps/rejected", "logps/chosen", "logps/rejected")
+        assert [two[name] for name in names] == pytest.approx([one[name] for name in names], abs=1e-4)
