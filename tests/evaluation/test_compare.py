@@ -151,3 +151,17 @@ def test_margins_that_are_all_but_equal_have_a_histogram(middle):
     assert len(edges) == len(counts) + 1
     assert all(low < high for low, high in pairwise(edges))
     assert sum(counts) == 4
+
+
+def test_the_reference_itself_is_neither_always_nor_never_right():
+    """All of its rewards are 0, of which TRL's strict comparison makes an accuracy of 0: no other model is better than it by that."""
+    pairs = pairs_of(12)
+    first, second = pair_figures(pairs, [pairs.ref_logps, scores_of(12, 1)], [dpo(0.1)] * 2, 0)
+    assert first["rewards/accuracies"] == 0
+    assert first["intervals"]["rewards/accuracies"] is None
+    assert first["intervals"]["rewards/margins"] == [0.0, 0.0]
+    assert second["intervals"]["rewards/accuracies"] is not None
+    assert second["differences"]["rewards/accuracies"]["interval"] is None
+    assert second["differences"]["rewards/margins"]["interval"] is not None
+    assert {group["accuracies"]["rewards"] for group in first["lengths"]["groups"]} == {None}
+    assert first["calibration"]["ece"] == 0

@@ -86,3 +86,13 @@ def test_a_spike_of_a_single_step_does_not_flatten_the_rest():
     assert loss.curves[1].values.max() < 1
     constant = next(chart for chart in charts(Columns(steps), Columns()) if chart.title == "Gradient norm")
     assert constant.bounds == pytest.approx((0.95, 1.05))
+
+
+def test_the_accuracy_of_a_model_that_is_its_own_reference_is_not_drawn():
+    held_out = Columns(
+        {"step": step, "rewards/accuracies": share, "rewards/accuracies_95": [share / 2, (1 + share) / 2], "rewards/margins": margin}
+        for step, share, margin in ((0, 0.0, 0.0), (2, 0.0, -0.5), (4, 0.75, 0.5))
+    )
+    drawn = {chart.title: chart.curves for chart in charts(Columns(), held_out)}
+    assert [curve.steps.tolist() for curve in drawn["Accuracy"]] == [[2, 4], [2, 4]]
+    assert drawn["Margin"][0].steps.tolist() == [0, 2, 4]

@@ -111,7 +111,9 @@ def _spread(values: Sequence[Mapping[str, np.ndarray]], groups: np.ndarray, seed
 
 
 def _outcomes(margins: np.ndarray) -> dict[str, np.ndarray]:
-    return {"accuracies": (margins > 0).astype(np.float64), "margins": margins}
+    # Of a model that is its own reference no reward is larger: it is right neither always nor never.
+    is_right = (margins > 0).astype(np.float64) if margins.any() else np.full(len(margins), np.nan)
+    return {"accuracies": is_right, "margins": margins}
 
 
 def _edges(margins: np.ndarray) -> np.ndarray:

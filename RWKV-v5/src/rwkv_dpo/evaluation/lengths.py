@@ -12,7 +12,7 @@ GROUPS = ("much shorter", "shorter", "about equal", "longer", "much longer")
 
 def by_length(lengths: np.ndarray, margins: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """lengths: [n, 2], tokens of the chosen and the rejected answer of each pair, at least one; margins: by name, [n] each, above 0 where
-    the chosen answer is preferred.
+    the chosen answer is preferred; all 0 prefer neither.
 
     {"groups": [{"chosen_is": "much shorter", "pairs": 12, "accuracies": {"logps": 0.75}}, ...], "longer_is_chosen": 0.6, "correlations":
     {"logps": 0.1}}: how often preferring the longer answer would be right (answers of equal length count half), and Pearson's correlation
@@ -23,7 +23,7 @@ def by_length(lengths: np.ndarray, margins: Mapping[str, np.ndarray]) -> dict[st
     groups = []
     for i, name in enumerate(GROUPS):
         own = places == i
-        accuracies = {key: float((margin[own] > 0).mean()) if own.any() else None for key, margin in margins.items()}
+        accuracies = {key: float((margin[own] > 0).mean()) if own.any() and margin.any() else None for key, margin in margins.items()}
         groups.append({"chosen_is": name, "pairs": int(own.sum()), "accuracies": accuracies})
     return {
         "groups": groups,

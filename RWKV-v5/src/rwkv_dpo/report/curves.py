@@ -60,7 +60,10 @@ def charts(train: Columns, held_out: Columns) -> list[Chart]:
         Chart("Corpus loss", "nats a token", ".4f", _steps(train, "loss_general") + _points(held_out, "corpus_loss")),
         Chart(
             "Accuracy", "share of pairs whose chosen answer has the larger reward; the band holds the held-out one with 95 % confidence",
-            ".3f", [*_band(held_out), *_steps(train, "rewards/accuracies")[-1:], *_points(held_out, "rewards/accuracies")], is_share=True,
+            ".3f",
+            [*_band(held_out), *_steps(train, "rewards/accuracies")[-1:],
+             *_points(held_out, "rewards/accuracies", where=_has_rewards(held_out))],
+            is_share=True,
         ),
         Chart(
             "Margin", "reward of the chosen answer less that of the rejected one", ".3f",
@@ -112,9 +115,12 @@ def _curves(label: str, kind: str, steps: np.ndarray, values: np.ndarray) -> lis
     return [raw, Curve(label, kind, "line", *means(steps, smoothed(np.clip(values, *_usual(values)))))]
 
 
-def _points(held_out: Columns, name: str, label: str = "held-out", kind: str = "held-out", from_first: bool = False) -> list[Curve]:
+def _points(
+    held_out: Columns, name: str, label: str = "held-out", kind: str = "held-out", from_first: bool = False,
+    where: np.ndarray | bool = True,
+) -> list[Curve]:  # fmt: skip
     values = held_out[name]
-    known = np.isfinite(values)
+    known = np.isfinite(values) & where
     if not known.any():
         return []
     values = values[known]
@@ -123,11 +129,17 @@ def _points(held_out: Columns, name: str, label: str = "held-out", kind: str = "
 
 def _band(held_out: Columns) -> list[Curve]:
     low, high = held_out["rewards/accuracies_95/low"], held_out["rewards/accuracies_95/high"]
-    known = np.isfinite(low) & np.isfinite(high)
+    known = np.isfinite(low) & np.isfinite(high) & _has_rewards(held_out)
     if known.sum() < 2:
         return []
     steps, lows = means(held_out.steps[known], low[known])
     return [Curve("95 %", "held-out", "band", steps, lows, means(held_out.steps[known], high[known])[1])]
+
+
+def _has_rewards(held_out: Columns) -> np.ndarray:
+    """Whether some reward differs in an evaluation: a model that is its own reference prefers neither answer, of which a strict
+    comparison makes an accuracy of 0."""
+    return (held_out["rewards/accuracies"] > 0) | (held_out["rewards/margins"] != 0)
 
 
 def _usual(values: np.ndarray) -> np.ndarray:
