@@ -39,12 +39,18 @@ def test_a_model_is_no_way_from_itself(tiny_shape):
     assert score_windows(model, windows(), 5).divergences.tolist() == [0, 0, 0]
 
 
-def test_losses_are_those_of_the_objective(tiny_shape):
-    model = random_model(tiny_shape, torch.float32)
+@pytest.mark.parametrize("batch_tokens", [100, 24, 12, 7])
+def test_losses_are_those_of_the_objective_however_many_windows_are_read_together(tiny_shape, batch_tokens):
+    model, other = (random_model(tiny_shape, seed=seed) for seed in (0, 1))
+    given = [*windows(5), *windows(2, length=9)]
     with torch.no_grad():
-        want = [-score_rows(model, build_step([window], [])).logps.double().mean().item() for window in windows()]
-    for first in (None, random_model(tiny_shape, torch.float32, seed=1)):
-        assert score_windows(model, windows(), 100, first).losses.tolist() == pytest.approx(want, rel=1e-12)
+        want = [-score_rows(model, build_step([window], [])).logps.mean().item() for window in given]
+    calls = []
+    model.register_forward_pre_hook(lambda module, arguments: calls.append(arguments[0].tokens.numel()))
+    for first in (None, other):
+        assert score_windows(model, given, batch_tokens, first).losses.tolist() == pytest.approx(want, rel=1e-12)
+    assert max(calls) <= batch_tokens
+    assert len(calls) == 2 * {100: 2, 24: 4, 12: 7, 7: 14}[batch_tokens]
 
 
 def test_slices_change_nothing_and_hold_no_more_rows_than_they_may(tiny_shape, monkeypatch):

@@ -31,26 +31,38 @@ def perplexity(loss: float) -> float:
 
 @torch.no_grad()
 def score_windows(model: RWKV, windows: Iterable[np.ndarray], batch_tokens: int, first: RWKV | None = None) -> WindowScores:
-    """Of windows of [T + 1] token ids, batch_tokens tokens at once. first: the model to measure the divergence from, of the same
-    vocabulary and on the same device; both are in memory, and each reads every window."""
-    scores = []
+    """Of windows of [T + 1] token ids, batch_tokens tokens at once: several windows, or a part of one. first: the model to measure the
+    divergence from, of the same vocabulary and on the same device; both are in memory, and each reads every window."""
+    scores, waiting = [np.zeros((0, 2))], list[np.ndarray]()
     for window in windows:
-        tokens = torch.from_numpy(window).to(model.head.weight.device)
-        states: list[LayerState] | None = None
-        first_states: list[LayerState] | None = None
-        loss = divergence = 0.0
-        for start in range(0, len(window) - 1, batch_tokens):
-            end = min(start + batch_tokens, len(window) - 1)
-            builder = ForestBuilder()
+        if waiting and (len(window) != len(waiting[0]) or (len(waiting) + 1) * (len(window) - 1) > batch_tokens):
+            scores.append(_score_together(model, np.stack(waiting), batch_tokens, first))
+            waiting = []
+        waiting.append(window)
+    if waiting:
+        scores.append(_score_together(model, np.stack(waiting), batch_tokens, first))
+    return WindowScores(*np.concatenate(scores).T)
+
+
+def _score_together(model: RWKV, windows: np.ndarray, batch_tokens: int, first: RWKV | None) -> np.ndarray:
+    """float64 [n, 2]: losses and divergences of windows [n, T + 1], that are more than batch_tokens tokens only where there is one."""
+    n, length = len(windows), windows.shape[1] - 1
+    sums = torch.zeros(n, 2, dtype=torch.float64)
+    states: list[LayerState] | None = None
+    first_states: list[LayerState] | None = None
+    for start in range(0, length, batch_tokens):
+        end = min(start + batch_tokens, length)
+        builder = ForestBuilder()
+        for window in windows:
             builder.add(window[start:end])
-            forest = builder.build()[0].to(tokens.device)
-            hidden, states = model(forest, states)
-            loss -= float(model.head(hidden, tokens[start + 1 : end + 1]).logps.double().sum())
-            if first is not None:
-                other, first_states = first(forest, first_states)
-                divergence += float(kl_divergence(hidden, model.head, other, first.head).double().sum())
-        scores.append((loss / (len(window) - 1), divergence / (len(window) - 1)))
-    return WindowScores(*np.array(scores, np.float64).reshape(-1, 2).T)
+        forest = builder.build()[0].to(model.head.weight.device)  # as long as one another, roots come in their order
+        targets = torch.from_numpy(windows[:, start + 1 : end + 1].reshape(-1)).to(forest.tokens.device)
+        hidden, states = model(forest, states)
+        sums[:, 0] -= model.head(hidden, targets).logps.double().view(n, -1).sum(1).cpu()
+        if first is not None:
+            other, first_states = first(forest, first_states)
+            sums[:, 1] += kl_divergence(hidden, model.head, other, first.head).double().view(n, -1).sum(1).cpu()
+    return (sums / length).numpy()
 
 
 @torch.no_grad()
