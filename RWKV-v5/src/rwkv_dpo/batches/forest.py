@@ -45,6 +45,11 @@ class Forest:
     first_rows: Tensor  # int64 [m], the first row of each segment that isn't empty
     before_first: Tensor  # int64 [m], the row whose token comes before it
     last_rows: Tensor  # int64 [n], the row of each segment's last token (an empty one's: what its parent ended with)
+    before: Tensor  # int32 [S], the row whose token comes before each
+    uses_start: Tensor  # int32 [S + n_roots + 1], into uses: where those of each row begin
+    uses: Tensor  # int32 [S + n], by row: the rows that it comes before; S + i: segment i ends with it
+    cu_seqlens: Tensor  # int32 [n + 1] on the CPU, where each segment starts
+    parents: Tensor  # int32 [n] on the CPU, the segment that each continues; -1 for roots
 
     @property
     def n_segments(self) -> int:
@@ -69,6 +74,9 @@ class Forest:
             first_rows=move(self.first_rows),
             before_first=move(self.before_first),
             last_rows=move(self.last_rows),
+            before=move(self.before),
+            uses_start=move(self.uses_start),
+            uses=move(self.uses),
         )
 
 
@@ -109,12 +117,21 @@ class ForestBuilder:
             last_rows.append(starts[i + 1] - 1 if lengths[i] else before[i])
 
         filled = [i for i in range(n) if lengths[i]]
+        before_rows = np.arange(-1, n_rows - 1)
+        before_rows[[starts[i] for i in filled]] = [before[i] for i in filled]
+        used = np.concatenate([before_rows, last_rows]).astype(np.int64)
+        n_uses = np.bincount(used, minlength=n_rows + parents.count(-1))
         forest = Forest(
             tokens=torch.from_numpy(np.concatenate([self._tokens[handle] for handle in order])),
             levels=tuple(self._levels(order, parents, starts)),
             first_rows=torch.tensor([starts[i] for i in filled], dtype=torch.int64),
             before_first=torch.tensor([before[i] for i in filled], dtype=torch.int64),
             last_rows=torch.tensor(last_rows, dtype=torch.int64),
+            before=torch.from_numpy(before_rows.astype(np.int32)),
+            uses_start=torch.from_numpy(np.concatenate([[0], n_uses.cumsum()]).astype(np.int32)),
+            uses=torch.from_numpy(np.argsort(used, kind="stable").astype(np.int32)),
+            cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+            parents=torch.tensor(parents, dtype=torch.int32),
         )
         return forest, [starts[place[handle]] for handle in range(n)]
 

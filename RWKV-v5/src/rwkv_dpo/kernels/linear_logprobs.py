@@ -51,26 +51,27 @@ def scores_of(parts: Sequence[Tensor]) -> Scores:
 
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int = CHUNK_ROWS, keep_bytes: int = KEEP_BYTES,
-    collisions: bool = False,
+    collisions: bool = False, cast: Tensor | None = None,
 ) -> Scores:  # fmt: skip
     """log_softmax(hidden @ weight.T)[targets], the rows' largest logits, and, where asked for, collisions.
 
     hidden [R, C] in the compute dtype; weight [V, C], used in the dtype of hidden; targets int64 [R]. Softmax and results are
-    fp32 (float64 for float64 inputs). Differentiable in hidden and weight through the first two results.
+    fp32 (float64 for float64 inputs). Differentiable in hidden and weight through the first two results. cast: the weight in the
+    dtype of hidden, where the caller has it.
     """
-    return scores_of(_LinearLogProbs.apply(hidden, weight, targets, chunk_rows, keep_bytes, collisions))
+    return scores_of(_LinearLogProbs.apply(hidden, weight, targets, chunk_rows, keep_bytes, collisions, cast))
 
 
 class _LinearLogProbs(torch.autograd.Function):
     """Logits of a chunk become exp(logit - row's largest) in place, which is all that the backward needs of them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk_rows, keep_bytes, collisions):
+    def forward(ctx, hidden, weight, targets, chunk_rows, keep_bytes, collisions, cast):
         n_rows = hidden.shape[0]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logps, max_logits, sums = (torch.empty(n_rows, dtype=wide, device=hidden.device) for _ in range(3))
         norms = torch.empty_like(sums) if collisions else None
-        compute_weight = weight.to(hidden.dtype)
+        compute_weight = weight.to(hidden.dtype) if cast is None else cast
         needs_backward = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         kept, n_kept_bytes = [], 0
         for rows in _slices(0, n_rows, chunk_rows):
@@ -90,7 +91,7 @@ class _LinearLogProbs(torch.autograd.Function):
             kept.append(logits if keep else None)
             del logits, part
         logps -= sums.log()
-        ctx.save_for_backward(hidden, weight, targets, max_logits, sums)
+        ctx.save_for_backward(hidden, weight, targets, max_logits, sums, cast)
         ctx.kept, ctx.chunk_rows = kept, chunk_rows
         ctx.set_materialize_grads(False)
         if norms is None:
@@ -102,7 +103,7 @@ class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps, grad_max_logits, *_):
-        hidden, weight, targets, max_logits, sums = ctx.saved_tensors
+        hidden, weight, targets, max_logits, sums, cast = ctx.saved_tensors
         if grad_logps is None:
             grad_logps = torch.zeros_like(sums)
         if grad_max_logits is None:
@@ -111,7 +112,7 @@ class _LinearLogProbs(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.empty_like(weight) if hidden.shape[0] else torch.zeros_like(weight)
-        compute_weight = weight.to(hidden.dtype)
+        compute_weight = weight.to(hidden.dtype) if cast is None else cast
         for i, rows in enumerate(_slices(0, hidden.shape[0], ctx.chunk_rows)):
             exps, ctx.kept[i] = ctx.kept[i], None
             is_kept = exps is not None
@@ -130,7 +131,7 @@ class _LinearLogProbs(torch.autograd.Function):
                     grad_weight[columns].copy_(product) if i == 0 else grad_weight[columns].add_(product)
                     del product
             del exps, part
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _exps(logits: Tensor, max_logits: Tensor) -> Tensor:

@@ -1,19 +1,17 @@
 """The stack every RWKV version shares: embedding, blocks of time mix and channel mix, head. Versions differ in the mixes."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_dpo.batches.forest import Forest, LayerState
 from rwkv_dpo.kernels.linear_logprobs import LEAN, Scores, linear_logprobs
 from rwkv_dpo.kernels.wkv5 import WKV5
-from rwkv_dpo.model.recompute import forgetting
+from rwkv_dpo.model.linear import Cast
 from rwkv_dpo.model.shape import ModelShape
 
 
@@ -31,14 +29,17 @@ class RWKV(nn.Module):
         self, shape: ModelShape, mixes: Mixes, wkv: WKV5, compute_dtype: torch.dtype, grad_cp: str = "0", dropout: float = 0.0
     ) -> None:
         """compute_dtype: of activations and matrix products; the weights keep their own (fp32 in training).
-        grad_cp: what the backward pass computes again: "0" little, "selective" also norms and shifts, "1" whole blocks."""
+        grad_cp: what the backward pass computes again: "0" and "selective" norms, mixes and gates, "1" whole blocks."""
         super().__init__()
         self.shape, self.wkv, self.compute_dtype, self.grad_cp = shape, wkv, compute_dtype, grad_cp
         self.finds_collisions = False  # whether scored rows come with LogProbs.collisions
         self.emb = nn.Embedding(shape.vocab_size, shape.n_embd)
-        self.blocks = nn.ModuleList(Block(shape, mixes, layer, dropout, selective=grad_cp == "selective") for layer in range(shape.n_layer))
+        self.blocks = nn.ModuleList(Block(shape, mixes, layer, dropout) for layer in range(shape.n_layer))
         self.ln_out = LayerNorm(shape.n_embd)
         self.head = Head(shape.n_embd, shape.vocab_size)
+        for module in self.modules():
+            if isinstance(module, Cast):
+                module.keeps_cast = not self.is_lean
 
     @property
     def is_lean(self) -> bool:
@@ -84,7 +85,7 @@ class RWKV(nn.Module):
         return [LayerState(before, state.transpose(1, 2).expand(n_roots, -1, -1, -1), before) for state in tuned]
 
 
-class Head(nn.Module):
+class Head(Cast):
     """The matrix from hidden rows to logits."""
 
     def __init__(self, n_embd: int, vocab_size: int) -> None:
@@ -99,17 +100,17 @@ class Head(nn.Module):
         its forward only."""
         if targets is None:
             return F.linear(hidden, self.weight.to(hidden.dtype))
-        return linear_logprobs(hidden, self.weight, targets, collisions=collisions, **(LEAN if lean else {}))
+        cast = self.cast(hidden.dtype)
+        return linear_logprobs(hidden, self.weight, targets, cast=cast, collisions=collisions, **(LEAN if lean else {}))
 
 
 class Block(nn.Module):
-    """Autograd keeps 16.5 numbers per token and channel of an RWKV-5 block with dim_ffn = 3.5 n_embd: both halves' inputs, norms and
-    the tokens before them (6), r, k, v, g, y (5), and the channel mix's key (3.5), gate and value (2). selective: 12.5, without
-    norms and the tokens before."""
+    """Autograd keeps 12.5 numbers per token and channel of an RWKV-5 block with dim_ffn = 3.5 n_embd: both halves' inputs (2), r, k, v,
+    g, y (5), and the channel mix's key (3.5), gate and value (2)."""
 
-    def __init__(self, shape: ModelShape, mixes: Mixes, layer: int, dropout: float, selective: bool) -> None:
+    def __init__(self, shape: ModelShape, mixes: Mixes, layer: int, dropout: float) -> None:
         super().__init__()
-        self.dropout, self.selective = dropout, selective
+        self.dropout = dropout
         if layer == 0:
             self.ln0 = LayerNorm(shape.n_embd)
         self.ln1 = LayerNorm(shape.n_embd)
@@ -122,28 +123,10 @@ class Block(nn.Module):
         if hasattr(self, "ln0"):
             x = self.ln0(x)
         att_shift, wkv_start, ffn_shift = initial or (None, None, None)
-        att_in, att_before, att_last = self._enter(self.ln1, x, forest, att_shift)
-        with self._keeping_little(self.ln1, x, forest, att_shift, att_in, att_before):
-            att_out, wkv_ends = self.att(att_in, att_before, forest, wkv_start, wkv)
-        x = self._drop(x + att_out)
-        ffn_in, ffn_before, ffn_last = self._enter(self.ln2, x, forest, ffn_shift)
-        with self._keeping_little(self.ln2, x, forest, ffn_shift, ffn_in, ffn_before):
-            ffn_out = self.ffn(ffn_in, ffn_before)
-        x = self._drop(x + ffn_out)
-        return x, LayerState(att_last, wkv_ends, ffn_last)
-
-    @staticmethod
-    def _enter(norm: nn.Module, x: Tensor, forest: Forest, handed_in: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """A half's input, the tokens before, and each segment's last."""
-        normed = norm(x)
-        return normed, *shift(normed, forest, handed_in)
-
-    def _keeping_little(
-        self, norm: nn.Module, x: Tensor, forest: Forest, handed_in: Tensor | None, normed: Tensor, before: Tensor
-    ) -> AbstractContextManager:
-        if not self.selective:
-            return nullcontext()
-        return forgetting((normed, before), lambda: self._enter(norm, x, forest, handed_in))
+        out, att_last, wkv_ends = self.att(x, self.ln1, forest, _as(x, att_shift), wkv_start, wkv)
+        x = self._drop(x + out)
+        out, ffn_last = self.ffn(x, self.ln2, forest, _as(x, ffn_shift))
+        return self._drop(x + out), LayerState(att_last, wkv_ends, ffn_last)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -162,62 +145,23 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
-def shift(x: Tensor, forest: Forest, handed_in: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The token before each row [S, C] (a parent's last, or handed_in [n_roots, C], or zero), and each segment's last [n, C]."""
-    if handed_in is None:
-        handed_in = x.new_zeros(forest.n_roots, x.shape[1])
-    return _Shift.apply(x, handed_in.to(x.dtype), forest.first_rows, forest.before_first, forest.last_rows)
+def _as(x: Tensor, handed_in: Tensor | None) -> Tensor | None:
+    return None if handed_in is None else handed_in.to(x.dtype)
 
 
-class _Shift(torch.autograd.Function):
-    """One copy of the rows, moved down by one, then the few segment starts put right: far cheaper than a gather of all rows,
-    whose backward is a scatter."""
-
-    @staticmethod
-    def forward(ctx, x, handed_in, first_rows, before_first, last_rows):
-        ctx.save_for_backward(first_rows, before_first, last_rows)
-        ctx.n_rows, ctx.n_roots = x.shape[0], handed_in.shape[0]
-        before = torch.empty_like(x)
-        before[1:] = x[:-1]
-        before[first_rows] = _row(x, handed_in, before_first)
-        return before, _row(x, handed_in, last_rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_before, grad_last):
-        first_rows, before_first, last_rows = ctx.saved_tensors
-        n_rows = ctx.n_rows
-        # Entry j + 1 is the gradient of row j; entry 0 takes what would go before the first row.
-        grad = grad_before.new_empty(1 + n_rows + ctx.n_roots, grad_before.shape[1])
-        grad[:n_rows] = grad_before
-        grad[first_rows] = 0
-        grad[n_rows:] = 0
-        grad.index_add_(0, before_first + 1, grad_before.index_select(0, first_rows))
-        grad.index_add_(0, last_rows + 1, grad_last)
-        return grad[1 : n_rows + 1], grad[n_rows + 1 :], None, None, None
-
-
-def _row(x: Tensor, handed_in: Tensor, rows: Tensor) -> Tensor:
-    """Rows of x, or of handed_in for numbers from len(x) on."""
-    n_rows = x.shape[0]
-    return torch.where((rows >= n_rows)[:, None], handed_in[(rows - n_rows).clamp(min=0)], x[rows.clamp(max=n_rows - 1)])
-
-
-def run_levels(
-    forest: Forest, initial: Tensor | None, inputs: tuple[Tensor, ...], recur: Callable[..., tuple[Tensor, Tensor]]
+def run_forest(
+    wkv: WKV5, forest: Forest, initial: Tensor | None, inputs: tuple[Tensor, ...], parameters: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Runs a recurrence over inputs [S, ...] level by level, children from the end states of their parents.
-
-    recur(*inputs of the level's rows, cu_seqlens, state0) -> (y [rows, ...], ends [segments, ...]).
-    Returns y [S, ...] and ends [n, ...].
-    """
+    """A recurrence over inputs [S, ...], children from the end states of their parents: y [S, ...] and ends [n, ...]."""
+    if of_forest := getattr(wkv, "of_forest", None):
+        return of_forest(*inputs, *parameters, forest.cu_seqlens, forest.parents if len(forest.levels) > 1 else None, initial)
     ys: list[Tensor] = []
     ends: list[Tensor] = []
     # A split's backward is one concatenation, where slices would each make a gradient of all rows.
     parts = zip(*(x.split([level.end - level.start for level in forest.levels]) for x in inputs), strict=True)
     for level, rows in zip(forest.levels, parts, strict=True):
         state0 = initial if level.parents is None else torch.cat(ends).index_select(0, level.parents)
-        y, end = recur(*rows, level.cu_seqlens, state0)
+        y, end = wkv(*rows, *parameters, level.cu_seqlens, state0)
         ys.append(y)
         ends.append(end)
     return (ys[0], ends[0]) if len(ys) == 1 else (torch.cat(ys), torch.cat(ends))

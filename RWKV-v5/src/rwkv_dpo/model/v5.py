@@ -4,14 +4,13 @@ r receptance, k key, v value, g gate, w decay, u bonus of the current token.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from rwkv_dpo.batches.forest import Forest
 from rwkv_dpo.kernels.wkv5 import WKV5
-from rwkv_dpo.model.linear import Linear
-from rwkv_dpo.model.rwkv import LayerNorm, Mixes, run_levels
+from rwkv_dpo.model.halves import Entry, GatedNorm, ReluSquared, sigmoid_gate
+from rwkv_dpo.model.linear import Linear, products
+from rwkv_dpo.model.rwkv import LayerNorm, Mixes, run_forest
 from rwkv_dpo.model.shape import ModelShape
 
 
@@ -34,23 +33,19 @@ class TimeMix(nn.Module):
         # Dividing the norm's input by head_size_divisor, as RWKV-LM does, is the same as multiplying eps by its square.
         self.norm_eps = 1e-5 * shape.head_size_divisor**2
 
-    def forward(self, x: Tensor, before: Tensor, forest: Forest, initial: Tensor | None, wkv: WKV5) -> tuple[Tensor, Tensor]:
-        """x and the tokens before it [S, C] -> out [S, C], WKV states at the segments' ends [n, H, N, N]."""
-        r = self.receptance(x, before, self.time_mix_r, prepare=token_mix).view(-1, self.n_head, self.head_size)
-        k = self.key(x, before, self.time_mix_k, prepare=token_mix).view_as(r)
-        v = self.value(x, before, self.time_mix_v, prepare=token_mix).view_as(r)
-        g = self.gate(x, before, self.time_mix_g, prepare=token_mix)
+    def forward(
+        self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None, initial: Tensor | None, wkv: WKV5
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows x [S, C] of the residual stream and the norm that they enter by -> out [S, C], the norm's output at the segments' ends
+        [n, C], WKV states there [n, H, N, N]. before, initial: what the roots were handed of the latter two."""
+        mixing = (self.time_mix_r, self.time_mix_k, self.time_mix_v, self.time_mix_g)
+        layers = (self.receptance, self.key, self.value, self.gate)
+        (*rkv, g), (last,) = products(Entry(forest), (x, before, norm.weight, norm.bias, *mixing), layers)
+        r, k, v = (part.view(-1, self.n_head, self.head_size) for part in rkv)
 
-        def recur(r: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, state0: Tensor | None) -> tuple[Tensor, Tensor]:
-            return wkv(r, k, v, self.time_decay, self.time_faaaa, cu_seqlens, state0)
-
-        y, ends = run_levels(forest, initial, (r, k, v), recur)
-        return self.output(y, g, self.ln_x.weight, self.ln_x.bias, prepare=self.gated_norm), ends
-
-    def gated_norm(self, y: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Group norm with one group a head, times silu(g): y [S, H, N], g [S, H * N] -> [S, H * N]."""
-        normed = F.layer_norm(y, y.shape[-1:], eps=self.norm_eps).flatten(1)
-        return torch.addcmul(bias.to(y.dtype), normed, weight.to(y.dtype)) * F.silu(g)
+        y, ends = run_forest(wkv, forest, initial, (r, k, v), (self.time_decay, self.time_faaaa))
+        (out,), _ = products(GatedNorm(self.norm_eps), (y, g, self.ln_x.weight, self.ln_x.bias), [self.output])
+        return out, last, ends
 
 
 class ChannelMix(nn.Module):
@@ -64,37 +59,13 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(shape.n_embd, shape.n_embd)
         self.value = Linear(shape.dim_ffn, shape.n_embd)
 
-    def forward(self, x: Tensor, before: Tensor) -> Tensor:
-        """Rows [S, C] of a forest and the token before each; [S, C]."""
-        k = self.key(x, before, self.time_mix_k, prepare=token_mix)
-        r = self.receptance(x, before, self.time_mix_r, prepare=token_mix)
-        return torch.sigmoid(r) * self.value(k, prepare=relu_squared)
-
-
-def token_mix(x: Tensor, before: Tensor, mix: Tensor) -> Tensor:
-    """mix * x + (1 - mix) * before, channel by channel."""
-    return torch.lerp(before, x, mix.view(-1).to(x.dtype))
-
-
-def relu_squared(x: Tensor) -> Tensor:
-    """max(x, 0) ** 2, which keeps one tensor for its backward pass."""
-    return _ReluSquared.apply(x)
-
-
-class _ReluSquared(torch.autograd.Function):
-    """relu(x) ** 2 in five passes over the widest activation, forward and backward, where autograd takes ten."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        positive = F.relu(x)
-        return positive.mul_(positive)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return F.relu(x).mul_(2).mul_(grad)
+    def forward(self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rows x [S, C] of the residual stream and the norm that they enter by -> out [S, C], the norm's output at the segments' ends
+        [n, C]. before: what the roots were handed of it."""
+        inputs = (x, before, norm.weight, norm.bias, self.time_mix_k, self.time_mix_r)
+        (k, r), (last,) = products(Entry(forest), inputs, (self.key, self.receptance))
+        (value,), _ = products(ReluSquared(), (k,), [self.value])
+        return sigmoid_gate(r, value), last
 
 
 MIXES = Mixes(TimeMix, ChannelMix)

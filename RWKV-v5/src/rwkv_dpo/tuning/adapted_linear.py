@@ -8,40 +8,49 @@ import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from rwkv_dpo.model.linear import Prepare, product
+from rwkv_dpo.model.linear import Factor, Given, products
 
 # peft's name for the only adapter of a model.
 NAME = "default"
 
 
 class AdaptedLinear(lora.Linear):
-    """x @ W.T + scaling * (x @ A.T) @ B.T for x = prepare(*inputs), with A [r, in], B [out, r] fp32; DoRA scales each output.
+    """x @ W.T + scaling * (x @ A.T) @ B.T for prepared rows x, with A [r, in], B [out, r] fp32; DoRA scales each output.
 
     x is made anew in the backward pass for both products, so that the adapter keeps r numbers a token (DoRA: and its output);
     with dropout it keeps x.
     """
 
-    def forward(self, *inputs: Tensor, prepare: Prepare | None = None) -> Tensor:  # type: ignore[override]  # several inputs
-        """What the base layer makes of the inputs, and what the adapter adds: [S, n_out]."""
-        plain = self.get_base_layer()(*inputs, prepare=prepare)
+    def factors(self, dtype: torch.dtype) -> list[Factor | None]:
+        """As Linear's: the base's, then A, or with dropout the rows themselves."""
+        base = self.get_base_layer().factors(dtype)
         if self.disable_adapters or self.merged:
+            return base
+        return [*base, None if self._drops() else Factor(self._weight("lora_A"), None)]
+
+    def combine(self, plain: Tensor, second: Tensor | None = None) -> Tensor:
+        """What the base layer makes of its input, and what the adapter adds: [S, n_out]. second: rows times A, or rows to drop from."""
+        if second is None:
             return plain
-        a, b = self._weight("lora_A"), self._weight("lora_B").to(plain.dtype)
-        is_dora = NAME in self.lora_variant
-        base = plain
-        if self.training and not isinstance(self.lora_dropout[NAME], nn.Identity):
-            x = self.lora_dropout[NAME](inputs[0] if prepare is None else prepare(*inputs))
-            low = F.linear(x, a.to(x.dtype))
+        b, is_dora, base, low = self._weight("lora_B").to(plain.dtype), NAME in self.lora_variant, plain, second
+        if self._drops():
+            x = self.lora_dropout[NAME](second)
+            low = F.linear(x, self._weight("lora_A").to(x.dtype))
             if is_dora:  # peft's DoRA sees the input with dropout in the base's product too
                 base = F.linear(x, self.get_parameter("base_layer.weight").to(x.dtype))
-        else:
-            low = product(a, *inputs, prepare=prepare)
         adapted = torch.addmm(base, low, b.T, alpha=self.scaling[NAME])
         if not is_dora:
             return adapted
         # In fp32: rounded to bf16, a scale near 1 would not show steps below 1/256.
         scaled = (self._dora_scale() * adapted).to(plain.dtype)
         return scaled if base is plain else plain - base + scaled
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # no further arguments
+        """Rows [S, n_in], which are kept for the backward pass; [S, n_out]."""
+        return products(Given(), (x,), [self])[0][0]
+
+    def _drops(self) -> bool:
+        return self.training and not isinstance(self.lora_dropout[NAME], nn.Identity)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         """What peft makes the adapter in: what trains is fp32, also beside a base in bf16."""

@@ -19,6 +19,10 @@ Every backend module offers two functions:
 
     Differentiable in r, k, v, time_decay, u and state0, through y and state_end alike. N is a multiple of 8 up to 128.
 
+        wkv5 may have an attribute `of_forest`: a function of (r, k, v, time_decay, u, cu_seqlens, parents, state0) with sequences that
+        continue others, all in one call. parents int32 [n] on the CPU, in the order of their depth: whose state_end each begins from,
+        or -1 for those, the first ones, that begin from state0 [n_roots, H, N, N]. The forest's builder vouches for both layouts.
+
     unusable_because(device) -> str | None
         None when the backend can run on that device here, else the reason, and what a user can do about it, in one line.
         May compile on first use.

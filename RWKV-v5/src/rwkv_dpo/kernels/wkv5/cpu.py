@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_dpo.kernels.build import SOURCES, BuildError, EntryPoint, load_library
 from rwkv_dpo.kernels.compilers import cpp_recipe
-from rwkv_dpo.kernels.wkv5.common import DTYPES, check_inputs, decay_rate
+from rwkv_dpo.kernels.wkv5.common import DTYPES, check_inputs, check_types
 
 # Tokens that advance the state together. 4 keeps the sums in registers; 8 was no faster.
 BLOCK = 4
@@ -26,8 +26,8 @@ class Call(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                *("cu_seqlens", "r", "k", "v", "powers", "u", "state0", "y", "state_end"),
-                *("gy", "g_state_end", "gr", "gk", "gv", "gw", "gu", "g_state0"),
+                *("cu_seqlens", "parents", "r", "k", "v", "time_decay", "u", "state0", "y", "state_end"),
+                *("gy", "g_state_end", "gr", "gk", "gv", "g_time_decay", "gu", "sums", "g_start", "g_end"),
             )
         ),
     )
@@ -50,51 +50,54 @@ def unusable_because(device: torch.device) -> str | None:
 def wkv5(r, k, v, time_decay, u, cu_seqlens, state0=None):
     """See rwkv_dpo.kernels.wkv5 for shapes. fp32 inside, on torch.get_num_threads() threads; the same result for any number of them."""
     check_inputs("cpu", r, k, v, time_decay, u, cu_seqlens, state0)
-    return _Wkv5.apply(r, k, v, time_decay, u, cu_seqlens, state0)
+    return _Wkv5.apply(r, k, v, time_decay, u, cu_seqlens.to(torch.int32), None, state0)
+
+
+def _wkv5_of_forest(r, k, v, time_decay, u, cu_seqlens, parents, state0=None):
+    """See rwkv_dpo.kernels.wkv5."""
+    check_types("cpu", r, k, v, time_decay, u)
+    return _Wkv5.apply(r, k, v, time_decay, u, cu_seqlens, parents, state0)
+
+
+wkv5.of_forest = _wkv5_of_forest  # type: ignore[attr-defined]
 
 
 class _Wkv5(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, r, k, v, time_decay, u, cu_seqlens, state0):
+    def forward(ctx, r, k, v, time_decay, u, cu_seqlens, parents, state0):
         ctx.set_materialize_grads(False)
         n_seqs, (_, n_heads, head_size) = cu_seqlens.numel() - 1, r.shape
         inputs = {
-            "cu_seqlens": cu_seqlens.to(torch.int32).contiguous(),
+            "cu_seqlens": cu_seqlens.contiguous(), "parents": parents,
             **{name: x.contiguous() for name, x in (("r", r), ("k", k), ("v", v))},
-            "powers": _powers_of_w(time_decay),
-            "u": u.float().contiguous(),
+            "time_decay": time_decay.float().contiguous(), "u": u.float().contiguous(),
             "state0": None if state0 is None else state0.float().contiguous(),
-        }
+        }  # fmt: skip
         y = torch.empty_like(inputs["r"])
         state_end = r.new_empty(n_seqs, n_heads, head_size, head_size, dtype=torch.float32)
         _run("wkv5_forward", **inputs, y=y, state_end=state_end)
-        ctx.save_for_backward(time_decay, u, *inputs.values())
+        ctx.dtypes = time_decay.dtype, u.dtype
+        ctx.save_for_backward(*inputs.values(), None if parents is None else state_end)
         return y, state_end
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gy, g_state_end):
-        time_decay, original_u, cu_seqlens, r, k, v, powers, u, state0 = ctx.saved_tensors
+        cu_seqlens, parents, r, k, v, time_decay, u, state0, state_end = ctx.saved_tensors
         n_seqs, (_, n_heads, head_size) = cu_seqlens.numel() - 1, r.shape
+        states = (n_seqs, n_heads, head_size, head_size)
         gr, gk, gv = torch.empty_like(r), torch.empty_like(k), torch.empty_like(v)
-        gw, gu = (u.new_empty(n_seqs, n_heads, head_size) for _ in range(2))
-        g_state0 = torch.empty_like(state0) if ctx.needs_input_grad[6] else None
+        g_time_decay, gu = u.new_empty(2, n_heads, head_size).unbind()
+        g_start = u.new_empty(states) if ctx.needs_input_grad[7] or parents is not None else None
         _run(
-            "wkv5_backward", cu_seqlens=cu_seqlens, r=r, k=k, v=v, powers=powers, u=u, state0=state0,
-            gy=torch.zeros_like(r) if gy is None else gy.contiguous(),
+            "wkv5_backward", cu_seqlens=cu_seqlens, parents=parents, r=r, k=k, v=v, time_decay=time_decay, u=u, state0=state0,
+            state_end=state_end, gy=torch.zeros_like(r) if gy is None else gy.contiguous(),
             g_state_end=None if g_state_end is None else g_state_end.contiguous(),
-            gr=gr, gk=gk, gv=gv, gw=gw, gu=gu, g_state0=g_state0,
-        )
-        # w = exp(-exp(time_decay)), so dw / d time_decay = -exp(time_decay) w.
-        rate = decay_rate(time_decay.double())
-        g_time_decay = gw.sum(0) * (-rate * torch.exp(-rate))
-        return gr, gk, gv, g_time_decay.to(time_decay.dtype), gu.sum(0).to(original_u.dtype), None, g_state0
-
-
-def _powers_of_w(time_decay: torch.Tensor) -> torch.Tensor:
-    """w^0 .. w^BLOCK, fp32 [H, BLOCK + 1, N]; rounded once from float64, as w itself is too near 1 for its powers to be exact."""
-    exponents = torch.arange(BLOCK + 1, dtype=torch.float64)
-    return torch.exp(-decay_rate(time_decay.double())[:, None, :] * exponents[:, None]).float().contiguous()
+            gr=gr, gk=gk, gv=gv, g_time_decay=g_time_decay, gu=gu, sums=u.new_empty(2, *states[:3]), g_start=g_start,
+            g_end=None if parents is None else u.new_empty(states),
+        )  # fmt: skip
+        g_state0 = g_start[: len(state0)] if ctx.needs_input_grad[7] else None
+        return gr, gk, gv, g_time_decay.to(ctx.dtypes[0]), gu.to(ctx.dtypes[1]), None, None, g_state0
 
 
 def _run(function: str, r: torch.Tensor, cu_seqlens: torch.Tensor, **others: torch.Tensor | None) -> None:

@@ -13,13 +13,16 @@
 // Vector lanes run over the index that is not summed: S is kept as [key][value] for sums over keys, as [value][key] otherwise.
 // States are recomputed, never stored, and every sum has a fixed order: results do not depend on the number of threads.
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 namespace {
 
-// BLOCK comes from the command line: Python prepares the powers of w for it.
+// BLOCK comes from the command line.
 constexpr int MAX_HEAD_SIZE = 128;
 
 typedef float Vec4 __attribute__((vector_size(16)));
@@ -276,56 +279,99 @@ void start_state_transposed(float* state, const float* from, int n) {
 struct Call {
     int32_t n_threads, n_seqs, n_heads, head_size, dtype;
     const int32_t* cu_seqlens;     // [n_seqs + 1]
+    const int32_t* parents;        // [n_seqs] whose end each begins from, -1 for state0's; in the order of their depth; null for all -1
     const void *r, *k, *v;         // [tokens, n_heads, head_size] in dtype, like y, gy, gr, gk and gv
-    const float* powers;           // [n_heads, BLOCK + 1, head_size]
+    const float* time_decay;       // [n_heads, head_size]
     const float* u;                // [n_heads, head_size]
-    const float* state0;           // [n_seqs, n_heads, head_size, head_size], null for zeros
+    const float* state0;           // [sequences without a parent, n_heads, head_size, head_size], null for zeros
     void* y;
-    float* state_end;              // like state0
+    float* state_end;              // [n_seqs, n_heads, head_size, head_size]; the backward reads it where there are parents
     const void* gy;
-    const float* g_state_end;      // null for zeros
+    const float* g_state_end;      // like state_end, null for zeros
     void *gr, *gk, *gv;
-    float *gw, *gu;                // [n_seqs, n_heads, head_size]: the caller adds up the sequences
-    float* g_state0;               // null if not wanted
+    float *g_time_decay, *gu;      // like time_decay
+    float* sums;                   // [2, n_seqs, n_heads, head_size]: what each sequence adds to the gradients of w and u
+    float* g_start;                // like state_end: of the states that sequences begin from; null if not wanted and without parents
+    float* g_end;                  // like state_end: of their ends, children's shares included; null without parents
 };
 
 namespace {
 
 struct Scratch { alignas(64) float state[MAX_HEAD_SIZE * MAX_HEAD_SIZE], d_state[MAX_HEAD_SIZE * MAX_HEAD_SIZE]; };
 
-template <class K>
-void forward(const Call& c) {
+// exp(time_decay); bounded, since beyond 6.7 w and its gradient are 0 in double too.
+inline double rate_of(float time_decay) { return std::exp(std::min(double(time_decay), 10.0)); }
+
+// w^0 .. w^BLOCK of every head, [n_heads, BLOCK + 1, head_size]; rounded once from double, as w itself is too near 1 for its powers to
+// be exact.
+std::vector<float> powers_of(const Call& c) {
     const int n = c.head_size;
-#pragma omp parallel for schedule(dynamic) num_threads(c.n_threads)
-    for (int item = 0; item < c.n_seqs * c.n_heads; item++) {
-        const int s = item / c.n_heads, h = item % c.n_heads;
-        const auto rows = [&](const void* tensor) { return Rows(tensor, c.dtype, h, c.n_heads, n); };
-        const int64_t at = int64_t(item) * n * n;
-        start_state(c.state_end + at, c.state0 ? c.state0 + at : nullptr, n);
-        K(n, c.powers + h * (BLOCK + 1) * n, c.u + h * n)
-            .sweep_over_keys(forwards(c.cu_seqlens, s), {rows(c.r), rows(c.k), rows(c.v)}, c.state_end + at, rows(c.y));
+    std::vector<float> powers(size_t(c.n_heads) * (BLOCK + 1) * n);
+    for (int h = 0; h < c.n_heads; h++)
+        for (int e = 0; e <= BLOCK; e++)
+            for (int i = 0; i < n; i++) powers[(size_t(h) * (BLOCK + 1) + e) * n + i] = std::exp(-rate_of(c.time_decay[h * n + i]) * e);
+    return powers;
+}
+
+inline int parent_of(const Call& c, int s) { return c.parents ? c.parents[s] : -1; }
+
+// Sequences whose parents are done: each level's first, and the end.
+std::vector<int> levels_of(const Call& c) {
+    std::vector<int> depths(c.n_seqs), firsts{0};
+    for (int s = 0; s < c.n_seqs; s++) {
+        depths[s] = parent_of(c, s) < 0 ? 0 : depths[parent_of(c, s)] + 1;
+        if (s > 0 && depths[s] != depths[s - 1]) firsts.push_back(s);
     }
+    firsts.push_back(c.n_seqs);
+    return firsts;
+}
+
+// Where a sequence begins, for one head; null for zero.
+inline const float* start_of(const Call& c, int s, int h) {
+    const int64_t square = int64_t(c.head_size) * c.head_size;
+    if (parent_of(c, s) >= 0) return c.state_end + (int64_t(parent_of(c, s)) * c.n_heads + h) * square;
+    return c.state0 ? c.state0 + (int64_t(s) * c.n_heads + h) * square : nullptr;
 }
 
 template <class K>
-void backward(const Call& c) {
-    const int n = c.head_size, n_items = c.n_seqs * c.n_heads;
+void forward(const Call& c) {
+    const int n = c.head_size;
+    const auto powers = powers_of(c);
+    const auto levels = levels_of(c);
+    for (size_t level = 0; level + 1 < levels.size(); level++) {
+#pragma omp parallel for schedule(dynamic) num_threads(c.n_threads)
+        for (int item = levels[level] * c.n_heads; item < levels[level + 1] * c.n_heads; item++) {
+            const int s = item / c.n_heads, h = item % c.n_heads;
+            const auto rows = [&](const void* tensor) { return Rows(tensor, c.dtype, h, c.n_heads, n); };
+            float* state = c.state_end + int64_t(item) * n * n;
+            start_state(state, start_of(c, s, h), n);
+            K(n, powers.data() + h * (BLOCK + 1) * n, c.u + h * n)
+                .sweep_over_keys(forwards(c.cu_seqlens, s), {rows(c.r), rows(c.k), rows(c.v)}, state, rows(c.y));
+        }
+    }
+}
+
+// Gradients of one level's tokens, and of the states that it begins from; those of its ends are complete.
+template <class K>
+void backward_of_level(const Call& c, const std::vector<float>& powers, int first, int last, const float* g_ends) {
+    const int n = c.head_size, n_items = (last - first) * c.n_heads;
+    const int64_t all = int64_t(c.n_seqs) * c.n_heads * n;
 #pragma omp parallel num_threads(c.n_threads)
     {
         const auto scratch = std::make_unique<Scratch>();
         // Three independent sweeps per sequence and head; the longest ones start first.
 #pragma omp for schedule(dynamic)
         for (int task = 0; task < 3 * n_items; task++) {
-            const int item = task % n_items, s = item / c.n_heads, h = item % c.n_heads;
+            const int item = first * c.n_heads + task % n_items, s = item / c.n_heads, h = item % c.n_heads;
             const auto rows = [&](const void* tensor) { return Rows(tensor, c.dtype, h, c.n_heads, n); };
             const int64_t at = int64_t(item) * n * n;
-            const float* g_state_end = c.g_state_end ? c.g_state_end + at : nullptr;
-            const K kernel(n, c.powers + h * (BLOCK + 1) * n, c.u + h * n);
+            const float* g_state_end = g_ends ? g_ends + at : nullptr;
+            const K kernel(n, powers.data() + h * (BLOCK + 1) * n, c.u + h * n);
             if (task < n_items) {
-                float *gw = c.gw + int64_t(item) * n, *gu = c.gu + int64_t(item) * n;
+                float *gw = c.sums + int64_t(item) * n, *gu = gw + all;
                 std::memset(gw, 0, sizeof(float) * n);
                 std::memset(gu, 0, sizeof(float) * n);
-                start_state_transposed(scratch->state, c.state0 ? c.state0 + at : nullptr, n);
+                start_state_transposed(scratch->state, start_of(c, s, h), n);
                 start_state(scratch->d_state, nullptr, n);
                 kernel.template sweep_over_values<true>(forwards(c.cu_seqlens, s), {rows(c.gy), rows(c.k), rows(c.v)},
                                                         scratch->state, rows(c.gr), {rows(c.r), scratch->d_state, gw, gu});
@@ -337,12 +383,45 @@ void backward(const Call& c) {
                 kernel.template sweep_over_values<false>(backwards(c.cu_seqlens, s), {rows(c.v), rows(c.r), rows(c.gy)},
                                                          scratch->state, rows(c.gk), {rows(c.r), nullptr, nullptr, nullptr});
             } else {
-                float* g_state = c.g_state0 ? c.g_state0 + at : scratch->state;
+                float* g_state = c.g_start ? c.g_start + at : scratch->state;
                 start_state(g_state, g_state_end, n);
                 kernel.sweep_over_keys(backwards(c.cu_seqlens, s), {rows(c.k), rows(c.r), rows(c.gy)}, g_state, rows(c.gv));
             }
         }
     }
+}
+
+// What sequences add to the gradients of w and u, in their order; w = exp(-rate), so dw / d time_decay = -rate w.
+void add_up(const Call& c) {
+    const int64_t width = int64_t(c.n_heads) * c.head_size;
+    for (int64_t i = 0; i < width; i++) {
+        double gw = 0, gu = 0;
+        for (int s = 0; s < c.n_seqs; s++) {
+            gw += c.sums[s * width + i];
+            gu += c.sums[(c.n_seqs + s) * width + i];
+        }
+        const double rate = rate_of(c.time_decay[i]);
+        c.g_time_decay[i] = float(gw * -rate * std::exp(-rate));
+        c.gu[i] = float(gu);
+    }
+}
+
+template <class K>
+void backward(const Call& c) {
+    const auto powers = powers_of(c);
+    const auto levels = levels_of(c);
+    const int64_t square = int64_t(c.n_heads) * c.head_size * c.head_size;
+    if (c.parents) {
+        if (c.g_state_end) std::memcpy(c.g_end, c.g_state_end, sizeof(float) * c.n_seqs * square);
+        else std::memset(c.g_end, 0, sizeof(float) * c.n_seqs * square);
+    }
+    for (size_t level = levels.size() - 1; level-- > 0;) {
+        backward_of_level<K>(c, powers, levels[level], levels[level + 1], c.parents ? c.g_end : c.g_state_end);
+        for (int s = levels[level]; s < levels[level + 1]; s++)
+            if (parent_of(c, s) >= 0)
+                for (int64_t i = 0; i < square; i++) c.g_end[parent_of(c, s) * square + i] += c.g_start[s * square + i];
+    }
+    add_up(c);
 }
 
 }  // namespace

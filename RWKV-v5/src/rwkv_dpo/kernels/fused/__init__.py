@@ -1,0 +1,57 @@
+"""What a block does between its matrix products: norms, token mixes, gates. Each function is one pass forwards and one backwards.
+
+Rows are tokens of a forest, S of them in C channels; parameters are fp32 (float64 beside float64 rows) or are used as if they were.
+An implementation has these functions:
+
+    mixes(rows, x, handed_in, weight, bias, mixing, eps) -> (mixed, last)
+        x [S, C] is normed: n = layer_norm(x) * weight + bias, rounded to the dtype of x; b is the n of the row before, handed_in
+        [n_roots, C] (zero for None) before a root's first.
+        mixed[m] = b + (n - b) * mixing[m], [M, S, C] for M vectors `mixing` of C numbers; last [n_segments, C]: n of the
+        segments' last rows, or what their root was handed.
+    gated_norm(y, gate, weight, bias, eps) -> [S, C]
+        layer_norm over each head of y [S, H, N], times weight, plus bias, times silu(gate [S, C])
+    relu_squared(x) -> max(x, 0) ** 2
+    sigmoid_gate(gate, value) -> sigmoid(gate) * value
+
+and for each one NAME_gradients(..., output gradients) -> a gradient for every input tensor, in their order. An output's gradient may be
+None where `mixes` has it; handed_in's is None when handed_in is.
+
+`plain` is the definition, in torch's operations for any device and dtype; `cpu` is compiled.
+"""
+
+import logging
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv_dpo.kernels.fused import cpu, plain
+
+log = logging.getLogger(__name__)
+
+
+class Rows(NamedTuple):
+    """How a forest's rows follow one another, on their device. Numbers from S on are roots, in `before`, or segments, in `uses`."""
+
+    before: Tensor  # int32 [S], the row before each; S + i: what root i was handed
+    uses_start: Tensor  # int32 [S + n_roots + 1], into uses
+    uses: Tensor  # int32 [S + n_segments], by row: the rows that it is before; S + i: segment i ends with it
+    last_rows: Tensor  # int64 [n_segments], the row that each segment ends with; S + i: what root i was handed
+    n_roots: int
+
+
+def implementation(x: Tensor) -> Any:
+    """The fastest that runs on x: compiled for its device, else `plain`, which is said once."""
+    return _of_device(x.device)
+
+
+@cache
+def _of_device(device: torch.device) -> Any:
+    if device.type != "cpu":
+        return plain
+    reason = cpu.unusable_because(device)
+    if reason is None:
+        return cpu.functions()
+    log.warning("the functions between matrix products are torch's own, and a step will take longer: %s", reason)
+    return plain

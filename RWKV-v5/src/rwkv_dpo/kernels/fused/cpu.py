@@ -1,0 +1,33 @@
+"""The functions of a block on CPUs, in C++ and OpenMP: csrc/fused_cpu.cpp."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from rwkv_dpo.kernels.build import BuildError, load_library
+from rwkv_dpo.kernels.compilers import cpp_recipe
+from rwkv_dpo.kernels.fused.compiled import ENTRY_POINTS, Functions
+
+SOURCE = Path(__file__).parent / "csrc" / "fused_cpu.cpp"
+
+# As for the recurrence (kernels/wkv5/cpu.py), whose thread pool is torch's too.
+CFLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+STRIP = 64
+
+
+def unusable_because(device: torch.device) -> str | None:
+    """See rwkv_dpo.kernels.wkv5. Compiles the functions."""
+    if device.type != "cpu":
+        return "it runs on CPUs only"
+    try:
+        functions()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+@cache
+def functions() -> Functions:
+    """Compiled on first use. BuildError."""
+    return Functions(load_library(cpp_recipe(SOURCE, CFLAGS), ENTRY_POINTS), STRIP)
