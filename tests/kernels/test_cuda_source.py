@@ -231,10 +231,10 @@ def test_the_plain_kernel_of_the_benchmark_equals_the_loop_too(request):
         assert_close(errors(lambda *a: sequential.wkv5_with(plain, *a), *inputs(lengths, 2, head_size)))
 
 
-def run_under_address_sanitizer(*command: str, shim: Path) -> subprocess.CompletedProcess:
+def run_under_address_sanitizer(*command: str, shim: Path, name: str = "WKV_SHIM") -> subprocess.CompletedProcess:
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
     # Leaks: CPython's own. The library is named to the tests below through the environment.
-    env = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "WKV_SHIM": str(shim), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", name: str(shim), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *command], env=env, cwd=HERE.parents[1], capture_output=True, text=True, check=False)
 
 

@@ -1,11 +1,18 @@
 """The functions between a block's matrix products: compiled ones against torch's operations in float64, values and all gradients."""
 
+import ctypes
+import os
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from rwkv_dpo.batches.forest import ForestBuilder
-from rwkv_dpo.kernels.fused import Rows, cpu, implementation, plain
+from rwkv_dpo.kernels.build import bind
+from rwkv_dpo.kernels.fused import Rows, cpu, cuda, implementation, plain
+from test_cuda_source import SANITIZE, build, run_under_address_sanitizer
 from torch import Tensor
 
 # fp32: sums of a few hundred roundings. 16 bits: one rounding of each result (2^-9, 2^-12), and in mixes one of the norm before it.
@@ -21,16 +28,45 @@ def _memory_full_of_nan():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def compiled():
-    if reason := cpu.unusable_because(torch.device("cpu")):
+@pytest.fixture(params=["cpu", "cuda on a CPU", pytest.param("cuda", marks=pytest.mark.gpu)])
+def compiled(request):
+    """The functions, and where they run; the CUDA source also as tests/kernels/shim makes it run on a CPU."""
+    if request.param == "cuda on a CPU":
+        if shutil.which("g++") is None:
+            pytest.skip("needs g++")
+        # Set where this file runs itself once more, under AddressSanitizer.
+        path = os.environ.get("FUSED_SHIM") or build(request.config.cache, cuda.SOURCE, "-O1")
+        return cuda.Functions(bind(ctypes.CDLL(str(path)), cuda.CUDA_ENTRY_POINTS), 5)
+    module = {"cpu": cpu, "cuda": cuda}[request.param]
+    if reason := module.unusable_because(torch.device(request.param)):
         pytest.skip(reason)
-    return cpu.functions()
+    if request.param == "cuda":
+        torch.set_default_device("cuda")
+        request.addfinalizer(lambda: torch.set_default_device("cpu"))
+    return module.functions()
+
+
+@pytest.fixture
+def only_cpu(compiled):
+    """For what the CUDA kernels don't take."""
+    if compiled._strip != cpu.STRIP:
+        pytest.skip("of the CPU's functions alone")
+
+
+@pytest.fixture
+def takes(compiled):
+    """Skips a dtype that they don't take."""
+
+    def check(dtype):
+        if dtype == torch.float64 and compiled._strip != cpu.STRIP:
+            pytest.skip("the CUDA kernels have no float64")
+
+    return check
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     """The same numbers in any dtype, which bf16 has."""
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).bfloat16().to(dtype)
+    return torch.tensor(np.random.default_rng(seed).standard_normal(shape)).bfloat16().to(dtype)
 
 
 def rows_of(lengths_and_parents: list[tuple[int, int]]) -> Rows:
@@ -38,6 +74,7 @@ def rows_of(lengths_and_parents: list[tuple[int, int]]) -> Rows:
     for length, parent in lengths_and_parents:
         builder.add([1] * length, parent)
     forest, _ = builder.build()
+    forest = forest.to(torch.get_default_device())
     return Rows(forest.before, forest.uses_start, forest.uses, forest.last_rows, forest.n_roots)
 
 
@@ -60,16 +97,22 @@ def parameter_dtype(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("forest", FORESTS)
-@pytest.mark.parametrize("handed", [False, True])
-@pytest.mark.parametrize("lacking", [(), (1,), ("last",), (0, 1, 2)])
-def test_mixes(compiled, dtype, forest, handed, lacking):
-    rows, n_channels = rows_of(FORESTS[forest]), 37
+@pytest.mark.parametrize(
+    ("dtype", "handed", "lacking", "n_mixes", "n_channels"),
+    [
+        *((dtype, handed, (), 2, 40) for dtype in DTYPES for handed in (False, True)),
+        *((torch.float32, True, lacking, 2, 40) for lacking in ((1,), ("last",), (0, 1))),
+        (torch.float32, True, (), 4, 4), (torch.float32, False, (), 1, 132),
+    ],
+)  # fmt: skip
+def test_mixes(compiled, takes, forest, dtype, handed, lacking, n_mixes, n_channels):
+    takes(dtype)
+    rows = rows_of(FORESTS[forest])
     n_rows, n_segments = rows.before.numel(), rows.last_rows.numel()
     exact = [random(n_rows, n_channels), random(rows.n_roots, n_channels, seed=1) if handed else None, random(n_channels, seed=2),
-             random(n_channels, seed=3), [random(1, 1, n_channels, seed=4 + m) for m in range(3)]]  # fmt: skip
-    grads = [None if m in lacking else random(n_rows, n_channels, seed=10 + m) for m in range(3)]
+             random(n_channels, seed=3), [random(1, 1, n_channels, seed=4 + m) for m in range(n_mixes)]]  # fmt: skip
+    grads = [None if m in lacking else random(n_rows, n_channels, seed=10 + m) for m in range(n_mixes)]
     g_last = None if "last" in lacking else random(n_segments, n_channels, seed=20)
 
     def to(x):
@@ -99,7 +142,8 @@ def test_what_a_row_is_mixed_with_is_the_row_before_it_in_its_own_segment():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n_rows", "n_heads", "head_size"), [(0, 2, 8), (1, 1, 8), (131, 3, 24)])
-def test_gated_norm(compiled, dtype, n_rows, n_heads, head_size):
+def test_gated_norm(compiled, takes, dtype, n_rows, n_heads, head_size):
+    takes(dtype)
     n_channels = n_heads * head_size
     exact = [random(n_rows, n_heads, head_size), 4 * random(n_rows, n_channels, seed=1), random(n_channels, seed=2), random(n_channels, seed=3)]
     grad = random(n_rows, n_channels, seed=4)
@@ -109,8 +153,9 @@ def test_gated_norm(compiled, dtype, n_rows, n_heads, head_size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_elementwise_functions(compiled, dtype):
-    shape = (3, 30011)
+def test_elementwise_functions(compiled, takes, dtype):
+    takes(dtype)
+    shape = (3, 3012)
     a, b, grad = (8 * random(*shape, seed=seed) for seed in range(3))
     narrow = [x.to(dtype) for x in (a, b, grad)]
     close([compiled.relu_squared(narrow[0])], [F.relu(a) ** 2], dtype)
@@ -121,8 +166,9 @@ def test_elementwise_functions(compiled, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gates_far_from_zero_are_open_or_shut(compiled, dtype):
-    gate = torch.tensor([-1e4, -200.0, -89.0, -88.0, -87.0, -20.0, 0.0, 20.0, 88.0, 1e4], dtype=dtype)
+def test_gates_far_from_zero_are_open_or_shut(compiled, takes, dtype):
+    takes(dtype)
+    gate = torch.tensor([-1e4, -200.0, -89.0, -88.0, -87.0, -20.0, 0.0, 0.5, 20.0, 50.0, 88.0, 1e4], dtype=dtype)
     got = compiled.sigmoid_gate(gate, torch.ones_like(gate))
     torch.testing.assert_close(got, torch.sigmoid(gate), rtol=1e-6, atol=1e-37)
 
@@ -136,12 +182,12 @@ def test_what_is_not_finite_stays_so(compiled, value):
     assert not compiled.gated_norm(x.view(1, 1, 4), ones, *parameters, 1e-5).isfinite().all()
     assert not compiled.relu_squared(x).isfinite().all()
     assert not compiled.sigmoid_gate(ones, x).isfinite().all()
-    assert compiled.sigmoid_gate(torch.tensor(float("nan")), torch.tensor(1.0)).isnan()
+    assert compiled.sigmoid_gate(torch.full((4,), float("nan")), torch.ones(4)).isnan().all()
     for dtype in (torch.bfloat16, torch.float16):
         assert not compiled.relu_squared(x.to(dtype)).isfinite().all()
 
 
-def test_any_number_of_threads_gives_the_same_bits(compiled):
+def test_any_number_of_threads_gives_the_same_bits(compiled, only_cpu):
     rows, x = rows_of([(700, -1), (40, 0), (60, 0)]), random(800, 64, dtype=torch.float32)
     given = (rows, x, None, *(random(64, dtype=torch.float32, seed=s) for s in (1, 2)), [random(64, dtype=torch.float32, seed=3)], 1e-5)
     before, found = torch.get_num_threads(), []
@@ -167,6 +213,43 @@ def test_sizes_that_do_not_fit_are_refused(compiled):
                   (rows, x, x, p, p, [p]), (rows, x, x[:1].double(), p, p, [p])):  # fmt: skip
         with pytest.raises(ValueError, match="hasn't 8 numbers|beside"):
             compiled.mixes(*wrong, 1e-5)
+
+
+def test_odd_sizes_are_taken_by_a_cpu(compiled, only_cpu):
+    rows, x = rows_of([(70, -1)]), random(70, 37, dtype=torch.float32)
+    parameters = [random(37, dtype=torch.float32, seed=s) for s in (1, 2, 3)]
+    wide = [p.double() for p in parameters]
+    got = compiled.mixes_gradients(rows, x, None, *parameters[:2], parameters[2:], 1e-5, [x], None)
+    close(got, plain.mixes_gradients(rows, x.double(), None, *wide[:2], wide[2:], 1e-5, [x.double()], None), torch.float32)
+    close([compiled.relu_squared(x)], [F.relu(x.double()) ** 2], torch.float32)
+
+
+def test_rows_that_the_kernels_have_not_go_to_torch():
+    assert not cuda.takes(torch.zeros(1, 8, dtype=torch.float64))
+    assert not cuda.takes(torch.zeros(1, 6))
+    assert not cuda.takes(torch.zeros(1, 4100))
+    assert cuda.takes(torch.zeros(1, 4096, dtype=torch.bfloat16))
+
+
+def test_more_mixes_than_the_kernels_have_are_refused(request):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    functions = cuda.Functions(bind(ctypes.CDLL(str(build(request.config.cache, cuda.SOURCE, "-O1"))), cuda.CUDA_ENTRY_POINTS), 5)
+    p = torch.zeros(8)
+    with pytest.raises(RuntimeError, match="mixes_forward: invalid configuration"):
+        functions.mixes(rows_of([(3, -1)]), torch.zeros(3, 8), None, p, p, [p] * 3, 1e-5)
+
+
+@pytest.mark.skipif("FUSED_SHIM" in os.environ, reason="is what runs this")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_address_sanitizer_sees_no_access_out_of_bounds(request):
+    shim = build(request.config.cache, cuda.SOURCE, *SANITIZE)
+    chosen = "cuda and on and (odd or gated or elementwise)"
+    done = run_under_address_sanitizer(
+        "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", chosen, str(Path(__file__)), shim=shim, name="FUSED_SHIM"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
 
 
 def test_without_a_compiler_the_functions_are_torchs_own(monkeypatch, caplog):

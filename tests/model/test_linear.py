@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rwkv_dpo.kernels.linear_logprobs import linear_logprobs
-from rwkv_dpo.model.linear import Linear, products, refresh_casts
+from rwkv_dpo.model.linear import Linear, casting, products, refresh_casts
 
 
 class Tanh:
@@ -23,8 +23,8 @@ class Tanh:
 class Rows(Linear):
     """A layer that wants its rows besides."""
 
-    def factors(self, dtype):
-        return [*super().factors(dtype), None]
+    def factors(self):
+        return (*super().factors(), None)
 
     def combine(self, product, rows):
         return product + rows[:, :1]
@@ -56,15 +56,19 @@ def test_nothing_but_the_inputs_waits_for_the_backward_pass(keeps_cast):
     cast = layer.cast(torch.bfloat16)
     assert (cast is not None) == keeps_cast
     own = [layer.weight, x, *([cast] if keeps_cast else [])]
-    assert kept_beside(own, lambda: products(Tanh(), (x,), [layer])[0][0]) == []
+    with casting([layer], x.dtype):
+        assert kept_beside(own, lambda: products(Tanh(), (x,), [layer])[0][0]) == []
     targets = torch.tensor([0, 1, 2])
     assert (128, 64) not in kept_beside(own, lambda: linear_logprobs(x, layer.weight, targets, cast=cast).logps)
 
 
-def test_bf16_gradients_are_bit_by_bit_those_of_the_plain_product():
+@pytest.mark.parametrize("keeps_cast", [False, True])
+def test_bf16_gradients_are_bit_by_bit_those_of_the_plain_product(keeps_cast):
     first, second = layers(128, 32)
+    first.keeps_cast = second.keeps_cast = keeps_cast
     x = torch.randn(30, 64, dtype=torch.bfloat16, requires_grad=True)
-    outputs, _ = products(Tanh(), (x,), [first, second])
+    with casting([first, second], x.dtype):
+        outputs, _ = products(Tanh(), (x,), [first, second])
     grads = [torch.randn_like(output) for output in outputs]
     got = torch.autograd.grad(outputs, (first.weight, second.weight), grads)
     plain = [F.linear(torch.tanh(slope * x), layer.weight.bfloat16()) for slope, layer in ((1, first), (2, second))]

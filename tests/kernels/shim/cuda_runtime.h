@@ -29,6 +29,9 @@ struct dim3 {
 
 using std::min;
 
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = void*;
 struct cudaLaunchConfig_t {

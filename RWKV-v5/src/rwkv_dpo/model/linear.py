@@ -4,8 +4,10 @@ Token mixes, squared relu and gated norms are cheap to compute and as large as t
 numbers per token and layer that autograd would keep for an RWKV-5 block, making them twice leaves 12.5.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +27,6 @@ class Preparation(Protocol):
         """Of the inputs, from those of both results of `make`."""
 
 
-class Factor(NamedTuple):
-    """A matrix [n_out, n_in] to multiply prepared rows with, and its copy in the compute dtype where one is kept."""
-
-    weight: Tensor
-    cast: Tensor | None
-
-
 class Cast(nn.Module):
     """A module whose `weight` is used in the compute dtype: a copy in it is kept from one optimizer step to the next."""
 
@@ -42,6 +37,8 @@ class Cast(nn.Module):
     _cast_of: tuple[Any, ...] = ()
     # Keeps the memory that _cast_of names from being given to another tensor.
     _alias: Tensor | None = None
+    # The copy as autograd knows it, while a block computes.
+    _in_use: Tensor | None = None
 
     def cast(self, dtype: torch.dtype) -> Tensor | None:
         """The weight in this dtype; None where it has it already, or where nothing is kept."""
@@ -67,6 +64,40 @@ def refresh_casts(model: nn.Module) -> None:
         module._cast_of = module._now(module._cast.dtype)
 
 
+@contextmanager
+def casting(modules: Sequence[Cast], dtype: torch.dtype) -> Iterator[None]:
+    """Within, these modules use their copies in dtype; gradients return to the weights in one cast, when the last of them is there."""
+    copies = [module.cast(dtype) for module in modules]
+    found = [(module, copy) for module, copy in zip(modules, copies, strict=True) if copy is not None]
+    if found:
+        in_use = _Copies.apply([copy for _, copy in found], *(module.weight for module, _ in found))
+        for (module, _), copy in zip(found, in_use, strict=True):
+            module.__dict__["_in_use"] = copy  # past nn.Module's own way of setting, which takes longer than the copy
+    try:
+        yield
+    finally:
+        for module, _ in found:
+            module.__dict__["_in_use"] = None
+
+
+class _Copies(torch.autograd.Function):
+    """Copies stand for their weights."""
+
+    @staticmethod
+    def forward(ctx, copies, *weights):
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [weight.dtype for weight in weights]
+        return tuple(copy.detach() for copy in copies)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        found = [None if grad is None else torch.empty_like(grad, dtype=dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+        given = [(wide, grad) for wide, grad in zip(found, grads, strict=True) if grad is not None]
+        torch._foreach_copy_([wide for wide, _ in given], [grad for _, grad in given])
+        return None, *found
+
+
 class Linear(nn.Linear, Cast):
     """prepared @ weight.T in the dtype of the prepared rows."""
 
@@ -76,9 +107,9 @@ class Linear(nn.Linear, Cast):
     def reset_parameters(self) -> None:
         """Leaves the weight unset: a checkpoint or init.py sets it."""
 
-    def factors(self, dtype: torch.dtype) -> list[Factor | None]:
-        """What the prepared rows are multiplied with; None stands for the rows themselves."""
-        return [Factor(self.weight, self.cast(dtype))]
+    def factors(self) -> tuple[Tensor | None, ...]:
+        """Matrices [n, n_in] that the prepared rows are multiplied with; None stands for the rows themselves."""
+        return (self.weight if self._in_use is None else self._in_use,)
 
     def combine(self, product: Tensor) -> Tensor:
         """The layer's output, from one product for each of its factors."""
@@ -106,80 +137,54 @@ def products(
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """The outputs of layers (of Linear's calls), the i-th of what `preparation` makes of the inputs for it, and whatever else it makes.
     The inputs alone are kept for the backward pass. inputs[0] has the compute dtype."""
-    assert inputs[0] is not None
-    factors = [(place, factor) for place, layer in enumerate(layers) for factor in layer.factors(inputs[0].dtype)]
-    weights = [None if factor is None else factor.weight for _, factor in factors]
-    casts = [None if factor is None else factor.cast for _, factor in factors]
-    found = _Products.apply(preparation, [place for place, _ in factors], casts, len(inputs), *inputs, *weights)
-    outputs = []
-    for place, layer in enumerate(layers):
-        own = [output for (at, _), output in zip(factors, found, strict=False) if at == place]
-        outputs.append(layer.combine(*own))
-    return outputs, tuple(found[len(factors) :])
+    factors = [layer.factors() for layer in layers]
+    places = [place for place, own in enumerate(factors) for _ in own]
+    found = iter(_Products.apply(preparation, places, len(inputs), *inputs, *(factor for own in factors for factor in own)))
+    outputs = [layer.combine(*islice(found, len(own))) for layer, own in zip(layers, factors, strict=True)]
+    return outputs, tuple(found)
 
 
 class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, preparation, places, casts, n_inputs, *tensors):
-        inputs, weights = tensors[:n_inputs], tensors[n_inputs:]
-        prepared, others = preparation.make(*inputs)
+    def forward(ctx, preparation, places, n_inputs, *tensors):
+        prepared, others = preparation.make(*tensors[:n_inputs])
         ctx.preparation, ctx.places, ctx.n_inputs = preparation, places, n_inputs
-        # A copy that nobody keeps would wait here for the backward pass, with those of all layers.
-        ctx.save_for_backward(*tensors, *casts)
+        # Of a weight in another dtype, itself: copies of all layers would wait together for the backward pass.
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        outputs = []
-        for place, weight, cast in zip(places, weights, casts, strict=True):
-            rows = prepared[place]
-            outputs.append(rows.clone() if weight is None else F.linear(rows, _in(rows.dtype, weight, cast)))
+        outputs = [_times(prepared[place], weight) for place, weight in zip(places, tensors[n_inputs:], strict=True)]
         return *outputs, *others
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        places, n = ctx.places, len(ctx.places)
-        saved, end = ctx.saved_tensors, ctx.n_inputs + n
-        inputs, weights, casts = saved[: ctx.n_inputs], saved[ctx.n_inputs : end], saved[end:]
-        learn = [i for i in range(n) if ctx.needs_input_grad[4 + ctx.n_inputs + i] and grads[i] is not None]
-        g_weights: list[Tensor | None] = [None] * n
-        if learn:
+        places, n_inputs, needed = ctx.places, ctx.n_inputs, ctx.needs_input_grad[3:]
+        saved = ctx.saved_tensors
+        inputs, weights = saved[:n_inputs], saved[n_inputs:]
+        g_weights: list[Tensor | None] = [None] * len(places)
+        if any(needed[n_inputs:]):
             prepared, _ = ctx.preparation.make(*inputs)
-            for i, g in zip(learn, _weight_gradients([(grads[i], prepared[places[i]], weights[i]) for i in learn]), strict=True):
-                g_weights[i] = g
+            for i, (place, weight) in enumerate(zip(places, weights, strict=True)):
+                if needed[n_inputs + i] and grads[i] is not None:
+                    g_weights[i] = (grads[i].T @ prepared[place]).to(weight.dtype)
             del prepared
-        if not any(ctx.needs_input_grad[4 : 4 + ctx.n_inputs]):
-            return None, None, None, None, *(None for _ in inputs), *g_weights
-        g_prepared: list[Tensor | None] = [None] * (max(places) + 1)
-        for place, weight, cast, g in zip(places, weights, casts, grads, strict=False):
-            if g is not None:
-                g_prepared[place] = _plus_product(g_prepared[place], g, weight, cast)
-        g_inputs = ctx.preparation.gradients(inputs, g_prepared, grads[n:])
-        return None, None, None, None, *g_inputs, *g_weights
+        if not any(needed[:n_inputs]):
+            return None, None, None, *(None for _ in inputs), *g_weights
+        g_prepared: list[Tensor | None] = [None] * (places[-1] + 1)
+        for place, weight, grad in zip(places, weights, grads, strict=False):
+            if grad is not None:
+                g_prepared[place] = _times_transposed(g_prepared[place], grad, weight)
+        return None, None, None, *ctx.preparation.gradients(inputs, g_prepared, grads[len(places) :]), *g_weights
 
 
-def _in(dtype: torch.dtype, weight: Tensor, cast: Tensor | None) -> Tensor:
-    return weight.to(dtype) if cast is None else cast
+def _times(rows: Tensor, weight: Tensor | None) -> Tensor:
+    """rows @ weight.T, or a copy of the rows."""
+    return rows.clone() if weight is None else F.linear(rows, weight if weight.dtype == rows.dtype else weight.to(rows.dtype))
 
 
-def _plus_product(total: Tensor | None, g: Tensor, weight: Tensor | None, cast: Tensor | None) -> Tensor:
-    """total + g @ weight; g itself where the rows themselves were the output."""
+def _times_transposed(total: Tensor | None, grad: Tensor, weight: Tensor | None) -> Tensor:
+    """total + grad @ weight, or + grad."""
     if weight is None:
-        return g if total is None else total + g
-    matrix = _in(g.dtype, weight, cast)
-    return g @ matrix if total is None else total.addmm_(g, matrix)
-
-
-def _weight_gradients(terms: Iterable[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
-    """grad.T @ rows for each (grad, rows, weight), in the weight's dtype. What has to be cast to the same one is cast in one go."""
-    terms = list(terms)
-    n_numbers = [weight.numel() if weight.dtype != grad.dtype else 0 for grad, _, weight in terms]
-    together = terms[0][0].new_empty(sum(n_numbers))
-    parts = together.split(n_numbers)
-    found = []
-    for (grad, rows, weight), part in zip(terms, parts, strict=True):
-        found.append(torch.mm(grad.T, rows, out=part.view(weight.shape)) if part.numel() else grad.T @ rows)
-    if together.numel():
-        wide = next(weight.dtype for (_, _, weight), n in zip(terms, n_numbers, strict=True) if n)
-        for i, part in enumerate(together.to(wide).split(n_numbers)):
-            if n_numbers[i]:
-                found[i] = part.view(terms[i][2].shape)
-    return found
+        return grad if total is None else total + grad
+    matrix = weight if weight.dtype == grad.dtype else weight.to(grad.dtype)
+    return grad @ matrix if total is None else total.addmm_(grad, matrix)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from rwkv_dpo.batches.forest import Forest, LayerState
 from rwkv_dpo.kernels.linear_logprobs import LEAN, Scores, linear_logprobs
 from rwkv_dpo.kernels.wkv5 import WKV5
-from rwkv_dpo.model.linear import Cast
+from rwkv_dpo.model.linear import Cast, casting
 from rwkv_dpo.model.shape import ModelShape
 
 
@@ -78,7 +78,7 @@ class RWKV(nn.Module):
 
     def first_states(self, n_roots: int) -> list[LayerState] | None:
         """The tuned states (`blocks.N.att.time_state`, [H, value, key] as files have them) that roots begin from; None: zero."""
-        tuned = [parameter for name, parameter in self.named_parameters() if name.endswith(".att.time_state")]
+        tuned = [block.att.time_state for block in self.blocks if hasattr(block.att, "time_state")]
         if not tuned:
             return None
         before = torch.zeros(n_roots, self.shape.n_embd, dtype=self.compute_dtype, device=tuned[0].device)
@@ -111,6 +111,7 @@ class Block(nn.Module):
     def __init__(self, shape: ModelShape, mixes: Mixes, layer: int, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout
+        self._casts: tuple[Cast, ...] | None = None
         if layer == 0:
             self.ln0 = LayerNorm(shape.n_embd)
         self.ln1 = LayerNorm(shape.n_embd)
@@ -122,11 +123,21 @@ class Block(nn.Module):
         """Rows [S, C] after the block, and what its segments remember at their ends. initial: what the roots begin from."""
         if hasattr(self, "ln0"):
             x = self.ln0(x)
+        with casting(self._cast_modules(), x.dtype):
+            return self._halves(x, forest, initial, wkv)
+
+    def _halves(self, x: Tensor, forest: Forest, initial: LayerState | None, wkv: WKV5) -> tuple[Tensor, LayerState]:
         att_shift, wkv_start, ffn_shift = initial or (None, None, None)
         out, att_last, wkv_ends = self.att(x, self.ln1, forest, _as(x, att_shift), wkv_start, wkv)
         x = self._drop(x + out)
         out, ffn_last = self.ffn(x, self.ln2, forest, _as(x, ffn_shift))
         return self._drop(x + out), LayerState(att_last, wkv_ends, ffn_last)
+
+    def _cast_modules(self) -> tuple[Cast, ...]:
+        """Found once: adapters come before the first call, and leave their base layers in place."""
+        if self._casts is None:
+            self._casts = tuple(module for module in self.modules() if isinstance(module, Cast))
+        return self._casts
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from rwkv_dpo.batches.micro_batch import MicroBatch
+from rwkv_dpo.model.linear import refresh_casts
 from rwkv_dpo.model.rwkv import RWKV, Block
 from rwkv_dpo.objective.losses import Mixture
 from rwkv_dpo.objective.objective import objective
@@ -63,6 +64,7 @@ class DPOModule(pl.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         self.lr, self.weight_decay = set_rates(optimizer, self.schedule, self.first_step, self.trainer.global_step)
         optimizer.step(closure=optimizer_closure)
+        refresh_casts(self.model)
         if not isinstance(self.trainer.strategy, DeepSpeedStrategy):
             # Lightning would drop the gradients after the next forward pass, whose activations they needn't stand beside.
             optimizer.zero_grad()

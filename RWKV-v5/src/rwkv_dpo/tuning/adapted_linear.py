@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from rwkv_dpo.model.linear import Factor, Given, products
+from rwkv_dpo.model.linear import Given, products
 
 # peft's name for the only adapter of a model.
 NAME = "default"
@@ -21,12 +21,12 @@ class AdaptedLinear(lora.Linear):
     with dropout it keeps x.
     """
 
-    def factors(self, dtype: torch.dtype) -> list[Factor | None]:
+    def factors(self) -> tuple[Tensor | None, ...]:
         """As Linear's: the base's, then A, or with dropout the rows themselves."""
-        base = self.get_base_layer().factors(dtype)
+        base = self.get_base_layer().factors()
         if self.disable_adapters or self.merged:
             return base
-        return [*base, None if self._drops() else Factor(self._weight("lora_A"), None)]
+        return (*base, None if self._drops() else self._weight("lora_A"))
 
     def combine(self, plain: Tensor, second: Tensor | None = None) -> Tensor:
         """What the base layer makes of its input, and what the adapter adds: [S, n_out]. second: rows times A, or rows to drop from."""

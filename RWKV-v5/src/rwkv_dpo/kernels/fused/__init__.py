@@ -16,7 +16,7 @@ An implementation has these functions:
 and for each one NAME_gradients(..., output gradients) -> a gradient for every input tensor, in their order. An output's gradient may be
 None where `mixes` has it; handed_in's is None when handed_in is.
 
-`plain` is the definition, in torch's operations for any device and dtype; `cpu` is compiled.
+`plain` is the definition, in torch's operations for any device and dtype; `cpu` and `cuda` are compiled.
 """
 
 import logging
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_dpo.kernels.fused import cpu, plain
+from rwkv_dpo.kernels.fused import cpu, cuda, plain
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +42,21 @@ class Rows(NamedTuple):
 
 
 def implementation(x: Tensor) -> Any:
-    """The fastest that runs on x: compiled for its device, else `plain`, which is said once."""
+    """The fastest that runs on rows x [S, C]: compiled for their device, else `plain`."""
+    if x.is_cuda and not cuda.takes(x):
+        return plain
     return _of_device(x.device)
+
+
+def unusable_because(device: torch.device) -> str | None:
+    """Why nothing compiled runs there, in one line. Compiles on first use."""
+    return cuda.unusable_because(device) if device.type == "cuda" else cpu.unusable_because(device)
 
 
 @cache
 def _of_device(device: torch.device) -> Any:
-    if device.type != "cpu":
-        return plain
-    reason = cpu.unusable_because(device)
+    reason = unusable_because(device)
     if reason is None:
-        return cpu.functions()
+        return (cuda if device.type == "cuda" else cpu).functions()
     log.warning("the functions between matrix products are torch's own, and a step will take longer: %s", reason)
     return plain

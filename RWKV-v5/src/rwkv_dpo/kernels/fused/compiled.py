@@ -68,6 +68,7 @@ class Functions:
         """strip: rows whose share in a parameter's gradient is summed by itself. It decides in which order sums are made, and nothing
         else does: not the number of threads, nor the device."""
         self._library, self._strip = library, strip
+        self._functions = {name: getattr(library, name) for name in ENTRY_POINTS}
 
     def mixes(
         self, rows: "Rows", x: Tensor, handed_in: Tensor | None, weight: Tensor, bias: Tensor, mixing: Sequence[Tensor], eps: float
@@ -153,8 +154,8 @@ class Functions:
         return like.new_empty(width), like.new_empty(-(-n_rows // self._strip), width)
 
     def _run(self, function: str, call: ctypes.Structure, *arguments: Tensor | ctypes.Array | None) -> None:
-        handed = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
-        if code := getattr(self._library, function)(ctypes.byref(call), *handed):
+        handed = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+        if code := self._functions[function](call, *handed):
             raise RuntimeError(f"{function}: {self._library.fused_error(code).decode()} (CUDA error {code})")
 
 
@@ -184,7 +185,8 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 def _parameter(p: Tensor, x: Tensor) -> Tensor:
     """In the type that the arithmetic on x has."""
-    return p.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return p if p.dtype == dtype and p.is_contiguous() else p.to(dtype).contiguous()
 
 
 def _pointers(tensors: Iterable[Tensor | None]) -> ctypes.Array:

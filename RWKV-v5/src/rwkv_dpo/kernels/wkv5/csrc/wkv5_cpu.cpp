@@ -358,7 +358,7 @@ void backward_of_level(const Call& c, const std::vector<float>& powers, int firs
     const int64_t all = int64_t(c.n_seqs) * c.n_heads * n;
 #pragma omp parallel num_threads(c.n_threads)
     {
-        const auto scratch = std::make_unique<Scratch>();
+        const std::unique_ptr<Scratch> scratch(new Scratch);  // whose 128 kB make_unique would fill with zeros
         // Three independent sweeps per sequence and head; the longest ones start first.
 #pragma omp for schedule(dynamic)
         for (int task = 0; task < 3 * n_items; task++) {

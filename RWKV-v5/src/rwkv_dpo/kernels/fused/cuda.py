@@ -1,0 +1,53 @@
+"""The functions of a block on NVIDIA GPUs: csrc/fused_cuda.cu."""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkv_dpo.kernels.build import BuildError, EntryPoint
+from rwkv_dpo.kernels.fused.compiled import ENTRY_POINTS, Functions
+from rwkv_dpo.kernels.wkv5.cuda import load_kernels
+
+SOURCE = Path(__file__).parent / "csrc" / "fused_cuda.cu"
+CUDA_ENTRY_POINTS = {**ENTRY_POINTS, "fused_usable": EntryPoint(ctypes.c_int, ())}
+
+# Rows that a block of threads takes one after the other: 4,096 rows make 512 blocks, four for each multiprocessor of an H100.
+STRIP = 8
+# A thread has four channels, and a block 1,024 threads.
+MAX_CHANNELS = 4096
+
+
+def unusable_because(device: torch.device) -> str | None:
+    """See rwkv_dpo.kernels.wkv5. Compiles the kernels."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
+    try:
+        library = _library()
+    except BuildError as error:
+        return str(error)
+    if code := library.fused_usable():
+        return f"the kernels can't run with this driver: {library.fused_error(code).decode()} (CUDA error {code})"
+    return None
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels have the type and the width of rows x."""
+    return x.dtype != torch.float64 and x.shape[-1] % 4 == 0 and x.shape[-1] <= MAX_CHANNELS
+
+
+@cache
+def functions() -> Functions:
+    """Compiled on first use. BuildError."""
+    return Functions(_library(), STRIP)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return load_kernels(SOURCE, CUDA_ENTRY_POINTS)
