@@ -11,8 +11,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "RWKV-v5" / "src" / "rwkv_dpo"
 # From the lowest to the highest: a room imports only from rooms before it.
 ROOMS = (
-    "base", "files", "settings", "data", "report", "batches", "kernels", "devices", "model", "tuning", "objective", "evaluation", "blind",
-    "optimizer", "run_folder", "training", "memory", "run",
+    "base", "files", "settings", "data", "report", "batches", "kernels", "devices", "machine", "model", "tuning", "objective", "evaluation",
+    "blind", "optimizer", "run_folder", "training", "memory", "run",
 )  # fmt: skip
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -12,7 +12,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "RWKV-v5"
 COMMANDS = {
     "train.py": ["--load_model", "m.pth"], "make_data.py": ["text.txt"], "evaluate.py": ["--load_model", "m.pth"],
     "prepare_pairs.py": ["--source", "p.json", "--load_model", "m.pth"], "chat.py": ["--load_model", "m.pth"],
-    "export.py": ["--load_model", "m.pth", "--out", "x.pth"], "blindtest.py": ["--load_model", "m.pth", "n.pth"],
+    "export.py": ["--load_model", "m.pth", "--out", "x.pth"], "blindtest.py": ["--load_model", "m.pth", "n.pth"], "doctor.py": [],
 }  # fmt: skip
 
 

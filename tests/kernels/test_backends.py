@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.kernels.agreement import Agreement
 from rwkv_dpo.kernels.build import BuildError
 from rwkv_dpo.kernels.wkv5 import choose_backend, chunked, cpu, cuda, reference
 
@@ -304,7 +305,17 @@ class TestCudaReasons:
     def test_a_driver_that_is_too_old_is_a_reason(self, monkeypatch, code, reason):
         library = SimpleNamespace(wkv5_usable=lambda: code, wkv5_error=lambda code: b"too old")
         monkeypatch.setattr(cuda, "_library", lambda: library)
+        monkeypatch.setattr(cuda, "agreement", lambda device: Agreement({}))
         assert cuda.unusable_because(torch.device("cuda")) == reason
+
+    def test_kernels_that_compute_something_else_are_a_reason(self, monkeypatch):
+        monkeypatch.setattr(cuda, "_library", lambda: SimpleNamespace(wkv5_usable=lambda: 0))
+        monkeypatch.setattr(cuda, "agreement", lambda device: Agreement({"fp32": 0.5}, "its y is off"))
+        assert cuda.unusable_because(torch.device("cuda")) == "its y is off"
+
+    def test_a_torch_for_amds_gpus_is_a_reason(self, monkeypatch):
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        assert cuda.unusable_because(torch.device("cuda")) == "this torch is built for AMD's GPUs (ROCm), and the kernels are CUDA"
 
 
 class TestBuildFailure:

@@ -7,6 +7,7 @@ import os
 import torch
 
 from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.devices.gpu import check_gpu
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +30,12 @@ def pick_device(name: str, flag: str) -> torch.device:
 
 
 def set_up(device: torch.device, precision: str, keep_memory: bool = True) -> None:
-    """How fp32 matrix products are computed (exactly for fp32, in TF32 otherwise on a GPU), and memory handling on a CPU."""
+    """How fp32 matrix products are computed (exactly for fp32, in TF32 otherwise on a GPU), and memory handling on a CPU. Refuses a GPU
+    that this torch can't use."""
     if device.type == "cpu":
         tune_cpu(keep_memory)
     else:
+        check_gpu(device, precision)
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
 
 

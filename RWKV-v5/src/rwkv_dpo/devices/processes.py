@@ -32,6 +32,13 @@ def gpu_ids(settings: DeviceSettings) -> list[int]:
     return [int(number) for number in settings.gpu_ids.split(",") if number]
 
 
+def take_gpu(settings: DeviceSettings, device: torch.device, ranks: Ranks) -> None:
+    """Makes this process's own GPU the current one before anything runs there, as Lightning will: kernels are tried on it, and the first
+    GPU of a machine doesn't keep a context of every process."""
+    if device.type == "cuda":
+        torch.cuda.set_device((gpu_ids(settings) or range(settings.devices))[ranks.local_rank])
+
+
 def build_lightning(
     settings: DeviceSettings, device: torch.device, micro_bsz: int = 1, n_trained: int | None = None, **others: object
 ) -> pl.Trainer:

@@ -25,11 +25,13 @@ _PAUSE = 0.02  # seconds between two looks; a blocking wait would keep signals w
 
 
 class Ranks:
-    """`rank`: of this process among all. environment: Lightning's, None for a run of one process."""
+    """`rank`: of this process among all; `local_rank`: among those of its machine. environment: Lightning's, None for a run of one
+    process."""
 
     def __init__(self, environment: ClusterEnvironment | None = None, num_nodes: int = 1) -> None:
         self._is_alone = environment is None
         self.rank = environment.global_rank() if environment else 0
+        self.local_rank = environment.local_rank() if environment else 0
         self._answers: dict[str, tuple[Any, str]] = {}  # by question: what rank 0 decided, and the fault that kept it from deciding
         self._askers: list[int] = []
         self._store: Store | None = None

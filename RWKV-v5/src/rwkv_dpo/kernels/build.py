@@ -3,9 +3,8 @@
 The sources hold plain `extern "C"` functions on raw pointers and include no torch header: they compile in seconds where a torch
 extension takes a minute, and one build serves every torch version. Python calls them through ctypes.
 
-Libraries are kept in a folder of this user alone, under a name that tells apart whatever decides their content: the sources' text, the
-compiler's command, the machine. What is loaded was written by this user, can be written by nobody else, and has the bytes that it was
-written with.
+Libraries are kept (cache.py) under a name that tells apart whatever decides their content: the sources' text, the compiler's command, the
+machine.
 """
 
 import contextlib
@@ -15,7 +14,6 @@ import logging
 import os
 import re
 import shutil
-import stat
 import subprocess
 import tempfile
 import time
@@ -23,9 +21,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rwkv_dpo.base.errors import InputError
-from rwkv_dpo.files.hashed import fault_of, hashed_write
 from rwkv_dpo.files.locks import try_lock
+from rwkv_dpo.kernels.cache import ANOTHER_FOLDER, BuildError, cache_folder, is_sound, keep
 
 log = logging.getLogger(__name__)
 
@@ -34,15 +31,9 @@ SOURCES = Path(__file__).parent / "wkv5" / "csrc"
 # What a compiler's last command writes, in the folder that it runs in.
 LIBRARY = "library.so"
 
-_ANOTHER_FOLDER = "TORCH_EXTENSIONS_DIR names another"
-
 # The compiler's lines that name a fault, and those that only count them.
 _ERROR = re.compile(r"\b(error|fatal|undefined|cannot find)\b", re.IGNORECASE)
 _SUMMARY = re.compile(r"ld returned \d+ exit status|errors? (detected|generated)|compilation terminated|linker command failed")
-
-
-class BuildError(RuntimeError):
-    """A kernel that can't be built or loaded; the message is the reason, in one line."""
 
 
 class EntryPoint(NamedTuple):
@@ -76,12 +67,12 @@ def load_library(recipe: Recipe, entry_points: Mapping[str, EntryPoint]) -> ctyp
 
     Safe to call from several processes at once. Raises BuildError.
     """
-    path = _cache_folder() / f"{recipe.source.stem}-{recipe.variant}-{_digest(recipe)}.so"
-    if not _is_sound(path):
+    path = cache_folder() / f"{recipe.source.stem}-{recipe.variant}-{_digest(recipe)}.so"
+    if not is_sound(path):
         with _alone(path.with_suffix(".lock")):
-            if not _is_sound(path):
+            if not is_sound(path):
                 log.info("compiling %s, once for this machine", recipe.source.name)
-                _keep(compiled(recipe, path.with_suffix(".log")).library, path)
+                keep(compiled(recipe, path.with_suffix(".log")).library, path)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -143,57 +134,6 @@ def _digest(recipe: Recipe) -> str:
     return hashlib.sha256(text + repr((recipe.commands, recipe.machine)).encode()).hexdigest()[:12]
 
 
-def _cache_folder() -> Path:
-    """Made on first use, for this user alone: whoever can write there can run code here. BuildError when it can't be had."""
-    folder = _cache_root().absolute() / (f"rwkv_dpo-{os.getuid()}" if hasattr(os, "getuid") else "rwkv_dpo")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.lstat()
-        if not stat.S_ISDIR(status.st_mode) or not _is_own(status):
-            raise BuildError(f"cache folder {folder} is not this user's own, and kernels in it are not trusted; {_ANOTHER_FOLDER}")
-        if _others_may_write(status):
-            folder.chmod(0o700)
-    except OSError as error:
-        raise BuildError(f"cache folder {folder} can't be written: {error.strerror or error}; {_ANOTHER_FOLDER}") from error
-    return folder
-
-
-def _cache_root() -> Path:
-    if named := os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME"):
-        return Path(named)
-    try:
-        return Path.home() / ".cache"
-    except RuntimeError as error:
-        raise BuildError(f"no cache folder: this user has no home folder; {_ANOTHER_FOLDER}") from error
-
-
-def _is_sound(path: Path) -> bool:
-    """Whether a kept library may be loaded."""
-    try:
-        status = path.lstat()
-    except FileNotFoundError:
-        return False
-    return stat.S_ISREG(status.st_mode) and _is_own(status) and not _others_may_write(status) and not fault_of(path)
-
-
-def _is_own(status: os.stat_result) -> bool:
-    return not hasattr(os, "getuid") or status.st_uid == os.getuid()
-
-
-def _others_may_write(status: os.stat_result) -> bool:
-    return hasattr(os, "getuid") and bool(status.st_mode & 0o022)
-
-
-def _keep(library: bytes, path: Path) -> None:
-    try:
-        with hashed_write(path) as file:
-            os.chmod(file.file.name, 0o600)
-            file.write(library)
-    except InputError as error:
-        raise BuildError(f"the compiled kernel can't be kept: {error}; {_ANOTHER_FOLDER}") from error
-
-
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """One process at a time compiles, the others wait for it. The system gives the lock back when its holder dies.
@@ -203,7 +143,7 @@ def _alone(path: Path) -> Iterator[None]:
     try:
         file = open(path, "ab")  # noqa: SIM115 - closed by the next block
     except OSError as error:
-        raise BuildError(f"cache folder {path.parent} can't be written: {error.strerror or error}; {_ANOTHER_FOLDER}") from error
+        raise BuildError(f"cache folder {path.parent} can't be written: {error.strerror or error}; {ANOTHER_FOLDER}") from error
     with file:
         with contextlib.suppress(OSError):
             if not try_lock(file.fileno()):

@@ -65,6 +65,15 @@ def cuda_recipe(source: Path, capabilities: Iterable[tuple[int, int]], flags: tu
     )  # fmt: skip
 
 
+def compiler_name() -> str:
+    """The C++ compiler's own first line, "" where there is none that says one."""
+    try:
+        done = subprocess.run([*_cpp_words(), "--version"], capture_output=True, text=True, errors="replace", check=False)
+    except (OSError, BuildError):
+        return ""
+    return done.stdout.split("\n")[0].strip()
+
+
 @functools.cache
 def find_nvcc() -> Nvcc | None:
     """The first nvcc that says its version: that of CUDA_HOME or CUDA_PATH, of PATH, of the usual places, of pip's nvidia-cuda-nvcc."""

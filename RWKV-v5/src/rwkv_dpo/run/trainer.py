@@ -11,8 +11,10 @@ from pytorch_lightning.utilities import rank_zero_only
 from rwkv_dpo.base.errors import refuse
 from rwkv_dpo.batches.loader import Loader, MicroBatches, build_loader
 from rwkv_dpo.devices.device import pick_device, set_up
-from rwkv_dpo.devices.processes import build_lightning, check_devices, meet
+from rwkv_dpo.devices.processes import build_lightning, check_devices, meet, take_gpu
 from rwkv_dpo.devices.ranks import Ranks
+from rwkv_dpo.machine.facts import gather
+from rwkv_dpo.machine.report import in_a_line
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.objective.losses import mixture_of
@@ -47,6 +49,7 @@ def train(settings: RunSettings, given: frozenset[str]) -> None:
     check_optim(settings.optimizer)
     check_tensorboard(settings.training.tensorboard)
     ranks = meet(settings.devices, device)
+    take_gpu(settings.devices, device, ranks)
     with RunLock(settings.folder.path) as lock:
         settings, shape_there = ranks.told("plan", lambda: plan(settings, given, lock))
         set_up(device, settings.devices.precision, keep_memory=settings.devices.cpu_malloc == 1)
@@ -104,6 +107,8 @@ def prepare(
         log.info("wrote %s; now run with --my_pile_stage 2 or 3", settings.folder.path / "rwkv-init.pth")
         return None
     log.info("%s", describe(settings, shape, data, device))
+    if device.type == "cuda" and ranks.rank == 0:
+        log.info("%s", in_a_line(gather(device, thorough=False)))
     if told := far_end(settings.epochs, settings.length, settings.schedule):
         rank_zero_only(log.warning)("%s", told)
     if tuning is not None:

@@ -6,9 +6,12 @@ from functools import cache
 import torch
 from torch.autograd.function import once_differentiable
 
+from rwkv_dpo.kernels.agreement import Agreement
+from rwkv_dpo.kernels.agreement import agreement as agreement_of
 from rwkv_dpo.kernels.build import SOURCES, BuildError, EntryPoint, load_library
 from rwkv_dpo.kernels.compilers import cpp_recipe
 from rwkv_dpo.kernels.wkv5.common import DTYPES, check_inputs, check_types
+from rwkv_dpo.kernels.wkv5.parity import comparison
 
 # Tokens that advance the state together. 4 keeps the sums in registers; 8 was no faster.
 BLOCK = 4
@@ -37,14 +40,18 @@ ENTRY_POINTS = {name: EntryPoint(None, (ctypes.POINTER(Call),)) for name in ("wk
 
 
 def unusable_because(device: torch.device) -> str | None:
-    """See rwkv_dpo.kernels.wkv5. Compiles the kernel."""
+    """See rwkv_dpo.kernels.wkv5. Compiles the kernel, and compares it with the reference."""
     if device.type != "cpu":
         return "it runs on CPUs only"
     try:
-        _library()
+        return agreement(device).fault
     except BuildError as error:
         return str(error)
-    return None
+
+
+def agreement(device: torch.device, again: bool = False) -> Agreement:
+    """With the reference; see rwkv_dpo.kernels.agreement. Raises BuildError."""
+    return agreement_of(_library(), device, comparison(wkv5, device), again)
 
 
 def wkv5(r, k, v, time_decay, u, cu_seqlens, state0=None):

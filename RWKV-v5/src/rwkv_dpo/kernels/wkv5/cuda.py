@@ -15,9 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv_dpo.kernels.agreement import Agreement
+from rwkv_dpo.kernels.agreement import agreement as agreement_of
 from rwkv_dpo.kernels.build import SOURCES, BuildError, EntryPoint, load_library
 from rwkv_dpo.kernels.compilers import cuda_recipe
 from rwkv_dpo.kernels.wkv5.common import DTYPES, check_inputs, decay_rate
+from rwkv_dpo.kernels.wkv5.parity import comparison
 
 # Tokens per segment. Half as many would double the parallelism and, with it, the 0.18 GB of states that 4096 tokens of 16 heads of
 # 64 move in a forward and backward.
@@ -54,9 +57,11 @@ class Segments(NamedTuple):
 
 
 def unusable_because(device: torch.device) -> str | None:
-    """See rwkv_dpo.kernels.wkv5. Compiles the kernels."""
+    """See rwkv_dpo.kernels.wkv5. Compiles the kernels, and compares them with the reference."""
     if device.type != "cuda":
         return f"the device is {device.type}"
+    if torch.version.hip is not None:
+        return "this torch is built for AMD's GPUs (ROCm), and the kernels are CUDA"
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():
@@ -67,7 +72,12 @@ def unusable_because(device: torch.device) -> str | None:
         return str(error)
     if code := library.wkv5_usable():
         return f"the kernels can't run with this driver: {library.wkv5_error(code).decode()} (CUDA error {code})"
-    return None
+    return agreement(device).fault
+
+
+def agreement(device: torch.device, again: bool = False) -> Agreement:
+    """With the reference; see rwkv_dpo.kernels.agreement. Raises BuildError."""
+    return agreement_of(_library(), device, comparison(wkv5, device), again)
 
 
 def wkv5(
