@@ -74,8 +74,8 @@ def write_data(folder: Path, shape: ModelShape) -> None:
     rng = np.random.default_rng(0)
     weights = random_model(shape, torch.float32).state_dict()
     save_weights({name: weight.bfloat16() for name, weight in weights.items()}, folder / "model.pth")
-    rng.integers(1, VOCAB, 200_000).astype("<u2").tofile(folder / "corpus.bin")
-    save_pairs(folder / "train.save", pack_pairs(make_pairs(LENGTHS, 4, VOCAB), np.full((4, 2), -2000.0)))
+    rng.integers(1, shape.vocab_size, 200_000).astype("<u2").tofile(folder / "corpus.bin")
+    save_pairs(folder / "train.save", pack_pairs(make_pairs(LENGTHS, 4, shape.vocab_size), np.full((4, 2), -2000.0)))
 
 
 def measure(folder: Path, changes: dict[str, object]) -> dict[str, object]:

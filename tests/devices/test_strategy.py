@@ -9,7 +9,7 @@ import train
 from lives import free_port
 from runs import TINY, flags, write_inputs
 from rwkv_dpo.devices.settings import DeviceSettings
-from rwkv_dpo.devices.strategy import bucket_numbers, build_precision
+from rwkv_dpo.devices.strategy import bucket_numbers, build_precision, build_strategy
 from rwkv_dpo.run import trainer
 from rwkv_dpo.settings.fields import flags_of
 
@@ -27,6 +27,15 @@ def test_no_precision_changes_the_types_that_the_model_was_built_with(strategy, 
     for plugin in plugins:
         module = plugin.convert_module(module)
     assert tuple(p.dtype for p in module) == types
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name.startswith("deepspeed")])
+def test_deepspeed_times_nothing_for_which_it_would_wait(strategy):
+    pytest.importorskip("deepspeed")
+    from deepspeed.utils.config import get_timers_config
+
+    built = build_strategy(DeviceSettings(strategy=strategy, precision="bf16"), torch.device("cpu"))
+    assert not get_timers_config(built.config).enabled
 
 
 def report_types(data, folder, runs):

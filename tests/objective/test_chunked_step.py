@@ -21,7 +21,7 @@ from rwkv_dpo.kernels.wkv5 import choose_backend
 from rwkv_dpo.objective import chunked_step
 from rwkv_dpo.objective.chunked_step import score_chunks
 from rwkv_dpo.objective.losses import dpo, l2wrap, mix, preference_loss
-from rwkv_dpo.objective.objective import answer_logps, objective, score_rows
+from rwkv_dpo.objective.objective import answer_logps, general_loss, objective, score_rows
 from rwkv_dpo.objective.preferences import preferences
 
 BETA = 0.3
@@ -170,6 +170,20 @@ def test_truncated_gradients_are_those_of_states_without_gradients(tiny_shape, c
         assert (got[2][name] - p.grad).norm() <= 1e-9 * p.grad.norm() + 1e-15, name
     differs = max(float((g - exact[2][name]).norm() / g.norm().clamp(min=1e-12)) for name, g in got[2].items())
     assert differs > 1e-3 if case != "short" else differs < 1e-9
+
+
+def test_tuned_states_learn_from_the_chunks_that_begin_with_them(tiny_shape):
+    """Truncated, the chunks after those have nothing to differentiate."""
+    model = random_model(tiny_shape).requires_grad_(False)
+    model.add_time_states()
+    states = [state.requires_grad_() for state in model.double().add_time_states()]
+    got = loss_and_gradients(model, "one window", 16, truncated=True)[2]
+    plan = batch_of("one window", 16, truncated=True)[0].plan
+    hidden, _ = chunked_step._advance(model, plan.chunks[0], [])
+    loss = general_loss(chunked_step._score(model, plan.chunks[0], hidden)) * (plan.chunks[0].places.numel() / plan.n_rows)
+    for state, want in zip(states, torch.autograd.grad(3 * loss, states), strict=True):
+        [found] = [got[name] for name, p in model.named_parameters() if p is state]
+        torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
 
 
 def test_truncated_windows_may_take_two_passes(tiny_shape):

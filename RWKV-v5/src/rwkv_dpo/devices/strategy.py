@@ -105,7 +105,7 @@ def build_strategy(settings: DeviceSettings, device: torch.device, micro_bsz: in
         "overlap_comm": settings.world_size > 1,
     }  # fmt: skip
     if device.type == "cuda":
-        return DeepSpeedStrategy(**zero)
+        return without_timers(DeepSpeedStrategy(**zero))
     # DeepSpeed asks for its accelerator by this variable alone.
     os.environ["DS_ACCELERATOR"] = "cpu"
     if settings.precision == "fp16":
@@ -113,4 +113,11 @@ def build_strategy(settings: DeviceSettings, device: torch.device, micro_bsz: in
 
         if not get_accelerator().is_fp16_supported():
             refuse(f"--precision fp16: DeepSpeed can't compute in it on this CPU; --strategy {settings.strategy} takes fp32 and bf16")
-    return CPUDeepSpeedStrategy(process_group_backend="gloo", **zero)
+    return without_timers(CPUDeepSpeedStrategy(process_group_backend="gloo", **zero))
+
+
+def without_timers(strategy: DeepSpeedStrategy) -> DeepSpeedStrategy:
+    """DeepSpeed's throughput timer waits for the device in every micro-batch, for figures that this program doesn't show."""
+    assert isinstance(strategy.config, dict)
+    strategy.config["timers"] = {"throughput": {"enabled": False}}
+    return strategy

@@ -105,7 +105,9 @@ class _TruncatedLoss(torch.autograd.Function):
                 with torch.enable_grad():
                     hidden, live = _advance(model, chunk, live)
                     loss = loss_of(_score(model, chunk, hidden)) * (chunk.places.numel() / n_rows)
-                loss.backward()
+                # Where tuned states alone train, what continues a cut-off state has no gradient for them.
+                if loss.requires_grad:
+                    loss.backward()
                 losses.append(loss.detach())
                 live = _detached(live)
 

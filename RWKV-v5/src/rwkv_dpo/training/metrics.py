@@ -77,17 +77,19 @@ class MetricsLog(pl.Callback):
             module.grad_norm = torch.as_tensor(trainer.strategy.deepspeed_engine.get_global_grad_norm() or 0.0)
         names = list(self.sums)
         sums = torch.stack(list(self.sums.values()))
-        shared = torch.tensor([self.n_tokens, self.halt.signalled, bool(self.halt.fault)], device=sums.device, dtype=torch.float32)
+        shared = torch.tensor([self.n_tokens, self.halt.signalled, bool(self.halt.fault)], dtype=torch.float32)
+        shared, norm = (x.to(sums.device, torch.float32, non_blocking=True) for x in (shared, module.grad_norm.reshape(1)))
         if trainer.world_size > 1:
             sums, shared = (trainer.strategy.reduce(x, reduce_op="sum") for x in (sums, shared))
-        means = (sums[:, 0] / sums[:, 1]).tolist()
-        tokens, signals, faults = shared.tolist()
+        # In one piece: each wait for the device lets it run dry.
+        numbers = torch.cat([sums[:, 0] / sums[:, 1], sums[:, 1], shared, norm]).tolist()
+        means, weights, (tokens, signals, faults, grad_norm) = numbers[: len(names)], numbers[len(names) : -4], numbers[-4:]
         self.halt.check(faults > 0)
         self.stops = signals > 0
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        self.pairs_seen += int(sums[names.index("rewards/margins"), 1]) if "rewards/margins" in names else 0
-        loss, grad_norm = means[names.index("loss")], float(module.grad_norm)
+        self.pairs_seen += int(weights[names.index("rewards/margins")]) if "rewards/margins" in names else 0
+        loss = means[names.index("loss")]
         bad = is_bad(trainer, loss, grad_norm)
         self.skipped_steps, self.bad_in_a_row = self.skipped_steps + bad, self.bad_in_a_row + 1 if bad else 0
         record = {

@@ -11,12 +11,13 @@ occur, never a quotient of decays, so nothing overflows, however fast or slow th
 With G = dL/dS the backward has the same form, G running from the last chunk to the first.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from rwkv_dpo.kernels.wkv5.common import decay_rate
+from rwkv_dpo.kernels.wkv5.common import bytes_of, decay_rate
 
 # A power of two. Larger chunks mean fewer states, and more pairs inside the chunks.
 CHUNK = 32
@@ -43,8 +44,12 @@ class _Layout(NamedTuple):
     n_chunks: int
 
 
-def _layout(cu_seqlens: torch.Tensor, device: torch.device) -> _Layout:
-    lengths = cu_seqlens.long().diff()
+# The layers of a model share their batch's layouts, one for each level of its forest; a few more are kept for batches in chunks.
+@lru_cache(maxsize=64)
+def _layout(cu_seqlens: bytes, device: torch.device) -> _Layout:
+    """cu_seqlens: int32, as bytes_of has it."""
+    bounds = torch.frombuffer(bytearray(cu_seqlens), dtype=torch.int32).long()
+    lengths = bounds.diff()
     n_tokens = int(lengths.sum())
     sorted_lengths, order = lengths.sort(descending=True, stable=True)
     n_steps = int(-(-sorted_lengths[0] // CHUNK)) if len(order) else 0
@@ -60,12 +65,13 @@ def _layout(cu_seqlens: torch.Tensor, device: torch.device) -> _Layout:
         rank = torch.empty_like(order)
         rank[order] = torch.arange(len(order))
         sequence = torch.repeat_interleave(torch.arange(len(order)), lengths)
-        position = torch.arange(n_tokens) - cu_seqlens[:-1].long()[sequence]
-        slot = (chunk_of[position // CHUNK, rank[sequence]] * CHUNK + position % CHUNK).to(device)
+        position = torch.arange(n_tokens) - bounds[:-1][sequence]
+        slot = (chunk_of[position // CHUNK, rank[sequence]] * CHUNK + position % CHUNK).to(device, non_blocking=True)
     if n_tokens == n_chunks * CHUNK:
         chunk_lengths = torch.tensor([CHUNK])
     steps = list(zip([0, *stops], stops, strict=False))
-    return _Layout(slot, chunk_lengths.to(device), steps, order.to(device), n_chunks)
+    # Blocking copies would wait for all that the device has been given to do.
+    return _Layout(slot, chunk_lengths.to(device, non_blocking=True), steps, order.to(device, non_blocking=True), n_chunks)
 
 
 class _Wkv5(torch.autograd.Function):
@@ -73,7 +79,7 @@ class _Wkv5(torch.autograd.Function):
     def forward(ctx, r, k, v, time_decay, u, cu_seqlens, state0):
         n_seqs, (_, n_heads, head_size) = cu_seqlens.numel() - 1, r.shape
         dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
-        layout = _layout(cu_seqlens, r.device)
+        layout = _layout(bytes_of(cu_seqlens), r.device)
         with torch.autocast(r.device.type, enabled=False):
             log_w = -decay_rate(time_decay.to(dtype))
             powers = torch.exp(log_w[:, None, :] * torch.arange(CHUNK + 1, device=r.device)[:, None])  # [H, CHUNK + 1, N]

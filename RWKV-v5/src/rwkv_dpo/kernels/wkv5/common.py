@@ -1,5 +1,7 @@
 """What backends share: the decay of a state, and what the compiled ones demand of their inputs."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,7 @@ def check_inputs(
     check_types(backend, r, k, v, time_decay, u)
     _, n_heads, head_size = r.shape
     _check_shapes(r, state0=(state0, (cu_seqlens.numel() - 1, n_heads, head_size, head_size)))
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(r) or (cu_seqlens.diff() < 0).any():
-        raise ValueError(f"cu_seqlens {cu_seqlens.tolist()} must rise from 0 to the number of tokens, {len(r)}")
+    _check_bounds(bytes_of(cu_seqlens), len(r))
 
 
 def check_types(backend: str, r: Tensor, k: Tensor, v: Tensor, time_decay: Tensor, u: Tensor) -> None:
@@ -38,6 +39,19 @@ def _check_shapes(r: Tensor, **expected: tuple[Tensor | None, tuple[int, ...]]) 
     for name, (x, shape) in expected.items():
         if x is not None and (x.shape != torch.Size(shape) or x.device != r.device):
             raise ValueError(f"{name} is {tuple(x.shape)} on {x.device}, beside r {tuple(r.shape)} on {r.device}")
+
+
+def bytes_of(cu_seqlens: Tensor) -> bytes:
+    """As int32: what a layout of sequences is known by."""
+    return cu_seqlens.to(torch.int32).numpy().tobytes()
+
+
+# Layers ask for the same ones again and again.
+@lru_cache(maxsize=64)
+def _check_bounds(cu_seqlens: bytes, n_tokens: int) -> None:
+    bounds = torch.frombuffer(bytearray(cu_seqlens), dtype=torch.int32)
+    if bounds[0] != 0 or bounds[-1] != n_tokens or (bounds.diff() < 0).any():
+        raise ValueError(f"cu_seqlens {bounds.tolist()} must rise from 0 to the number of tokens, {n_tokens}")
 
 
 def decay_rate(time_decay: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from rwkv_dpo.kernels.agreement import Agreement
 from rwkv_dpo.kernels.agreement import agreement as agreement_of
 from rwkv_dpo.kernels.build import SOURCES, BuildError, EntryPoint, load_library
 from rwkv_dpo.kernels.compilers import cuda_recipe
-from rwkv_dpo.kernels.wkv5.common import DTYPES, check_inputs, decay_rate
+from rwkv_dpo.kernels.wkv5.common import DTYPES, bytes_of, check_inputs, decay_rate
 from rwkv_dpo.kernels.wkv5.parity import comparison
 
 # Tokens per segment. Half as many would double the parallelism and, with it, the 0.18 GB of states that 4096 tokens of 16 heads of
@@ -92,7 +92,7 @@ def wkv5_with(
 ) -> tuple[Tensor, Tensor]:
     """wkv5 by a build of csrc/wkv5_cuda.cu. Tests hand in one that runs on the CPU."""
     check_inputs("cuda", r, k, v, time_decay, u, cu_seqlens, state0)
-    segments = _segments(cu_seqlens.to(torch.int32).numpy().tobytes(), r.device)
+    segments = _segments(bytes_of(cu_seqlens), r.device)
     floats = (time_decay.float(), u.float(), None if state0 is None else state0.float())
     return _Wkv5.apply(library, segments, *(None if x is None else _aligned(x) for x in (r, k, v, *floats)))
 
@@ -167,7 +167,9 @@ def _segments(cu_seqlens: bytes, device: torch.device) -> Segments:
     rows = bounds[:-1].repeat_interleave(counts) + number * SEGMENT
     ends = bounds[1:].repeat_interleave(counts)
     table = torch.stack([rows, (ends - rows).clamp(max=SEGMENT)], dim=1)
-    return Segments(table.int().to(device), first.int().to(device))
+    # Together, and without waiting: a blocking copy would wait for all that the device has been given to do.
+    both = torch.cat([table.flatten(), first]).int().to(device, non_blocking=True)
+    return Segments(both[: table.numel()].view(-1, 2), both[table.numel() :])
 
 
 def load_kernels(source: Path, entry_points: Mapping[str, EntryPoint]) -> ctypes.CDLL:
