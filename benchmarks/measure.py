@@ -1,6 +1,7 @@
 """What every benchmark here shares: alternating timing, peak memory, and result files that say what they were measured on."""
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -10,7 +11,9 @@ from statistics import median
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+# gpu_check.py gathers what its parts write.
+RESULTS = Path(os.environ.get("BENCH_RESULTS") or Path(__file__).parent / "results")
+ROOT = Path(__file__).parent.parent
 
 
 def alternate(candidates: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, float]:
@@ -56,14 +59,14 @@ def save(name: str, results: dict[str, object]) -> None:
     parts = json.loads(path.read_text()) if path.exists() else {}
     parts |= {part: {"machine": machine(), "measured": measured} for part, measured in results.items()}
     path.write_text(json.dumps(parts, indent=1) + "\n")
-    print(f"wrote {path.relative_to(RESULTS.parent.parent)}")
+    print(f"wrote {path}")
 
 
 def _commit() -> str:
     """The commit measured, "-dirty" when files of it have changed; result files don't count: the part before this one wrote them."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent.parent).stdout.strip()
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
     return git("describe", "--always") + ("-dirty" if changed else "")
