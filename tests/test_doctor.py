@@ -33,9 +33,9 @@ def test_without_a_gpu_and_a_compiler_it_says_so_in_plain_lines(tmp_path):
     done = run(tmp_path, "--device", "cpu", CXX="no-such-compiler")
     assert (done.returncode, done.stderr) == (1, "")
     assert "\nC++     no compiler\n" in done.stdout
-    assert "fault: wkv5 in C++ is not used, the plain PyTorch backend `chunked` runs instead, and its part of a step takes several times " \
-           "as long: no no-such-compiler on PATH; install a C++ compiler, or set CXX to one\n" in done.stdout  # fmt: skip
-    assert done.stdout.splitlines()[-1].startswith("1 fault; ")
+    assert "fault: wkv5 in C++: not used, plain PyTorch runs instead, and its part of a step takes several times as long: no " \
+           "no-such-compiler on PATH; install a C++ compiler, or set CXX to one\n" in done.stdout  # fmt: skip
+    assert done.stdout.splitlines()[-1].startswith("2 faults; ")
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_json_is_for_programs_and_a_wrong_kernel_is_a_fault(fresh, tmp_path, mon
     assert end.value.code == 1
     read = json.loads(capsys.readouterr().out)
     assert "where rounding explains 1e-12" in read["kernels"][0]["fault"]
-    assert [finding["is_fault"] for finding in read["findings"]].count(True) == 1
+    assert [finding["is_fault"] for finding in read["findings"]].count(True) == 2
 
 
 def test_a_device_that_is_not_there_is_refused(capsys):

@@ -29,7 +29,7 @@ WRONG = Kernel("wkv5 in CUDA", fault="its y in bf16 is 3.0e-01 (relative) off pl
 # By what is found: whether that is a fault, and what is said.
 MACHINES = {
     "another CUDA than torch's": (replace(WELL, nvcc="12.4"), False, "nvcc is of CUDA 12.4, torch of 13.0: the kernels take their own"),
-    "no nvcc": (replace(WELL, nvcc="", kernels=(NO_NVCC,)), True, "`chunked` runs instead, and a run will be several times slower: no"),
+    "no nvcc": (replace(WELL, nvcc="", kernels=(NO_NVCC,)), True, "plain PyTorch runs instead, and a run will be several times slower: no"),
     "a wrong kernel": (replace(WELL, kernels=(WRONG,)), True, "its y in bf16 is 3.0e-01 (relative) off plain PyTorch's"),
     "Turing": (replace(WELL, gpus=(T4,)), False, "Tesla T4 (compute capability 7.5) has no bf16 and emulates it"),
     "Volta": (replace(WELL, gpus=(V100,)), True, "Tesla V100 (compute capability 7.0): torch 2.13"),
@@ -45,7 +45,7 @@ MACHINES = {
     "a hidden GPU": (replace(ON_CPU, driver="580.65"), True, "CUDA_VISIBLE_DEVICES or a container hides it"),
     "no GPU": (ON_CPU, False, "no GPU here: train.py needs --accelerator cpu or auto"),
     "no compiler": (replace(ON_CPU, cpp="", kernels=(Kernel("wkv5 in C++", fault="no c++ on PATH; install one"),)), True,
-                    "`chunked` runs instead, and its part of a step takes several times as long: no c++ on PATH"),
+                    "plain PyTorch runs instead, and its part of a step takes several times as long: no c++ on PATH"),
     "no cache": (replace(WELL, cache="", cache_free=None), True, "no folder to keep compiled kernels in; TORCH_EXTENSIONS_DIR names one"),
     "a full cache": (replace(WELL, cache_free=10**6), True, "/home/me/.cache/rwkv_dpo-1: 1 MB free, too little"),
     "a full disk": (replace(WELL, here_free=10**9), False, "1.0 GB of disk free here"),
@@ -92,7 +92,7 @@ def test_as_json_it_has_the_facts_and_the_findings():
 class TestThisMachine:
     def test_what_is_found_is_what_the_system_says(self):
         facts = gather(torch.device("cpu"), thorough=False)
-        assert (facts.device, facts.torch, len(facts.kernels)) == ("cpu", torch.__version__, 1)
+        assert (facts.device, facts.torch, len(facts.kernels)) == ("cpu", torch.__version__, len(looking.KERNELS["cpu"]))
         assert facts.here_free > 0
         assert facts.host_free is None or 0 < facts.host_free < 1 << 50
 

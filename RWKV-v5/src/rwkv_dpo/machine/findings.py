@@ -71,7 +71,7 @@ def _of_kernels(facts: Facts):
     for kernel in facts.kernels:
         if kernel.fault and not (facts.torch_hip or (facts.system == "Windows" and facts.device == "cuda")):
             cost = "a run will be several times slower" if facts.device == "cuda" else "its part of a step takes several times as long"
-            yield Finding(True, f"{kernel.name} is not used, the plain PyTorch backend `chunked` runs instead, and {cost}: {kernel.fault}")
+            yield Finding(True, f"{kernel.name}: not used, plain PyTorch runs instead, and {cost}: {kernel.fault}")
 
 
 def _of_system(facts: Facts):

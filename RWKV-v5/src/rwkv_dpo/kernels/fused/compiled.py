@@ -67,7 +67,7 @@ class Functions:
     def __init__(self, library: ctypes.CDLL, strip: int) -> None:
         """strip: rows whose share in a parameter's gradient is summed by itself. It decides in which order sums are made, and nothing
         else does: not the number of threads, nor the device."""
-        self._library, self._strip = library, strip
+        self.library, self._strip = library, strip
         self._functions = {name: getattr(library, name) for name in ENTRY_POINTS}
 
     def mixes(
@@ -156,7 +156,7 @@ class Functions:
     def _run(self, function: str, call: ctypes.Structure, *arguments: Tensor | ctypes.Array | None) -> None:
         handed = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
         if code := self._functions[function](call, *handed):
-            raise RuntimeError(f"{function}: {self._library.fused_error(code).decode()} (CUDA error {code})")
+            raise RuntimeError(f"{function}: {self.library.fused_error(code).decode()} (CUDA error {code})")
 
 
 def _where(x: Tensor) -> Where:

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import torch
 
+from rwkv_dpo.kernels.agreement import Agreement
+from rwkv_dpo.kernels.agreement import agreement as agreement_of
 from rwkv_dpo.kernels.build import BuildError, load_library
 from rwkv_dpo.kernels.compilers import cpp_recipe
 from rwkv_dpo.kernels.fused.compiled import ENTRY_POINTS, Functions
+from rwkv_dpo.kernels.fused.parity import comparison
 
 SOURCE = Path(__file__).parent / "csrc" / "fused_cpu.cpp"
 
@@ -17,14 +20,18 @@ STRIP = 64
 
 
 def unusable_because(device: torch.device) -> str | None:
-    """See rwkv_dpo.kernels.wkv5. Compiles the functions."""
+    """See rwkv_dpo.kernels.wkv5. Compiles the functions, and compares them with `plain`."""
     if device.type != "cpu":
         return "it runs on CPUs only"
     try:
-        functions()
+        return agreement(device).fault
     except BuildError as error:
         return str(error)
-    return None
+
+
+def agreement(device: torch.device, again: bool = False) -> Agreement:
+    """With `plain`; see rwkv_dpo.kernels.agreement. Raises BuildError."""
+    return agreement_of(functions().library, device, comparison(functions(), device), again)
 
 
 @cache
