@@ -22,10 +22,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "RWKV-v5" / "src"), str(ROOT / "tests"), str(Path(__file__).parent)]
 
-from bench_step import make_pairs  # noqa: E402 (the path above holds what follows)
-from conftest import random_model  # noqa: E402
+from conftest import random_model  # noqa: E402 (the path above holds what follows)
 from fake_gpu import run_on_fake_gpu, unusable_because  # noqa: E402
-from measure import RESULTS, save  # noqa: E402
+from measure import RESULTS, make_pairs, save  # noqa: E402
 from runs import flags  # noqa: E402
 from rwkv_dpo.data.pair_files import save_pairs  # noqa: E402
 from rwkv_dpo.data.pairs import pack_pairs  # noqa: E402

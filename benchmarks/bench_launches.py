@@ -22,9 +22,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "RWKV-v5" / "src"), str(ROOT / "tests"), str(Path(__file__).parent)]
 
-from bench_step import make_pairs  # noqa: E402 (the path above holds what follows)
-from fake_gpu import run_on_fake_gpu, unusable_because  # noqa: E402
-from measure import save  # noqa: E402
+from fake_gpu import run_on_fake_gpu, unusable_because  # noqa: E402 (the path above holds what follows)
+from measure import make_pairs, save  # noqa: E402
 from rwkv_dpo.batches.micro_batch import MicroBatch, collate  # noqa: E402
 from rwkv_dpo.kernels.wkv5 import chunked, cuda  # noqa: E402
 from rwkv_dpo.model.checkpoint import empty_model  # noqa: E402

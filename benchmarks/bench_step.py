@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-v5" / "src"))
 
-from measure import alternate, machine, save
+from measure import alternate, machine, make_pairs, save
 from rwkv_dpo.batches.micro_batch import MicroBatch, collate
 from rwkv_dpo.batches.step import build_step
 from rwkv_dpo.data.pairs import Pair, PairSet, pack_pairs
@@ -72,11 +72,6 @@ def plain_forward(module: Linear, *inputs: torch.Tensor, prepare: Callable[..., 
     """A linear layer as the original writes it: autograd keeps whatever goes in."""
     prepared = F.relu(inputs[0]).square() if prepare is relu_squared else prepare(*inputs)
     return F.linear(prepared, module.weight.to(prepared.dtype))
-
-
-def make_pairs(lengths: tuple[int, int, int], n: int, vocab_size: int, seed: int = 0) -> list[Pair]:
-    rng = np.random.default_rng(seed)
-    return [tuple(rng.integers(1, vocab_size, length) for length in lengths) for _ in range(n)]  # type: ignore[misc]
 
 
 def original_logits(model: RWKV, tokens: np.ndarray) -> torch.Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 
 # gpu_check.py gathers what its parts write.
@@ -38,6 +39,12 @@ def _timed(run: Callable[[], object]) -> float:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def make_pairs(lengths: tuple[int, int, int], n: int, vocab_size: int, seed: int = 0) -> list[tuple[np.ndarray, ...]]:
+    """Prompt, chosen and rejected answer of these lengths, n times."""
+    rng = np.random.default_rng(seed)
+    return [tuple(rng.integers(1, vocab_size, length) for length in lengths) for _ in range(n)]
 
 
 def machine() -> dict[str, object]:
