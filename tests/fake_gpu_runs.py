@@ -118,11 +118,12 @@ def live(script: str, flags: list[str], log: Path) -> None:
     os.dup2(descriptor, 2)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from rwkv_dpo.kernels.agreement import Agreement
+    from rwkv_dpo.kernels.fused import cuda as fused
     from rwkv_dpo.kernels.wkv5 import cuda
     from rwkv_dpo.training import checkpoints, last
 
     # What kernels that do nothing make agrees with nothing, and weights that came from it are not finite.
-    cuda.agreement = lambda device, again=False: Agreement({})  # type: ignore[assignment]
+    cuda.agreement = fused.agreement = lambda device, again=False: Agreement({})  # type: ignore[assignment]
     checkpoints.not_finite = last.not_finite = lambda weights: ""
     status = 1
     try:

@@ -42,6 +42,7 @@ sys.path[:0] = [str(ROOT / "RWKV-v5"), str(ROOT / "RWKV-v5/src"), str(ROOT / "te
 import runs  # noqa: E402 (the path above holds it)
 import torch  # noqa: E402 (after pretend_cuda)
 from rwkv_dpo.batches.micro_batch import MicroBatch  # noqa: E402 (as above)
+from rwkv_dpo.kernels import fused  # noqa: E402 (as above)
 from rwkv_dpo.objective import chunked_step  # noqa: E402 (as above)
 from rwkv_dpo.objective.losses import LOSSES, mixture_of  # noqa: E402 (as above)
 from rwkv_dpo.run import trainer  # noqa: E402 (as above)
@@ -178,6 +179,7 @@ def main(folder: Path) -> None:
     # Which are those of a GPU, where a CPU has none. They are on the host, and no step waits for them.
     chunked_step._random_state = lambda model: {}  # type: ignore[assignment]
     chunked_step._drawing_again = lambda model, state: nullcontext()  # type: ignore[assignment]
+    fused._of_device = lambda device: fused.plain
     if not (folder / "valid.save").exists():
         runs.write_inputs(folder, runs.TINY, 8)
     found = {}

@@ -21,6 +21,7 @@ import deepspeed.runtime.zero.stage_1_and_2 as stages_1_and_2  # noqa: E402
 import torch  # noqa: E402
 import train  # noqa: E402
 from rwkv_dpo.kernels.agreement import Agreement  # noqa: E402
+from rwkv_dpo.kernels.fused import cuda as fused  # noqa: E402
 from rwkv_dpo.kernels.wkv5 import cuda  # noqa: E402
 from rwkv_dpo.memory import estimate as memory  # noqa: E402
 from rwkv_dpo.run import dry_run  # noqa: E402
@@ -35,7 +36,7 @@ def prepare() -> None:
     kernels = SimpleNamespace(wkv5_forward=lambda *_: 0, wkv5_backward=lambda *_: 0)
     cuda._library = lambda: kernels  # type: ignore[assignment]
     cuda.unusable_because = lambda device: None  # type: ignore[assignment]
-    cuda.agreement = lambda device, again=False: Agreement({})  # type: ignore[assignment]
+    cuda.agreement = fused.agreement = lambda device, again=False: Agreement({})  # type: ignore[assignment]
     for zero, optimizer in ((stages_1_and_2, "DeepSpeedZeroOptimizer"), (stage_3, "DeepSpeedZeroOptimizer_Stage3")):
         zero.is_invalid_grad_norm = lambda norm: False
         getattr(zero, optimizer).has_overflow = lambda *_, **__: False

@@ -15,10 +15,14 @@ from rwkv_dpo.kernels.build import BuildError
 from rwkv_dpo.kernels.cache import cache_folder
 from rwkv_dpo.kernels.compilers import compiler_name, find_nvcc
 from rwkv_dpo.kernels.fused import cpu as fused_cpu
+from rwkv_dpo.kernels.fused import cuda as fused_cuda
 from rwkv_dpo.kernels.wkv5 import cpu, cuda
 
 # By the kind of device that they are made for, and a name.
-KERNELS = {"cuda": {"wkv5 in CUDA": cuda}, "cpu": {"wkv5 in C++": cpu, "a block's functions in C++": fused_cpu}}
+KERNELS = {
+    "cuda": {"wkv5 in CUDA": cuda, "a block's functions in CUDA": fused_cuda},
+    "cpu": {"wkv5 in C++": cpu, "a block's functions in C++": fused_cpu},
+}
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rwkv_dpo.kernels.agreement import Agreement
+from rwkv_dpo.kernels.agreement import agreement as agreement_of
 from rwkv_dpo.kernels.build import BuildError, EntryPoint
 from rwkv_dpo.kernels.fused.compiled import ENTRY_POINTS, Functions
+from rwkv_dpo.kernels.fused.parity import comparison
 from rwkv_dpo.kernels.wkv5.cuda import load_kernels
 
 SOURCE = Path(__file__).parent / "csrc" / "fused_cuda.cu"
@@ -21,9 +24,11 @@ MAX_CHANNELS = 4096
 
 
 def unusable_because(device: torch.device) -> str | None:
-    """See rwkv_dpo.kernels.wkv5. Compiles the kernels."""
+    """See rwkv_dpo.kernels.wkv5. Compiles the kernels, and compares them with `plain`."""
     if device.type != "cuda":
         return f"the device is {device.type}"
+    if torch.version.hip is not None:
+        return "this torch is built for AMD's GPUs (ROCm), and the kernels are CUDA"
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():
@@ -34,7 +39,12 @@ def unusable_because(device: torch.device) -> str | None:
         return str(error)
     if code := library.fused_usable():
         return f"the kernels can't run with this driver: {library.fused_error(code).decode()} (CUDA error {code})"
-    return None
+    return agreement(device).fault
+
+
+def agreement(device: torch.device, again: bool = False) -> Agreement:
+    """With `plain`; see rwkv_dpo.kernels.agreement. Raises BuildError."""
+    return agreement_of(_library(), device, comparison(functions(), device), again)
 
 
 def takes(x: Tensor) -> bool:
