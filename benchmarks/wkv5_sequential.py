@@ -5,8 +5,9 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
+from rwkv_dpo.kernels.backends import DTYPES
 from rwkv_dpo.kernels.build import EntryPoint
-from rwkv_dpo.kernels.wkv5.common import DTYPES, check_inputs, decay_rate
+from rwkv_dpo.kernels.wkv5.common import check_inputs, decay_rate
 from rwkv_dpo.kernels.wkv5.cuda import load_kernels
 from torch import Tensor
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import random_model
 from rwkv_dpo.batches.forest import ForestBuilder
-from rwkv_dpo.kernels.wkv5 import choose_backend
+from rwkv_dpo.kernels.backends import choose_backend
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_package import TOLERANCE, one_sequence, package_model
 
@@ -148,7 +148,7 @@ def test_a_block_keeps_no_more_numbers_per_token_than_said(grad_cp, n_kept):
 
     def n_allocated(n_layer):
         shape = ModelShape(n_layer, width, width, int(3.5 * width), 71, head_size=32)
-        model = random_model(shape, torch.float32, wkv=choose_backend("cpu", torch.device("cpu")).wkv5, grad_cp=grad_cp)
+        model = random_model(shape, torch.float32, wkv=choose_backend("5", "cpu", torch.device("cpu")).wkv, grad_cp=grad_cp)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             hidden, _ = model(forest)
         assert hidden.requires_grad

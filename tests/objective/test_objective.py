@@ -15,7 +15,8 @@ from rwkv_dpo.batches.step import build_step
 from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.evaluation.divergence import score_windows
 from rwkv_dpo.evaluation.scoring import score_pairs, scoring_batches, token_batches
-from rwkv_dpo.kernels.wkv5 import BACKENDS, choose_backend, reference
+from rwkv_dpo.kernels.backends import BACKENDS, choose_backend
+from rwkv_dpo.kernels.wkv5 import reference
 from rwkv_dpo.model.checkpoint import empty_model, load_into, shape_of
 from rwkv_dpo.objective.losses import L2WRAP_FACTOR, dpo, preference_loss
 from rwkv_dpo.objective.objective import answer_logps, objective, pair_metrics, score_rows
@@ -39,7 +40,7 @@ def golden_model(golden, wkv=reference.wkv5):
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cuda"])
 def test_losses_and_gradient_norms_are_the_originals(golden, backend):
-    model = golden_model(golden, choose_backend(backend, torch.device("cpu")).wkv5)
+    model = golden_model(golden, choose_backend("5", backend, torch.device("cpu")).wkv)
     window = np.array(golden["corpus"])
     for step in golden["steps"]:
         pair = golden["pairs"][step["pair"]]

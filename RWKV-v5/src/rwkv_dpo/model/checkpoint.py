@@ -13,7 +13,7 @@ from rwkv_dpo.files.hashed import hashed_write
 from rwkv_dpo.files.kinds import refuse_others
 from rwkv_dpo.files.tensor_files import is_safetensors, read_safetensors, write_safetensors
 from rwkv_dpo.files.torch_files import CHECKPOINTS, check_stored, load_torch
-from rwkv_dpo.kernels.wkv5 import WKV5, choose_backend
+from rwkv_dpo.kernels.backends import WKV, choose_backend
 from rwkv_dpo.model import v5
 from rwkv_dpo.model.checkpoint_names import official_weights, with_tied_head
 from rwkv_dpo.model.rwkv import RWKV, Mixes
@@ -132,7 +132,7 @@ def shape_of(weights: Weights, path: str | Path) -> ModelShape:
     return shape
 
 
-def empty_model(shape: ModelShape, version: str, wkv: WKV5, compute_dtype: torch.dtype, grad_cp: str = "0", dropout: float = 0.0) -> RWKV:
+def empty_model(shape: ModelShape, version: str, wkv: WKV, compute_dtype: torch.dtype, grad_cp: str = "0", dropout: float = 0.0) -> RWKV:
     """A model whose weights are not yet set (fp32, on the CPU)."""
     if shape.dim_att % shape.head_size:
         refuse(f"--dim_att {shape.dim_att} is not a multiple of --head_size_a {shape.head_size}")
@@ -165,7 +165,8 @@ def load_into(model: RWKV, weights: Weights, path: str | Path, partial: bool = F
 def load_model(path: str | Path, *, device: torch.device, compute_dtype: torch.dtype, wkv_backend: str = "auto") -> RWKV:
     """The model of a checkpoint, to run: fp32 weights on `device`, computing in compute_dtype."""
     weights = read_checkpoint(path)
-    model = empty_model(shape_of(weights, path), version_of(weights, path), choose_backend(wkv_backend, device).wkv5, compute_dtype)
+    version = version_of(weights, path)
+    model = empty_model(shape_of(weights, path), version, choose_backend(version, wkv_backend, device).wkv, compute_dtype)
     load_into(model, weights, path)
     return model.to(device).eval()
 

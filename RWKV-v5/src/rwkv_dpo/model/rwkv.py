@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_dpo.batches.forest import Forest, LayerState
+from rwkv_dpo.kernels.backends import WKV
 from rwkv_dpo.kernels.linear_logprobs import LEAN, Scores, linear_logprobs
-from rwkv_dpo.kernels.wkv5 import WKV5
 from rwkv_dpo.model.linear import Cast
 from rwkv_dpo.model.shape import ModelShape
 
@@ -26,7 +26,7 @@ class RWKV(nn.Module):
     """Parameters carry the official names, so that a state dict is an official checkpoint."""
 
     def __init__(
-        self, shape: ModelShape, mixes: Mixes, wkv: WKV5, compute_dtype: torch.dtype, grad_cp: str = "0", dropout: float = 0.0
+        self, shape: ModelShape, mixes: Mixes, wkv: WKV, compute_dtype: torch.dtype, grad_cp: str = "0", dropout: float = 0.0
     ) -> None:
         """compute_dtype: of activations and matrix products; the weights keep their own (fp32 in training).
         grad_cp: what the backward pass computes again: "0" and "selective" norms, mixes and gates, "1" whole blocks."""
@@ -118,7 +118,7 @@ class Block(nn.Module):
         self.att = mixes.time_mix(shape, layer)
         self.ffn = mixes.channel_mix(shape, layer)
 
-    def forward(self, x: Tensor, forest: Forest, initial: LayerState | None, wkv: WKV5) -> tuple[Tensor, LayerState]:
+    def forward(self, x: Tensor, forest: Forest, initial: LayerState | None, wkv: WKV) -> tuple[Tensor, LayerState]:
         """Rows [S, C] after the block, and what its segments remember at their ends. initial: what the roots begin from."""
         if hasattr(self, "ln0"):
             x = self.ln0(x)
@@ -150,7 +150,7 @@ def _as(x: Tensor, handed_in: Tensor | None) -> Tensor | None:
 
 
 def run_forest(
-    wkv: WKV5, forest: Forest, initial: Tensor | None, inputs: tuple[Tensor, ...], parameters: tuple[Tensor, ...]
+    wkv: WKV, forest: Forest, initial: Tensor | None, inputs: tuple[Tensor, ...], parameters: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
     """A recurrence over inputs [S, ...], children from the end states of their parents: y [S, ...] and ends [n, ...]."""
     if of_forest := getattr(wkv, "of_forest", None):

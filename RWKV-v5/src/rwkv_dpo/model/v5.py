@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_dpo.batches.forest import Forest
-from rwkv_dpo.kernels.wkv5 import WKV5
+from rwkv_dpo.kernels.backends import WKV
 from rwkv_dpo.model.halves import Entry, GatedNorm, ReluSquared, sigmoid_gate
 from rwkv_dpo.model.linear import Linear, products
 from rwkv_dpo.model.rwkv import LayerNorm, Mixes, run_forest
@@ -34,7 +34,7 @@ class TimeMix(nn.Module):
         self.norm_eps = 1e-5 * shape.head_size_divisor**2
 
     def forward(
-        self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None, initial: Tensor | None, wkv: WKV5
+        self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None, initial: Tensor | None, wkv: WKV
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rows x [S, C] of the residual stream and the norm that they enter by -> out [S, C], the norm's output at the segments' ends
         [n, C], WKV states there [n, H, N, N]. before, initial: what the roots were handed of the latter two."""

@@ -8,7 +8,7 @@ import torch
 
 from rwkv_dpo.base.errors import refuse
 from rwkv_dpo.devices.device import COMPUTE_DTYPES
-from rwkv_dpo.kernels.wkv5 import choose_backend
+from rwkv_dpo.kernels.backends import choose_backend
 from rwkv_dpo.model.checkpoint import empty_model, load_into, read_checkpoint, shape_of, version_of
 from rwkv_dpo.model.init import init_weights
 from rwkv_dpo.model.rwkv import RWKV
@@ -58,8 +58,8 @@ def build_model(settings: RunSettings, shape: ModelShape, weights: dict[str, tor
     if shape.vocab_size < 1:
         refuse("--vocab_size is needed without --load_model (65536 for the RWKV World vocabulary)")
     s = settings.model
-    wkv = choose_backend(settings.devices.wkv_backend, device).wkv5
     version = version_of(weights, s.load_model) if weights else "5"
+    wkv = choose_backend(version, settings.devices.wkv_backend, device).wkv
     model = empty_model(shape, version, wkv, COMPUTE_DTYPES[settings.devices.precision], grad_cp=s.grad_cp, dropout=s.dropout)
     model.finds_collisions = settings.objective.uses_pairs and settings.objective.dpo_wpo == 1
     keep_small(model, settings.tuning)

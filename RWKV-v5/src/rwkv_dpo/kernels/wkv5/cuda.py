@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv_dpo.kernels.backends import DTYPES
 from rwkv_dpo.kernels.build import SOURCES, BuildError, EntryPoint, load_library
 from rwkv_dpo.kernels.compilers import cuda_recipe
-from rwkv_dpo.kernels.wkv5.common import DTYPES, check_inputs, decay_rate
+from rwkv_dpo.kernels.wkv5.common import check_inputs, decay_rate
 
 # Tokens per segment. Half as many would double the parallelism and, with it, the 0.18 GB of states that 4096 tokens of 16 heads of
 # 64 move in a forward and backward.
