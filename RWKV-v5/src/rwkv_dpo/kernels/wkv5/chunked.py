@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_dpo.kernels.chunks import first_states, from_chunks, halves, in_order, lay_out, lower_left, scan_decayed, small_product, to_chunks
 from rwkv_dpo.kernels.loop import wide
-from rwkv_dpo.kernels.wkv5.common import decay_rate
+from rwkv_dpo.kernels.wkv5.reference import decay_rate
 
 # A power of two. Larger chunks mean fewer states, and more pairs inside the chunks.
 CHUNK = 32

@@ -3,8 +3,8 @@
 import torch
 from torch.autograd.function import once_differentiable
 
+from rwkv_dpo.kernels.backends import check_inputs, check_types
 from rwkv_dpo.kernels.cpp import CppKernels
-from rwkv_dpo.kernels.wkv5.common import check_inputs, check_types
 
 # Tokens that advance the state together. 4 keeps the sums in registers; 8 was no faster.
 BLOCK = 4
@@ -22,13 +22,13 @@ unusable_because = KERNELS.unusable_because
 
 def wkv5(r, k, v, time_decay, u, cu_seqlens, state0=None):
     """See rwkv_dpo.kernels.wkv5 for shapes. fp32 inside, on torch.get_num_threads() threads; the same result for any number of them."""
-    check_inputs("cpu", r, k, v, time_decay, u, cu_seqlens, state0)
+    check_inputs("cpu", {"r": r, "k": k, "v": v}, cu_seqlens, state0, per_head={"time_decay": time_decay, "u": u})
     return _Wkv5.apply(r, k, v, time_decay, u, cu_seqlens.to(torch.int32), None, state0)
 
 
 def _wkv5_of_forest(r, k, v, time_decay, u, cu_seqlens, parents, state0=None):
     """See rwkv_dpo.kernels.wkv5."""
-    check_types("cpu", r, k, v, time_decay, u)
+    check_types("cpu", {"r": r, "k": k, "v": v}, per_head={"time_decay": time_decay, "u": u})
     return _Wkv5.apply(r, k, v, time_decay, u, cu_seqlens, parents, state0)
 
 

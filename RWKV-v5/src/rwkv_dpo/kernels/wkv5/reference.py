@@ -3,7 +3,6 @@
 import torch
 
 from rwkv_dpo.kernels.loop import walk, wide
-from rwkv_dpo.kernels.wkv5.common import decay_rate
 
 
 def unusable_because(device: torch.device) -> str | None:
@@ -23,3 +22,12 @@ def wkv5(r, k, v, time_decay, u, cu_seqlens, state0=None):
         return (r[:, :, None] * (state + u * kv)).sum(1), w * state + kv
 
     return walk(step, (r, k, v), cu_seqlens, state0)
+
+
+def decay_rate(time_decay: torch.Tensor) -> torch.Tensor:
+    """-log w = exp(time_decay), in its type.
+
+    The bound changes no w and no gradient: beyond 6.7 both are 0 in float64 too. Without it, exp overflows from 88.8 in fp32 and
+    from 709.8 in float64, and infinity times a w, or a step count, of 0 is NaN.
+    """
+    return torch.exp(time_decay.clamp(max=10))
