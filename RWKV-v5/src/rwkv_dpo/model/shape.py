@@ -26,6 +26,8 @@ class ModelShape:
     head_size: int = 64
     # The group norm after WKV divides its input by this; RWKV-5 and the `rwkv` package use 8.
     head_size_divisor: int = 8
+    # Of the version's low-rank parts, in the order of its Mixes.ranks; empty: as for a new model.
+    ranks: tuple[int, ...] = ()
 
     @property
     def n_head(self) -> int:
