@@ -24,8 +24,7 @@ settings.load_profile("any machine")
 
 
 def random_model(shape: ModelShape, dtype: torch.dtype = torch.float64, seed: int = 0, **options) -> RWKV:
-    """A model of a version, RWKV-5's by default, with weights and activations of `dtype`, on the reference recurrence, every weight random and
-    alive."""
+    """A model with weights and activations of `dtype`, on the reference recurrence, every weight random and alive. version: "5"."""
     version = options.pop("version", "5")
     wkv = options.pop("wkv", None) or choose_backend(version, "reference", torch.device("cpu")).wkv
     model = empty_model(shape, version, wkv, dtype, **options).to(dtype)

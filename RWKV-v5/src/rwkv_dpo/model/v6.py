@@ -4,17 +4,17 @@ r receptance, k key, v value, g gate, w decay, u bonus of the current token.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rwkv_dpo.batches.forest import Forest
 from rwkv_dpo.kernels.backends import WKV
-from rwkv_dpo.kernels.wkv5.common import decay_rate
-from rwkv_dpo.model.linear import Linear, product
-from rwkv_dpo.model.rwkv import LayerNorm, Mixes, run_levels
+from rwkv_dpo.kernels.wkv5.reference import decay_rate
+from rwkv_dpo.model.again import Again, Matrix, Rows
+from rwkv_dpo.model.halves import Entry, GatedNorm, ReluSquared, sigmoid_gate
+from rwkv_dpo.model.linear import Linear, products
+from rwkv_dpo.model.rwkv import LayerNorm, Mixes, run_forest
 from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.model.v5 import relu_squared
 
 # The parts of time_maa_w1 and time_maa_w2, in their order.
 _MIXES = "wkvrg"
@@ -45,36 +45,23 @@ class TimeMix(nn.Module):
         self.norm_eps = 1e-5 * shape.head_size_divisor**2
 
     def forward(
-        self, x: Tensor, before: Tensor, forest: Forest, initial: Tensor | None, wkv: WKV, v_first: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x and the tokens before it [S, C] -> out [S, C], WKV states at the segments' ends [n, H, N, N]; v_first, which is RWKV-7's, as
-        it came."""
-        mixes = product(self.time_maa_w1.T, x, before, self.get_parameter("time_maa_x"), prepare=towards_before)
-        parts = dict(zip(_MIXES, zip(mixes.chunk(len(_MIXES), dim=1), self.time_maa_w2, strict=True), strict=True))
+        self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None, initial: Tensor | None, wkv: WKV,
+        v_first: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """As RWKV-5's."""
+        # Rows, the rows before them, and what decides how far each token mixes the two.
+        zero = torch.zeros_like(norm.bias)
+        inputs = (x, before, norm.weight, norm.bias, zero + 1, zero, 1 - self.get_parameter("time_maa_x"))
+        (own, of_before, depths), (last,) = products(Entry(forest), inputs, (Rows(), Rows(), Matrix(self.time_maa_w1)))
+        mixing = tuple(self.get_parameter(f"time_maa_{name}") for name in _MIXES)
+        layers = (Matrix(self.time_decay_w1), self.key, self.value, self.receptance, self.gate)
+        (w, k, v, r, g), _ = products(Again(token_mixes), (own, of_before, depths, self.time_maa_w2, *mixing), layers)
+        (w,), _ = products(Again(_tanh), (w,), [Matrix(self.time_decay_w2)])
 
-        def project(name: str, weight: Tensor | Linear) -> Tensor:
-            inputs = (x, before, self.get_parameter(f"time_maa_{name}"), *parts[name])
-            if isinstance(weight, Linear):
-                return weight(*inputs, prepare=token_mix)
-            return product(weight, *inputs, prepare=token_mix)
-
-        r, k, v = (self._by_head(project(n, layer)) for n, layer in (("r", self.receptance), ("k", self.key), ("v", self.value)))
-        g = project("g", self.gate)
-        decay = product(self.time_decay_w2.T, project("w", self.time_decay_w1.T), prepare=torch.tanh)
-        log_w = self._by_head(log_decay(decay, self.time_decay))
-
-        def recur(r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, cu_seqlens: Tensor, state0: Tensor | None) -> tuple[Tensor, Tensor]:
-            return wkv(r, k, v, log_w, self.time_faaaa, cu_seqlens, state0)
-
-        y, ends = run_levels(forest, initial, (r, k, v, log_w), recur)
-        return self.output(y, g, self.ln_x.weight, self.ln_x.bias, prepare=self.gated_norm), ends, v_first
-
-    def gated_norm(self, y: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Group norm with one group a head, times silu(g): y [S, H, N], g [S, H * N] -> [S, H * N]."""
-        return head_norm(y, weight, bias, self.norm_eps) * F.silu(g)
-
-    def _by_head(self, x: Tensor) -> Tensor:
-        return x.view(-1, self.n_head, self.head_size)
+        rows = tuple(part.view(-1, self.n_head, self.head_size) for part in (r, k, v, log_decay(w, self.time_decay)))
+        y, ends = run_forest(wkv, forest, initial, rows, (self.time_faaaa,))
+        (out,), _ = products(GatedNorm(self.norm_eps), (y, g, self.ln_x.weight, self.ln_x.bias), [self.output])
+        return out, last, ends, v_first
 
 
 class ChannelMix(nn.Module):
@@ -88,27 +75,26 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(shape.n_embd, shape.n_embd)
         self.value = Linear(shape.dim_ffn, shape.n_embd)
 
-    def forward(self, x: Tensor, before: Tensor) -> Tensor:
-        """Rows [S, C] of a forest and the token before each; [S, C]."""
-        k = self.key(x, before, self.time_maa_k, prepare=towards_before)
-        r = self.receptance(x, before, self.time_maa_r, prepare=towards_before)
-        return torch.sigmoid(r) * self.value(k, prepare=relu_squared)
+    def forward(self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As RWKV-5's."""
+        inputs = (x, before, norm.weight, norm.bias, 1 - self.time_maa_k, 1 - self.time_maa_r)
+        (k, r), (last,) = products(Entry(forest), inputs, (self.key, self.receptance))
+        (value,), _ = products(ReluSquared(), (k,), [self.value])
+        return sigmoid_gate(r, value), last
 
 
-def towards_before(x: Tensor, before: Tensor, mix: Tensor) -> Tensor:
-    """x + (before - x) * mix, channel by channel."""
-    return torch.lerp(x, before, mix.view(-1).to(x.dtype))
+def token_mixes(own: Tensor, before: Tensor, depths: Tensor, matrices: Tensor, *mixing: Tensor) -> list[Tensor]:
+    """own + (before - own) * (mixing + tanh(depths) @ matrix) for each of M mixes: own, before [S, C], depths [S, M * m],
+    matrices [M, m, C]."""
+    parts = torch.tanh(depths).chunk(len(mixing), dim=1)
+    return [
+        torch.lerp(own, before, torch.addmm(mix.view(1, -1).to(own.dtype), part, matrix.to(own.dtype)))
+        for mix, part, matrix in zip(mixing, parts, matrices, strict=True)
+    ]
 
 
-def token_mix(x: Tensor, before: Tensor, mix: Tensor, own: Tensor, matrix: Tensor) -> Tensor:
-    """The same, with each token's tanh(own [S, m]) @ matrix [m, C] added to mix."""
-    return torch.lerp(x, before, torch.addmm(mix.view(1, -1).to(x.dtype), torch.tanh(own), matrix.to(x.dtype)))
-
-
-def head_norm(y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Group norm with one group a head: y [S, H, N] -> [S, H * N]."""
-    normed = F.layer_norm(y, y.shape[-1:], eps=eps).flatten(1)
-    return torch.addcmul(bias.to(y.dtype), normed, weight.to(y.dtype))
+def _tanh(x: Tensor) -> tuple[Tensor]:
+    return (torch.tanh(x),)
 
 
 def log_decay(decay: Tensor, base: Tensor) -> Tensor:

@@ -14,12 +14,11 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_dpo.batches.forest import Forest
 from rwkv_dpo.kernels.backends import WKV
-from rwkv_dpo.model.linear import Linear, Prepare, product
-from rwkv_dpo.model.recompute import made_twice
-from rwkv_dpo.model.rwkv import LayerNorm, Mixes, run_levels
+from rwkv_dpo.model.again import Again, Both, Matrix, made_twice
+from rwkv_dpo.model.halves import Entry, ReluSquared
+from rwkv_dpo.model.linear import Linear, products
+from rwkv_dpo.model.rwkv import LayerNorm, Mixes, run_forest
 from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.model.v5 import relu_squared
-from rwkv_dpo.model.v6 import head_norm, towards_before
 
 # The fastest decay: log w lies between this and 0.
 _LEAST_LOG_W = -math.exp(-0.5)
@@ -54,31 +53,34 @@ class TimeMix(nn.Module):
         self.norm_eps = 1e-5 * shape.head_size_divisor**2
 
     def forward(
-        self, x: Tensor, before: Tensor, forest: Forest, initial: Tensor | None, wkv: WKV, v_first: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x and the tokens before it [S, C] -> out [S, C], WKV states at the segments' ends [n, H, N, N], v_first [S, C], which is None
-        before the first layer."""
-        r, k, v = (
-            layer(x, before, self.get_parameter(f"x_{name}"), prepare=towards_before)
-            for name, layer in (("r", self.receptance), ("k", self.key), ("v", self.value))
-        )
-        w = self._low_rank("w", x, before, torch.tanh)
-        a = self._low_rank("a", x, before)
-        g = self._low_rank("g", x, before, torch.sigmoid)
+        self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None, initial: Tensor | None, wkv: WKV,
+        v_first: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """As RWKV-5's; v_first [S, C] is None before the first layer."""
+        get = self.get_parameter
+        mixing = (1 - get(f"x_{name}") for name in "rwkvag")
+        value = self.value if v_first is None else Both(self.value, Matrix(get("v1")))
+        layers = (self.receptance, Matrix(get("w1")), self.key, value, Matrix(get("a1")), Matrix(get("g1")))
+        (r, w, k, v, a, g), (last,) = products(Entry(forest), (x, before, norm.weight, norm.bias, *mixing), layers)
+        w = self._second("w", w, torch.tanh)
+        a = self._second("a", a)
+        g = self._second("g", g, torch.sigmoid)
         if v_first is None:
             v_first = v
         else:
-            (v,) = made_twice(_mix_first, v, v_first, self._low_rank("v", x, before), self.get_parameter("v0"))
-        k, taken, put_back = made_twice(self.keys, k, a, self.get_parameter("a0"), self.k_k, self.k_a)
-        log_w = log_decay(w, self.get_parameter("w0"))
-        rows = tuple(one.view(-1, self.n_head, self.head_size) for one in (r, k, v, taken, put_back, log_w))
-        y, ends = run_levels(forest, initial, rows, wkv)
-        norm = self.ln_x
-        return self.output(y, g, *rows[:3], self.r_k, norm.weight, norm.bias, prepare=self.gated_norm), ends, v_first
+            v, depth = v
+            (v,) = made_twice(_mix_first, v, v_first, self._second("v", depth), get("v0"))
+        k, taken, put_back = made_twice(self.keys, k, a, get("a0"), self.k_k, self.k_a)
+        log_w = log_decay(w, get("w0"))
 
-    def _low_rank(self, name: str, x: Tensor, before: Tensor, between: Prepare | None = None) -> Tensor:
-        inner = product(self.get_parameter(f"{name}1").T, x, before, self.get_parameter(f"x_{name}"), prepare=towards_before)
-        return product(self.get_parameter(f"{name}2").T, inner, prepare=between)
+        inputs = tuple(part.view(-1, self.n_head, self.head_size) for part in (r, k, v, taken, put_back, log_w))
+        y, ends = run_forest(wkv, forest, initial, inputs, ())
+        (out,), _ = products(Again(self.gated_norm), (y, g, *inputs[:3], self.r_k, self.ln_x.weight, self.ln_x.bias), [self.output])
+        return out, last, ends, v_first
+
+    def _second(self, name: str, x: Tensor, between: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        """The second product of a low-rank part."""
+        return products(Again(lambda x: (between(x),)), (x,), [Matrix(self.get_parameter(f"{name}2"))])[0][0]
 
     def keys(self, k: Tensor, a: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The key that is written, -kk and kk * a, all [S, H * N]."""
@@ -89,10 +91,11 @@ class TimeMix(nn.Module):
 
     def gated_norm(
         self, y: Tensor, g: Tensor, r: Tensor, k: Tensor, v: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor
-    ) -> Tensor:  # fmt: skip
+    ) -> tuple[Tensor]:  # fmt: skip
         """Group norm with one group a head, what the token adds of its own, times the gate: y, r, k, v [S, H, N] -> [S, H * N]."""
         bonus = (r * k * r_k.to(r.dtype)).sum(-1, keepdim=True) * v
-        return (head_norm(y, weight, bias, self.norm_eps) + bonus.flatten(1)) * g
+        normed = F.layer_norm(y, y.shape[-1:], eps=self.norm_eps).flatten(1)
+        return ((torch.addcmul(bias.to(y.dtype), normed, weight.to(y.dtype)) + bonus.flatten(1)) * g,)
 
 
 class ChannelMix(nn.Module):
@@ -104,9 +107,11 @@ class ChannelMix(nn.Module):
         self.key = Linear(shape.n_embd, shape.dim_ffn)
         self.value = Linear(shape.dim_ffn, shape.n_embd)
 
-    def forward(self, x: Tensor, before: Tensor) -> Tensor:
-        """Rows [S, C] of a forest and the token before each; [S, C]."""
-        return self.value(self.key(x, before, self.x_k, prepare=towards_before), prepare=relu_squared)
+    def forward(self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As RWKV-5's."""
+        (k,), (last,) = products(Entry(forest), (x, before, norm.weight, norm.bias, 1 - self.x_k), [self.key])
+        (value,), _ = products(ReluSquared(), (k,), [self.value])
+        return value, last
 
 
 def _mix_first(v: Tensor, v_first: Tensor, own: Tensor, v0: Tensor) -> tuple[Tensor]:
