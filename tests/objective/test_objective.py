@@ -70,6 +70,28 @@ def test_sequence_log_probabilities_are_the_originals(golden):
             assert row == pytest.approx([expected["chosen"], expected["rejected"]], rel=GOLDEN_TOLERANCE)
 
 
+def test_a_first_state_of_rwkv_7_gives_the_public_codes_loss_gradients_and_end():
+    golden = load_golden("original_rwkv7_tiny.json")
+    model, recipe, window = golden_model(golden), golden["initial_state"], np.array(golden["corpus"])
+    draw = np.random.default_rng(recipe["seed"])
+    _, ends = model(collate([window], [], np.zeros((0, 2))).step.forest)
+    for end, norm in zip(ends, recipe["end_state_norms_from_zero"], strict=True):
+        assert end.wkv.norm().item() == pytest.approx(norm, rel=GOLDEN_TOLERANCE)
+    corner = torch.tensor(recipe["end_state_corner_layer0_head0"])
+    torch.testing.assert_close(ends[0].wkv[0, 0].T[: len(corner), : len(corner[0])], corner, rtol=GOLDEN_TOLERANCE, atol=1e-6)
+
+    states = model.add_time_states()
+    with torch.no_grad():
+        for state in states:
+            state.copy_(torch.from_numpy((0.3 * draw.standard_normal(state.shape)).astype(np.float32)))
+    loss, _ = objective(model, collate([window], [], np.zeros((0, 2))), dpo(0.1), 1.0)
+    assert loss.item() == pytest.approx(recipe["loss_general"], rel=GOLDEN_TOLERANCE)
+    grads = torch.autograd.grad(loss, states)
+    assert [grad.norm().item() for grad in grads] == pytest.approx(recipe["grad_norms_of_state_with_l2wrap"], rel=GOLDEN_TOLERANCE)
+    corner = torch.tensor(recipe["grad_corner_layer0_head0"])
+    torch.testing.assert_close(grads[0][0, : len(corner), : len(corner[0])], corner, rtol=GOLDEN_TOLERANCE, atol=1e-8)
+
+
 PAIRS = [  # unequal lengths, one-token answers, answers that begin alike, and one answer that continues the other
     ([5, 6, 7, 8], [9, 10, 11], [12]),
     ([1], [2], [3]),
@@ -101,8 +123,9 @@ def full_forward_loss(model, windows, pairs, refs, beta, ratio):
     return ratio * (general + pull - pull.detach()) + (1 - ratio) * dpo
 
 
-def test_the_forest_equals_two_full_forwards_per_pair_in_values_and_all_gradients(tiny_shape):
-    model = random_model(tiny_shape)
+@pytest.mark.parametrize("version", ["5", "6", "7"])
+def test_the_forest_equals_two_full_forwards_per_pair_in_values_and_all_gradients(tiny_shape, version):
+    model = random_model(tiny_shape, version=version)
     pairs = [tuple(map(np.array, pair)) for pair in PAIRS]
     refs = np.array([[-3.0, -5.0], [-1.0, -4.0], [-9.0, -2.0], [-3.0, -3.0]])
     windows = [np.arange(12), np.arange(40, 52)]
