@@ -53,7 +53,8 @@ def child(source: str, precision: str) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     shape = ModelShape(N_LAYER, WIDTH, WIDTH, int(3.5 * WIDTH), 65)
-    model = empty_model(shape, "5", choose_backend("5", "cpu", torch.device("cpu")).wkv, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model = empty_model(shape, choose_backend(shape.version, "cpu", torch.device("cpu")).wkv, dtype)
     rng = np.random.default_rng(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -51,7 +51,7 @@ CASES = {"256/200/150": (256, 200, 150), "512/128/128": (512, 128, 128)}
 
 
 def build(way: str, shape: ModelShape, precision: str, backend: str, device: torch.device, grad_cp: str = "0") -> RWKV:
-    model = empty_model(shape, "5", choose_backend("5", backend, device).wkv, DTYPES[precision], grad_cp)
+    model = empty_model(shape, choose_backend(shape.version, backend, device).wkv, DTYPES[precision], grad_cp)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -92,7 +92,7 @@ def live(folder: Path, name: str, changes: dict, chance: random.Random, n_kills:
 
 def write_data(folder: Path) -> None:
     shape = ModelShape(2, 64, 64, 224, 512, head_size=32)
-    model = empty_model(shape, "5", choose_backend("5", "chunked", torch.device("cpu")).wkv, torch.float32)
+    model = empty_model(shape, choose_backend("5", "chunked", torch.device("cpu")).wkv, torch.float32)
     init_weights(model, 1e-3, 0)
     save_weights(model.state_dict(), folder / "model.pth")
     rng = np.random.default_rng(0)

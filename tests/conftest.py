@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
@@ -24,10 +25,10 @@ settings.load_profile("any machine")
 
 
 def random_model(shape: ModelShape, dtype: torch.dtype = torch.float64, seed: int = 0, **options) -> RWKV:
-    """A model with weights and activations of `dtype`, on the reference recurrence, every weight random and alive. version: "5"."""
-    version = options.pop("version", "5")
-    wkv = options.pop("wkv", None) or choose_backend(version, "reference", torch.device("cpu")).wkv
-    model = empty_model(shape, version, wkv, dtype, **options).to(dtype)
+    """A model with weights and activations of `dtype`, on the reference recurrence, every weight random and alive. version: the shape's."""
+    shape = replace(shape, version=options.pop("version", shape.version))
+    wkv = options.pop("wkv", None) or choose_backend(shape.version, "reference", torch.device("cpu")).wkv
+    model = empty_model(shape, wkv, dtype, **options).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -24,7 +24,7 @@ def _package(is_v7):
 
 def package_model(model, folder):
     weights = dict(model.state_dict())
-    if model.shape.n_layer == 1 and model.version != "7":
+    if model.shape.n_layer == 1 and model.shape.version != "7":
         # The package can't read a single layer, so it gets a second one that adds nothing to the residual stream.
         weights |= {
             n.replace("blocks.0", "blocks.1"): torch.zeros_like(w)
@@ -32,7 +32,7 @@ def package_model(model, folder):
             if n.startswith("blocks.0") and "ln0" not in n
         }
     save_weights(weights, folder / "m.pth")
-    if model.version == "7":
+    if model.shape.version == "7":
         return _package(True).RWKV(model=str(folder / "m"), strategy="cpu fp32")
     return _package(False).RWKV(model=str(folder / "m"), strategy="cpu fp32", verbose=False)
 

@@ -39,9 +39,9 @@ def test_version_and_ranks_are_read_off_the_weights(version, ranks, squeezed, ti
     save_weights(weights, tmp_path / "m.pth")
     found = read_weights(tmp_path / "m.pth")
     assert version_of(found, "m") == version
-    assert shape_of(found, "m") == model.shape == replace(tiny_shape, ranks=ranks)
+    assert shape_of(found, "m") == model.shape == replace(tiny_shape, ranks=ranks, version=version)
     loaded = load(tmp_path / "m.pth")
-    assert loaded.version == version
+    assert loaded.shape.version == version
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
 
 

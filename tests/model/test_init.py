@@ -117,5 +117,5 @@ def test_rwkv_6_begins_as_its_trainer_makes_it():
 def test_a_new_models_ranks_follow_its_width(version, n_embd, ranks):
     """Of RWKV-7 by hand: the multiple of 32 nearest to 2.5, 2.5, 1.7 and 5 times the root of n_embd, and at least 32."""
     with torch.device("meta"):
-        model = empty_model(ModelShape(2, n_embd, n_embd, 96, 10, head_size=32), version, None, torch.float32)
+        model = empty_model(ModelShape(2, n_embd, n_embd, 96, 10, head_size=32, version=version), None, torch.float32)
     assert model.shape.ranks == ranks

@@ -16,7 +16,7 @@ from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.evaluation.divergence import score_windows
 from rwkv_dpo.evaluation.scoring import score_pairs, scoring_batches, token_batches
 from rwkv_dpo.kernels.backends import BACKENDS, choose_backend
-from rwkv_dpo.model.checkpoint import empty_model, load_into, shape_of, version_of
+from rwkv_dpo.model.checkpoint import empty_model, load_into, shape_of
 from rwkv_dpo.objective.losses import L2WRAP_FACTOR, dpo, preference_loss
 from rwkv_dpo.objective.objective import answer_logps, objective, pair_metrics, score_rows
 from rwkv_dpo.objective.preferences import preferences
@@ -32,8 +32,8 @@ def golden(request):
 
 def golden_model(golden, backend="reference"):
     weights = golden_weights(golden)
-    version = version_of(weights, "golden")
-    model = empty_model(shape_of(weights, "golden"), version, choose_backend(version, backend, torch.device("cpu")).wkv, torch.float32)
+    shape = shape_of(weights, "golden")
+    model = empty_model(shape, choose_backend(shape.version, backend, torch.device("cpu")).wkv, torch.float32)
     load_into(model, weights, "golden")
     return model
 

@@ -112,7 +112,8 @@ def _no_model(weights: Weights) -> str:
 
 def shape_of(weights: Weights, path: str | Path) -> ModelShape:
     """Depth, widths, vocabulary and head size, read off the weights."""
-    mixes = MIXES[version_of(weights, path)]
+    version = version_of(weights, path)
+    mixes = MIXES[version]
 
     def size(name: str, dim: int, n_dims: int = 2) -> int:
         if name not in weights:
@@ -129,6 +130,7 @@ def shape_of(weights: Weights, path: str | Path) -> ModelShape:
         dim_ffn=size("blocks.0.ffn.key.weight", 0),
         vocab_size=size("emb.weight", 0),
         head_size=size(f"blocks.0.{mixes.of_heads}", 1),
+        version=version,
     )
     # The first layer of RWKV-7 lacks some.
     last = f"blocks.{shape.n_layer - 1}"
@@ -141,11 +143,11 @@ def shape_of(weights: Weights, path: str | Path) -> ModelShape:
     return shape
 
 
-def empty_model(shape: ModelShape, version: str, wkv: WKV, compute_dtype: torch.dtype, grad_cp: str = "0", dropout: float = 0.0) -> RWKV:
+def empty_model(shape: ModelShape, wkv: WKV, compute_dtype: torch.dtype, grad_cp: str = "0", dropout: float = 0.0) -> RWKV:
     """A model whose weights are not yet set (fp32, on the CPU)."""
     if shape.dim_att % shape.head_size:
         refuse(f"--dim_att {shape.dim_att} is not a multiple of --head_size_a {shape.head_size}")
-    mixes = MIXES[version]
+    mixes = MIXES[shape.version]
     if not shape.ranks:
         shape = replace(shape, ranks=tuple(rank(shape.n_embd) for rank in mixes.ranks.values()))
     return RWKV(shape, mixes, wkv, compute_dtype, grad_cp, dropout)
@@ -178,8 +180,8 @@ def load_into(model: RWKV, weights: Weights, path: str | Path, partial: bool = F
 def load_model(path: str | Path, *, device: torch.device, compute_dtype: torch.dtype, wkv_backend: str = "auto") -> RWKV:
     """The model of a checkpoint, to run: fp32 weights on `device`, computing in compute_dtype."""
     weights = read_checkpoint(path)
-    version = version_of(weights, path)
-    model = empty_model(shape_of(weights, path), version, choose_backend(version, wkv_backend, device).wkv, compute_dtype)
+    shape = shape_of(weights, path)
+    model = empty_model(shape, choose_backend(shape.version, wkv_backend, device).wkv, compute_dtype)
     load_into(model, weights, path)
     return model.to(device).eval()
 

@@ -20,8 +20,8 @@ _ZERO = ("att.output.weight", "ffn.value.weight", "ffn.receptance.weight")
 def init_weights(model: RWKV, lr_init: float, seed: int) -> None:
     """Fills every weight of a model. lr_init sets the range of RWKV-5's embedding, as in RWKV-LM."""
     generator = torch.Generator().manual_seed(seed)
-    block_weight = {"5": _block_weight_5, "6": _block_weight_6, "7": block_weight_7}[model.version]
-    emb_range = lr_init if model.version == "5" else 1e-4
+    block_weight = {"5": _block_weight_5, "6": _block_weight_6, "7": block_weight_7}[model.shape.version]
+    emb_range = lr_init if model.shape.version == "5" else 1e-4
     for name, parameter in model.named_parameters():
         if name.startswith("blocks."):
             layer, rest = name.removeprefix("blocks.").split(".", 1)

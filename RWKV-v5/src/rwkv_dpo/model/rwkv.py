@@ -34,7 +34,7 @@ class RWKV(nn.Module):
         """compute_dtype: of activations and matrix products; the weights keep their own (fp32 in training).
         grad_cp: what the backward pass computes again: "0" and "selective" norms, mixes and gates, "1" whole blocks."""
         super().__init__()
-        self.shape, self.version, self.wkv, self.compute_dtype, self.grad_cp = shape, mixes.version, wkv, compute_dtype, grad_cp
+        self.shape, self.wkv, self.compute_dtype, self.grad_cp = shape, wkv, compute_dtype, grad_cp
         self.finds_collisions = False  # whether scored rows come with LogProbs.collisions
         self.emb = nn.Embedding(shape.vocab_size, shape.n_embd)
         self.blocks = nn.ModuleList(Block(shape, mixes, layer, dropout) for layer in range(shape.n_layer))

@@ -23,6 +23,8 @@ _MIXES = "wkvrg"
 class TimeMix(nn.Module):
     """The half of a block that looks back: r, k, v, g and w of each token and the one before it, and the WKV recurrence."""
 
+    time_maa_x: nn.Parameter
+
     def __init__(self, shape: ModelShape, layer: int) -> None:
         super().__init__()
         self.n_head, self.head_size = shape.n_head, shape.head_size
@@ -51,9 +53,9 @@ class TimeMix(nn.Module):
         """As RWKV-5's."""
         # Rows, the rows before them, and what decides how far each token mixes the two.
         zero = torch.zeros_like(norm.bias)
-        inputs = (x, before, norm.weight, norm.bias, zero + 1, zero, 1 - self.get_parameter("time_maa_x"))
+        inputs = (x, before, norm.weight, norm.bias, zero + 1, zero, 1 - self.time_maa_x)
         (own, of_before, depths), (last,) = products(Entry(forest), inputs, (Rows(), Rows(), Matrix(self.time_maa_w1)))
-        mixing = tuple(self.get_parameter(f"time_maa_{name}") for name in _MIXES)
+        mixing = tuple(getattr(self, f"time_maa_{name}") for name in _MIXES)
         layers = (Matrix(self.time_decay_w1), self.key, self.value, self.receptance, self.gate)
         (w, k, v, r, g), _ = products(Again(token_mixes), (own, of_before, depths, self.time_maa_w2, *mixing), layers)
         (w,), _ = products(Again(_tanh), (w,), [Matrix(self.time_decay_w2)])

@@ -28,6 +28,14 @@ class TimeMix(nn.Module):
     """The half of a block that looks back, and the WKV recurrence. The first layer's values, v_first, go along to the others, which
     mix them into their own."""
 
+    w0: nn.Parameter
+    w1: nn.Parameter
+    a0: nn.Parameter
+    a1: nn.Parameter
+    v0: nn.Parameter
+    v1: nn.Parameter
+    g1: nn.Parameter
+
     def __init__(self, shape: ModelShape, layer: int) -> None:
         super().__init__()
         self.n_head, self.head_size = shape.n_head, shape.head_size
@@ -57,10 +65,9 @@ class TimeMix(nn.Module):
         v_first: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
         """As RWKV-5's; v_first [S, C] is None before the first layer."""
-        get = self.get_parameter
-        mixing = (1 - get(f"x_{name}") for name in "rwkvag")
-        value = self.value if v_first is None else Both(self.value, Matrix(get("v1")))
-        layers = (self.receptance, Matrix(get("w1")), self.key, value, Matrix(get("a1")), Matrix(get("g1")))
+        mixing = (1 - getattr(self, f"x_{name}") for name in "rwkvag")
+        value = self.value if v_first is None else Both(self.value, Matrix(self.v1))
+        layers = (self.receptance, Matrix(self.w1), self.key, value, Matrix(self.a1), Matrix(self.g1))
         (r, w, k, v, a, g), (last,) = products(Entry(forest), (x, before, norm.weight, norm.bias, *mixing), layers)
         w = self._second("w", w, torch.tanh)
         a = self._second("a", a)
@@ -69,9 +76,9 @@ class TimeMix(nn.Module):
             v_first = v
         else:
             v, depth = v
-            (v,) = made_twice(_mix_first, v, v_first, self._second("v", depth), get("v0"))
-        k, taken, put_back = made_twice(self.keys, k, a, get("a0"), self.k_k, self.k_a)
-        log_w = log_decay(w, get("w0"))
+            (v,) = made_twice(_mix_first, v, v_first, self._second("v", depth), self.v0)
+        k, taken, put_back = made_twice(self.keys, k, a, self.a0, self.k_k, self.k_a)
+        log_w = log_decay(w, self.w0)
 
         inputs = tuple(part.view(-1, self.n_head, self.head_size) for part in (r, k, v, taken, put_back, log_w))
         y, ends = run_forest(wkv, forest, initial, inputs, ())
@@ -80,7 +87,7 @@ class TimeMix(nn.Module):
 
     def _second(self, name: str, x: Tensor, between: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
         """The second product of a low-rank part."""
-        return products(Again(lambda x: (between(x),)), (x,), [Matrix(self.get_parameter(f"{name}2"))])[0][0]
+        return products(Again(lambda x: (between(x),)), (x,), [Matrix(getattr(self, f"{name}2"))])[0][0]
 
     def keys(self, k: Tensor, a: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The key that is written, -kk and kk * a, all [S, H * N]."""
