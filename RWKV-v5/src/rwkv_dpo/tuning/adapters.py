@@ -110,8 +110,12 @@ def parse_layers(text: str, n_layer: int) -> set[int]:
 
 
 def extra_names(model: RWKV, words: list[str]) -> tuple[str, ...]:
-    """The weights that --train_extra names."""
-    return tuple(name for name, _ in model.named_parameters() if any(re.fullmatch(EXTRAS[word], name) for word in words))
+    """The weights that --train_extra names. InputError for a word that names none."""
+    own = [name for name, _ in model.named_parameters()]
+    for word in words:
+        if not any(re.fullmatch(EXTRAS[word], name) for name in own):
+            refuse(f"--train_extra {word}: an RWKV-{model.shape.version} has no such weights")
+    return tuple(name for name in own if any(re.fullmatch(EXTRAS[word], name) for word in words))
 
 
 def keep_frozen(model: RWKV, but: tuple[str, ...] = ()) -> None:
