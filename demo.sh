@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
-# The whole job in minutes on a laptop CPU: a small RWKV-5 learns to prefer warm answers to grumpy ones.
-#   ./demo.sh [folder for the results, default demo_out]
+# The whole job in minutes on a laptop CPU: a small RWKV learns to prefer warm answers to grumpy ones.
+#   ./demo.sh [--version 5|6|7, default 5] [folder for the results, default demo_out]
 set -euo pipefail
 root=$(cd "$(dirname "$0")" && pwd)
+version=5
+if [[ ${1:-} == --version ]]; then
+    version=${2:-}
+    [[ $version =~ ^[567]$ ]] || { echo "demo.sh --version $version: 5, 6 and 7 are accepted" >&2; exit 2; }
+    shift 2
+fi
 out=${1:-$root/demo_out}
 source "$root/setup.sh"
 mkdir -p "$out"
@@ -12,9 +18,9 @@ export OMP_WAIT_POLICY=passive
 corpus=(--data_file "$root/default_text_document" --data_type binidx --vocab_size 65536 --ctx_len 256)
 run=(--accelerator cpu --precision fp32 --random_seed 1 --overwrite 1 --epoch_save 0)
 
-step "1/4 Train a small RWKV-5 from scratch on default_text_document"
-python "$root/RWKV-v5/train.py" --dpo 0 "${corpus[@]}" "${run[@]}" --proj_dir "$out/base" --n_layer 4 --n_embd 128 \
-    --micro_bsz 4 --epoch_steps 60 --epoch_count 5 --lr_init 3e-3 --lr_final 3e-4 --warmup_steps 20
+step "1/4 Train a small RWKV-$version from scratch on default_text_document"
+python "$root/RWKV-v5/train.py" --dpo 0 "${corpus[@]}" "${run[@]}" --proj_dir "$out/base" --rwkv_version "$version" --n_layer 4 \
+    --n_embd 128 --micro_bsz 4 --epoch_steps 60 --epoch_count 5 --lr_init 3e-3 --lr_final 3e-4 --warmup_steps 20
 
 step "2/4 Build preference pairs, scored by that model"
 python "$root/RWKV-v5/prepare_pairs.py" --source "$root/RWKV-v5/demo/preferences.jsonl" --load_model "$out/base/rwkv-final.pth" \

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains an RWKV-5 model on a corpus, on preference pairs, or on both: `train.py --help`."""
+"""Trains an RWKV model on a corpus, on preference pairs, or on both: `train.py --help`."""
 
 import atexit
 import logging

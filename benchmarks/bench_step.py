@@ -34,7 +34,7 @@ from rwkv_dpo.data.pairs import Pair, PairSet, pack_pairs
 from rwkv_dpo.data.trees import grow
 from rwkv_dpo.devices.device import tune_cpu
 from rwkv_dpo.evaluation.scoring import score_pairs
-from rwkv_dpo.kernels.wkv5 import choose_backend
+from rwkv_dpo.kernels.backends import choose_backend
 from rwkv_dpo.model.checkpoint import empty_model
 from rwkv_dpo.model.linear import Linear
 from rwkv_dpo.model.rwkv import RWKV
@@ -51,7 +51,7 @@ CASES = {"256/200/150": (256, 200, 150), "512/128/128": (512, 128, 128)}
 
 
 def build(way: str, shape: ModelShape, precision: str, backend: str, device: torch.device, grad_cp: str = "0") -> RWKV:
-    model = empty_model(shape, "5", choose_backend(backend, device).wkv5, DTYPES[precision], grad_cp)
+    model = empty_model(shape, choose_backend(shape.version, backend, device).wkv, DTYPES[precision], grad_cp)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():

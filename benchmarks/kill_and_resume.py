@@ -28,7 +28,7 @@ from lives import records  # noqa: E402 (as above)
 from measure import save  # noqa: E402 (as above)
 from rwkv_dpo.data.pair_files import save_pairs  # noqa: E402 (as above)
 from rwkv_dpo.data.pairs import pack_pairs  # noqa: E402 (as above)
-from rwkv_dpo.kernels.wkv5 import choose_backend  # noqa: E402 (as above)
+from rwkv_dpo.kernels.backends import choose_backend  # noqa: E402 (as above)
 from rwkv_dpo.model.checkpoint import empty_model, save_weights  # noqa: E402 (as above)
 from rwkv_dpo.model.init import init_weights  # noqa: E402 (as above)
 from rwkv_dpo.model.shape import ModelShape  # noqa: E402 (as above)
@@ -92,7 +92,7 @@ def live(folder: Path, name: str, changes: dict, chance: random.Random, n_kills:
 
 def write_data(folder: Path) -> None:
     shape = ModelShape(2, 64, 64, 224, 512, head_size=32)
-    model = empty_model(shape, "5", choose_backend("chunked", torch.device("cpu")).wkv5, torch.float32)
+    model = empty_model(shape, choose_backend("5", "chunked", torch.device("cpu")).wkv, torch.float32)
     init_weights(model, 1e-3, 0)
     save_weights(model.state_dict(), folder / "model.pth")
     rng = np.random.default_rng(0)

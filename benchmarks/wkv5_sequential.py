@@ -5,9 +5,10 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
+from rwkv_dpo.kernels.backends import DTYPES, check_inputs
 from rwkv_dpo.kernels.build import EntryPoint
-from rwkv_dpo.kernels.wkv5.common import DTYPES, check_inputs, decay_rate
 from rwkv_dpo.kernels.wkv5.cuda import load_kernels
+from rwkv_dpo.kernels.wkv5.reference import decay_rate
 from torch import Tensor
 
 SOURCE = Path(__file__).parent / "csrc" / "wkv5_sequential.cu"
@@ -44,7 +45,7 @@ def _library() -> ctypes.CDLL:
 
 def wkv5_with(library, r, k, v, time_decay, u, cu_seqlens, state0=None):
     """wkv5 by a build of csrc/wkv5_sequential.cu."""
-    check_inputs("sequential", r, k, v, time_decay, u, cu_seqlens, state0)
+    check_inputs("sequential", {"r": r, "k": k, "v": v}, cu_seqlens, state0, per_head={"time_decay": time_decay, "u": u})
     w = torch.exp(-decay_rate(time_decay.float()))
     bounds = _on_device(cu_seqlens.to(torch.int32).numpy().tobytes(), r.device)
     return _Sequential.apply(library, bounds, *(x.contiguous() for x in (r, k, v, w, u.float())), state0)

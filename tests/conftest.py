@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
@@ -13,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from lives import Lives
 from rwkv_dpo.data.pair_files import save_original
-from rwkv_dpo.kernels.wkv5 import reference
+from rwkv_dpo.kernels.backends import choose_backend
 from rwkv_dpo.model.checkpoint import empty_model
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
@@ -24,16 +25,21 @@ settings.load_profile("any machine")
 
 
 def random_model(shape: ModelShape, dtype: torch.dtype = torch.float64, seed: int = 0, **options) -> RWKV:
-    """A model with weights and activations of `dtype`, on the reference recurrence, every weight random and alive."""
-    wkv = options.pop("wkv", reference.wkv5)
-    model = empty_model(shape, "5", wkv, dtype, **options).to(dtype)
+    """A model with weights and activations of `dtype`, on the reference recurrence, every weight random and alive. version: the shape's."""
+    shape = replace(shape, version=options.pop("version", shape.version))
+    wkv = options.pop("wkv", None) or choose_backend(shape.version, "reference", torch.device("cpu")).wkv
+    model = empty_model(shape, wkv, dtype, **options).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "time_decay" in name:
+            if name.endswith("time_decay"):
                 p.uniform_(-6, 1, generator=generator)
-            elif "time_" in name:
+            elif name.endswith(("1", "2")) and p.dim() > 1:
+                p.normal_(0, 0.7 * p.shape[-2] ** -0.5, generator=generator)
+            elif "time_" in name or ".x_" in name:
                 p.uniform_(0, 1, generator=generator)
+            elif name.endswith("0") or p.dim() == 3:  # w0, a0, v0, k_k, k_a of RWKV-7
+                p.normal_(0.0 if name.endswith("0") else 1.0, 1.0, generator=generator)
             elif p.dim() == 1:
                 p.normal_(1.0 if name.endswith("weight") else 0.0, 0.1, generator=generator)
             else:

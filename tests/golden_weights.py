@@ -1,6 +1,8 @@
 """Rebuilds the weights and data behind the golden files: numbers that the original's own training step produced."""
 
+import functools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,21 @@ def load_golden(name: str) -> dict:
     return json.loads(path.read_text())
 
 
-def golden_weights(shapes: dict[str, list[int]], seed: int) -> dict[str, torch.Tensor]:
-    """Weights by the recipe in the golden files' description: one generator, keys in sorted order."""
-    rng = np.random.default_rng(seed)
-    return {name: torch.from_numpy(_draw(rng, name, shapes[name]).astype(np.float32)) for name in sorted(shapes)}
+def golden_weights(golden: dict) -> dict[str, torch.Tensor]:
+    """Weights by the recipe in the golden files' description, or the recipe that a file holds: one generator, keys in sorted order."""
+    shapes, rng = golden["weight_shapes"], np.random.default_rng(golden["weight_seed"])
+    rules = golden.get("weight_recipe", {}).get("rules")
+    draw = _draw if rules is None else functools.partial(_draw_by, rules)
+    return {name: torch.from_numpy(draw(rng, name, shapes[name]).astype(np.float32)) for name in sorted(shapes)}
+
+
+def _draw_by(rules: list[list], rng: np.random.Generator, name: str, shape: list[int]) -> np.ndarray:
+    """The first rule [regex, kind, p, q] whose regex is found in the name."""
+    kind, p, q = next(rule[1:] for rule in rules if re.search(rule[0], name))
+    if kind == "uniform":
+        return rng.uniform(p, q, shape)
+    scale = 1.0 if kind == "normal" else np.sqrt(shape[{"normal/sqrt(shape[0])": 0, "normal/sqrt(shape[-1])": -1}[kind]])
+    return p + q * rng.standard_normal(shape) / scale
 
 
 def _draw(rng: np.random.Generator, name: str, shape: list[int]) -> np.ndarray:

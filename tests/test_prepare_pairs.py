@@ -42,7 +42,7 @@ def save_tiny_model(path, vocab_size=VOCAB_SIZE):
     from rwkv_dpo.model.shape import ModelShape
 
     shape = ModelShape(n_layer=1, n_embd=16, dim_att=16, dim_ffn=32, vocab_size=vocab_size, head_size=8)
-    model = empty_model(shape, "5", wkv5, torch.float32)
+    model = empty_model(shape, wkv5, torch.float32)
     init_weights(model, lr_init=1e-2, seed=0)
     save_weights(dict(model.named_parameters()), path)
     return path

@@ -68,14 +68,15 @@ def _read_pairs(path: Path) -> None:
 def _read_weights(path: Path) -> None:
     import safetensors.torch  # noqa: F401 (the reader imports it at the first file that looks like one, which the guard would see)
     import torch
-    from rwkv_dpo.kernels.wkv5 import reference
-    from rwkv_dpo.model.checkpoint import empty_model, load_into, read_weights, shape_of, version_of
+    from rwkv_dpo.kernels.backends import choose_backend
+    from rwkv_dpo.model.checkpoint import empty_model, load_into, read_weights, shape_of
 
     weights = read_weights(path)
     assert sum(value.numel() * value.element_size() for value in weights.values()) <= path.stat().st_size
     for value in weights.values():
         value.float().sum()  # reads all of it
-    model = empty_model(shape_of(weights, path), version_of(weights, path), reference.wkv5, torch.float32)
+    shape = shape_of(weights, path)
+    model = empty_model(shape, choose_backend(shape.version, "reference", torch.device("cpu")).wkv, torch.float32)
     load_into(model, weights, path)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import random_model
 from rwkv_dpo.batches.micro_batch import collate
-from rwkv_dpo.kernels.wkv5 import chunked, cpu
+from rwkv_dpo.kernels.backends import choose_backend
 from rwkv_dpo.memory.estimate import PARTS, Plan, alternatives, estimate, total
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.objective.losses import dpo
@@ -16,7 +16,6 @@ from rwkv_dpo.optimizer.adamw import build_optimizer
 from rwkv_dpo.optimizer.settings import OptimizerSettings
 
 SHAPE = ModelShape(n_layer=4, n_embd=256, dim_att=256, dim_ffn=896, vocab_size=8192)
-BACKENDS = {"cpu": cpu.wkv5, "chunked": chunked.wkv5}
 PLAN = Plan(
     shape=SHAPE, n_parameters=0, n_trainable=0, trains_head=True, frozen_bytes=4, compute_bytes=2, optim="adamw", grad_cp="0",
     chunk_ctx=0, n_tokens=0, n_rows=0, n_segments=0, accumulates=False, on_gpu=False, wkv_backend="cpu",
@@ -65,7 +64,8 @@ def measured(plan: Plan, window: int, pair_lengths: tuple[int, ...]) -> tuple[Pl
     """The plan with its sizes filled in, and the bytes of weights, optimizer state and a step's peak, counted."""
     rng = np.random.default_rng(0)
     dtype = {2: torch.bfloat16, 4: torch.float32}[plan.compute_bytes]
-    model = random_model(plan.shape, torch.float32, wkv=BACKENDS[plan.wkv_backend])
+    wkv = choose_backend(plan.shape.version, plan.wkv_backend, torch.device("cpu")).wkv
+    model = random_model(plan.shape, torch.float32, wkv=wkv)
     model.compute_dtype, model.grad_cp = dtype, plan.grad_cp
     windows = [rng.integers(1, 512, window + 1)] if window else []
     pairs = [tuple(rng.integers(1, 512, n) for n in pair_lengths)] * 2 if pair_lengths else []
@@ -104,6 +104,19 @@ def test_the_estimate_is_within_a_tenth_of_what_a_step_takes(changes):
     changes = dict(changes)
     window, pairs = changes.pop("window", 1000), changes.pop("pairs", ())
     plan, peak = measured(replace(PLAN, **changes), window, pairs)
+    assert total(plan) == pytest.approx(peak, rel=0.1)
+
+
+NEWER = {"6": replace(SHAPE, version="6"), "7": replace(SHAPE, version="7", dim_ffn=1024)}
+CASES_OF_NEWER = ("a window", "a long window", "fp32", "grad_cp", "selective", "chunks", "chunked WKV", "pairs and a window")
+
+
+@pytest.mark.parametrize("version", NEWER)
+@pytest.mark.parametrize("case", CASES_OF_NEWER)
+def test_the_estimate_of_newer_versions_is_within_a_tenth_too(version, case):
+    changes = dict(CASES[case])
+    window, pairs = changes.pop("window", 1000), changes.pop("pairs", ())
+    plan, peak = measured(replace(PLAN, shape=NEWER[version], **changes), window, pairs)
     assert total(plan) == pytest.approx(peak, rel=0.1)
 
 

@@ -1,6 +1,7 @@
 """Reading and writing .pth files, and every way a file can be wrong."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,31 @@ def test_a_saved_model_comes_back_with_its_shape_and_weights(saved, tiny_shape):
     loaded = load_model(path, device=torch.device("cpu"), compute_dtype=torch.float32, wkv_backend="reference")
     for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("version", "ranks"), [("6", (80, 24)), ("7", (16, 24, 40, 48))])
+@pytest.mark.parametrize("squeezed", [False, True])
+def test_version_and_ranks_are_read_off_the_weights(version, ranks, squeezed, tiny_shape, tmp_path):
+    """Vectors may have lost their two dimensions of 1."""
+    model = random_model(replace(tiny_shape, ranks=ranks), torch.float32, version=version)
+    weights = model.state_dict()
+    if squeezed:
+        weights |= {name: w.flatten() for name, w in weights.items() if w.shape[:2] == (1, 1) and "decay" not in name}
+    save_weights(weights, tmp_path / "m.pth")
+    found = read_weights(tmp_path / "m.pth")
+    assert version_of(found, "m") == version
+    assert shape_of(found, "m") == model.shape == replace(tiny_shape, ranks=ranks, version=version)
+    loaded = load(tmp_path / "m.pth")
+    assert loaded.shape.version == version
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("n_layer", [1, 2])
+def test_the_first_layers_v0_v1_and_v2_may_be_there(n_layer, tiny_shape, tmp_path):
+    model = random_model(replace(tiny_shape, n_layer=n_layer), torch.float32, version="7")
+    unread = {"blocks.0.att.v0": torch.ones(1, 1, 32), "blocks.0.att.v1": torch.ones(32, 32), "blocks.0.att.v2": torch.ones(32, 32)}
+    save_weights({**model.state_dict(), **unread}, tmp_path / "m.pth")
+    assert load(tmp_path / "m.pth").state_dict().keys() == model.state_dict().keys()
 
 
 def test_bf16_files_and_deepspeed_prefixes_are_read(saved, tmp_path):
@@ -58,8 +84,10 @@ def load(path):
     (lambda w: w.update(extra=torch.ones(2)), "unexpected extra"),
     (lambda w: w.update({"blocks.1.ffn.key.weight": torch.ones(3, 3)}), r"blocks.1.ffn.key.weight \(3, 3\) instead of \(96, 32\)"),
     (lambda w: w.pop("emb.weight"), "emb.weight is missing"),
-    (lambda w: w.update({"blocks.0.att.x_r": torch.ones(2)}), "RWKV-7 checkpoint; RWKV-5.2 is supported"),
-    (lambda w: w.update({"blocks.0.att.time_maa_x": torch.ones(2)}), "RWKV-6 checkpoint"),
+    (lambda w: w.update({"blocks.0.qkv.qq.weight": torch.ones(2)}), "RWKV-7b checkpoint; RWKV-5.2 .* are supported"),
+    (lambda w: w.update({"blocks.0.ffn.s_emb.weight": torch.ones(2)}), "RWKV-7a checkpoint"),
+    (lambda w: w.update({"blocks.0.att.x_r": torch.ones(2)}), "blocks.0.att.r_k is missing"),
+    (lambda w: w.update({"blocks.0.att.time_maa_x": torch.ones(1, 1, 32)}), "missing blocks.0.att.time_decay_w1.*unexpected"),
     (lambda w: w.pop("blocks.0.att.gate.weight"), "RWKV-5.0 checkpoint"),
     (lambda w: w.update({"blocks.0.att.time_decay": torch.ones(4)}), "RWKV-5.1 checkpoint"),
     (lambda w: w.update({"emb.weight": torch.ones(4)}), r"emb.weight has shape \(4,\)"),

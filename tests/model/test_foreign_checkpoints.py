@@ -76,7 +76,7 @@ def test_a_partial_load_ties_nothing(written):
 
 @pytest.mark.parametrize(("name", "message"), [
     ("whole_module.pth", r"whole_module.pth: .*(holds RWKV|it names)"),
-    ("hf/model.safetensors", r"model.safetensors: an RWKV-4 checkpoint; RWKV-5.2 is supported"),
+    ("hf/model.safetensors", r"model.safetensors: an RWKV-4 checkpoint; RWKV-5.2 .*, 6 .* and 7 .* are supported"),
     ("hf", r"hf: a folder; a checkpoint is a file in it, such as model.safetensors"),
     ("deepspeed", r"deepspeed: a folder; DeepSpeed's zero_to_fp32.py in it"),
 ])  # fmt: skip

@@ -16,8 +16,8 @@ from rwkv_dpo.batches.step import Step, build_step
 from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.evaluation.divergence import score_windows
 from rwkv_dpo.evaluation.scoring import score_pairs
+from rwkv_dpo.kernels.backends import choose_backend
 from rwkv_dpo.kernels.linear_logprobs import LogProbs
-from rwkv_dpo.kernels.wkv5 import choose_backend
 from rwkv_dpo.objective import chunked_step
 from rwkv_dpo.objective.chunked_step import score_chunks
 from rwkv_dpo.objective.losses import dpo, l2wrap, mix, preference_loss
@@ -77,7 +77,7 @@ def assert_same(got, want, tolerance):
 @pytest.mark.parametrize("case", CASES)
 def test_chunks_change_no_gradient(tiny_shape, monkeypatch, case, chunk_ctx, direct_borders):
     monkeypatch.setattr(chunked_step, "DIRECT_BORDERS", direct_borders)
-    model = random_model(tiny_shape, wkv=choose_backend("chunked", torch.device("cpu")).wkv5)
+    model = random_model(tiny_shape, wkv=choose_backend("5", "chunked", torch.device("cpu")).wkv)
     want = loss_and_gradients(model, case, 0)
     assert_same(loss_and_gradients(model, case, chunk_ctx), want, 1e-9)
 
@@ -85,7 +85,7 @@ def test_chunks_change_no_gradient(tiny_shape, monkeypatch, case, chunk_ctx, dir
 @pytest.mark.parametrize("grad_cp", ["0", "1"])
 @pytest.mark.parametrize("backend", ["cpu", "chunked"])
 def test_in_fp32_the_gradients_agree_to_its_rounding(tiny_shape, backend, grad_cp):
-    wkv = choose_backend(backend, torch.device("cpu")).wkv5
+    wkv = choose_backend("5", backend, torch.device("cpu")).wkv
     want = loss_and_gradients(random_model(tiny_shape, torch.float32, wkv=wkv), "both", 0)
     model, sizes = random_model(tiny_shape, torch.float32, wkv=wkv, grad_cp=grad_cp), []
     model.register_forward_pre_hook(lambda module, arguments: sizes.append(arguments[0].tokens.numel()))
@@ -198,7 +198,7 @@ def test_truncated_windows_may_take_two_passes(tiny_shape):
 
 
 def test_beyond_32_borders_the_states_held_grow_with_the_root(tiny_shape):
-    model = random_model(tiny_shape, wkv=choose_backend("chunked", torch.device("cpu")).wkv5)
+    model = random_model(tiny_shape, wkv=choose_backend("5", "chunked", torch.device("cpu")).wkv)
     held = {}
     for n_chunks in (2, 32, 33, 100):
         plan = plan_chunks(build_step([tokens(16 * n_chunks + 1)], []), 16)

@@ -15,7 +15,7 @@ from rwkv_dpo.batches.step import build_step
 from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.evaluation.divergence import score_windows
 from rwkv_dpo.evaluation.scoring import score_pairs, scoring_batches, token_batches
-from rwkv_dpo.kernels.wkv5 import BACKENDS, choose_backend, reference
+from rwkv_dpo.kernels.backends import BACKENDS, choose_backend
 from rwkv_dpo.model.checkpoint import empty_model, load_into, shape_of
 from rwkv_dpo.objective.losses import L2WRAP_FACTOR, dpo, preference_loss
 from rwkv_dpo.objective.objective import answer_logps, objective, pair_metrics, score_rows
@@ -25,21 +25,22 @@ from rwkv_dpo.objective.preferences import preferences
 GOLDEN_TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module")
-def golden():
-    return load_golden("original_rwkv5_tiny.json")
+@pytest.fixture(scope="module", params=["5", "6", "7"])
+def golden(request):
+    return load_golden(f"original_rwkv{request.param}_tiny.json")
 
 
-def golden_model(golden, wkv=reference.wkv5):
-    weights = golden_weights(golden["weight_shapes"], golden["weight_seed"])
-    model = empty_model(shape_of(weights, "golden"), "5", wkv, torch.float32)
+def golden_model(golden, backend="reference"):
+    weights = golden_weights(golden)
+    shape = shape_of(weights, "golden")
+    model = empty_model(shape, choose_backend(shape.version, backend, torch.device("cpu")).wkv, torch.float32)
     load_into(model, weights, "golden")
     return model
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cuda"])
 def test_losses_and_gradient_norms_are_the_originals(golden, backend):
-    model = golden_model(golden, choose_backend(backend, torch.device("cpu")).wkv5)
+    model = golden_model(golden, backend)
     window = np.array(golden["corpus"])
     for step in golden["steps"]:
         pair = golden["pairs"][step["pair"]]
@@ -56,7 +57,8 @@ def test_losses_and_gradient_norms_are_the_originals(golden, backend):
         norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
         assert sum(n**2 for n in norms.values()) ** 0.5 == pytest.approx(step["grad_norm"], rel=GOLDEN_TOLERANCE)
         for name, norm in step["grad_norms"].items():
-            assert norms[name] == pytest.approx(norm, rel=GOLDEN_TOLERANCE), name
+            # Of weights that nothing reads, and that the model leaves out, it is 0.
+            assert norms.get(name, 0.0) == pytest.approx(norm, rel=GOLDEN_TOLERANCE), name
 
 
 def test_sequence_log_probabilities_are_the_originals(golden):
@@ -66,6 +68,28 @@ def test_sequence_log_probabilities_are_the_originals(golden):
         logps = score_pairs(model, pairs, batch_tokens)
         for row, expected in zip(logps, golden["logps"], strict=True):
             assert row == pytest.approx([expected["chosen"], expected["rejected"]], rel=GOLDEN_TOLERANCE)
+
+
+def test_a_first_state_of_rwkv_7_gives_the_public_codes_loss_gradients_and_end():
+    golden = load_golden("original_rwkv7_tiny.json")
+    model, recipe, window = golden_model(golden), golden["initial_state"], np.array(golden["corpus"])
+    draw = np.random.default_rng(recipe["seed"])
+    _, ends = model(collate([window], [], np.zeros((0, 2))).step.forest)
+    for end, norm in zip(ends, recipe["end_state_norms_from_zero"], strict=True):
+        assert end.wkv.norm().item() == pytest.approx(norm, rel=GOLDEN_TOLERANCE)
+    corner = torch.tensor(recipe["end_state_corner_layer0_head0"])
+    torch.testing.assert_close(ends[0].wkv[0, 0].T[: len(corner), : len(corner[0])], corner, rtol=GOLDEN_TOLERANCE, atol=1e-6)
+
+    states = model.add_time_states()
+    with torch.no_grad():
+        for state in states:
+            state.copy_(torch.from_numpy((0.3 * draw.standard_normal(state.shape)).astype(np.float32)))
+    loss, _ = objective(model, collate([window], [], np.zeros((0, 2))), dpo(0.1), 1.0)
+    assert loss.item() == pytest.approx(recipe["loss_general"], rel=GOLDEN_TOLERANCE)
+    grads = torch.autograd.grad(loss, states)
+    assert [grad.norm().item() for grad in grads] == pytest.approx(recipe["grad_norms_of_state_with_l2wrap"], rel=GOLDEN_TOLERANCE)
+    corner = torch.tensor(recipe["grad_corner_layer0_head0"])
+    torch.testing.assert_close(grads[0][0, : len(corner), : len(corner[0])], corner, rtol=GOLDEN_TOLERANCE, atol=1e-8)
 
 
 PAIRS = [  # unequal lengths, one-token answers, answers that begin alike, and one answer that continues the other
@@ -99,8 +123,9 @@ def full_forward_loss(model, windows, pairs, refs, beta, ratio):
     return ratio * (general + pull - pull.detach()) + (1 - ratio) * dpo
 
 
-def test_the_forest_equals_two_full_forwards_per_pair_in_values_and_all_gradients(tiny_shape):
-    model = random_model(tiny_shape)
+@pytest.mark.parametrize("version", ["5", "6", "7"])
+def test_the_forest_equals_two_full_forwards_per_pair_in_values_and_all_gradients(tiny_shape, version):
+    model = random_model(tiny_shape, version=version)
     pairs = [tuple(map(np.array, pair)) for pair in PAIRS]
     refs = np.array([[-3.0, -5.0], [-1.0, -4.0], [-9.0, -2.0], [-3.0, -3.0]])
     windows = [np.arange(12), np.arange(40, 52)]

@@ -11,6 +11,13 @@ NAMES = {
     "blocks.0.ln1.weight": (16,),
     "blocks.0.att.key.weight": (16, 16),
     "emb.weight": (50, 16),
+    "blocks.0.att.time_maa_w1": (16, 20),
+    "blocks.0.att.time_decay_w2": (4, 16),
+    "blocks.0.att.w0": (1, 1, 16),
+    "blocks.0.att.w1": (16, 4),
+    "blocks.0.att.g2": (4, 16),
+    "blocks.0.att.r_k": (2, 8),
+    "blocks.0.att.x_k": (1, 1, 16),
 }
 
 
@@ -31,6 +38,10 @@ def test_time_decay_learns_twice_as_fast_and_only_matrices_decay():
     assert got["blocks.0.ln1.weight"] == (1e-3, 0.0)
     assert got["blocks.0.att.key.weight"] == (1e-3, 0.1)
     assert got["emb.weight"] == (1e-3, 0.1)
+    # Of RWKV-6 and RWKV-7: low-rank parts and r_k are matrices that don't decay.
+    assert got.pop("blocks.0.att.w0") == (2e-3, 0.0)
+    for name in ("time_maa_w1", "time_decay_w2", "w1", "g2", "r_k", "x_k"):
+        assert got[f"blocks.0.att.{name}"] == (1e-3, 0.0), name
 
 
 def test_layerwise_lr_0_gives_one_rate():
@@ -42,3 +53,6 @@ def test_scales_are_rwkv_lms():
     assert lr_scale("blocks.3.att.time_decay", 2) == 5
     assert lr_scale("blocks.3.ffn.time_mix_k", 2) == 5
     assert lr_scale("blocks.3.ffn.key.weight", 2) == 1
+    assert lr_scale("blocks.3.att.time_maa_x", 2) == 5
+    assert lr_scale("blocks.3.att.time_maa_w1", 2) == lr_scale("blocks.3.att.time_decay_w2", 2) == 1
+    assert lr_scale("blocks.3.att.w0", 0) == lr_scale("blocks.3.att.w0", 2) == 2

@@ -227,7 +227,8 @@ def test_targets_layers_and_extras_choose_what_trains(tiny_shape):
     ({"targets": ","}, "--lora_targets is empty"),
     ({"layers": "1-2"}, "--lora_layers 1-2: not layers of this model; .* within 0-1"),
     ({"layers": "all"}, "--lora_layers all: not layers"),
-    ({"extra": "bias"}, "--train_extra bias: unknown; accepted are time, ln, emb, head"),
+    ({"extra": "bias"}, "--train_extra bias: unknown; accepted are time, lowrank, ln, emb, head"),
+    ({"extra": "lowrank"}, "--train_extra lowrank: an RWKV-5 has no such weights"),
 ], ids=str)  # fmt: skip
 def test_unknown_names_are_refused_with_the_known_ones(tiny_shape, plan, message):
     with pytest.raises(InputError, match=message):

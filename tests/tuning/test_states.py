@@ -69,27 +69,29 @@ def test_a_state_that_is_handed_in_takes_their_place(tiny_shape):
     assert torch.equal(model(one_sequence([4, 5]), state)[0], plain(one_sequence([4, 5]), state)[0])
 
 
+@pytest.mark.parametrize("version", ["5", "6", "7"])
 @pytest.mark.parametrize("head_size", [32, 64])
 @torch.no_grad()
-def test_a_state_file_gives_the_same_logits_in_the_rwkv_package(tmp_path, head_size):
+def test_a_state_file_gives_the_same_logits_in_the_rwkv_package(tmp_path, head_size, version):
     shape = ModelShape(2, 64, 64, 224, 71, head_size=head_size)
-    model = tuned(shape, torch.float32)
-    add_states(random_model(shape, torch.float32)).save(states(model), tmp_path, "final")
+    model = tuned(shape, torch.float32, version=version)
+    add_states(random_model(shape, torch.float32, version=version)).save(states(model), tmp_path, "final")
     tokens = np.random.default_rng(1).integers(0, shape.vocab_size, 19).tolist()
     want = model.head(model(one_sequence(tokens))[0])
 
-    package = package_model(random_model(shape, torch.float32), tmp_path)
+    package = package_model(random_model(shape, torch.float32, version=version), tmp_path)
     file = torch.load(tmp_path / "state-final.pth", weights_only=True)
-    # As RWKV-Runner and the package itself put such a file into a state: shifts zero, the last two axes swapped.
+    # As RWKV-Runner and the package itself put such a file into a state: shifts zero, the last two axes swapped but for RWKV-7.
     first = []
     for layer in range(shape.n_layer):
-        first += [torch.zeros(64), file[f"blocks.{layer}.att.time_state"].transpose(1, 2).contiguous(), torch.zeros(64)]
+        state = file[f"blocks.{layer}.att.time_state"]
+        first += [torch.zeros(64), state.clone() if version == "7" else state.transpose(1, 2).contiguous(), torch.zeros(64)]
     got, _ = package.forward(tokens, first, full_output=True)
     torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE)
     plain, _ = package.forward(tokens, None, full_output=True)
     assert (plain - want).abs().max() > 100 * TOLERANCE
 
-    loaded = load_tuned(random_model(shape, torch.float32), tmp_path / "state-final.pth")
+    loaded = load_tuned(random_model(shape, torch.float32, version=version), tmp_path / "state-final.pth")
     assert torch.equal(loaded.head(loaded(one_sequence(tokens))[0]), want)
 
 

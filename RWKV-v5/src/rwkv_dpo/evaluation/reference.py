@@ -12,7 +12,7 @@ from rwkv_dpo.evaluation.scoring import score_batch, scoring_batches
 from rwkv_dpo.files.hashed import file_sha256
 from rwkv_dpo.files.journal import open_journal
 from rwkv_dpo.files.json_text import as_json
-from rwkv_dpo.kernels.wkv5 import choose_backend
+from rwkv_dpo.kernels.backends import name_of
 from rwkv_dpo.model.checkpoint import load_model
 
 JOURNAL = "reference.journal"
@@ -37,11 +37,10 @@ def score_with_checkpoint(
     """
     on = pick_device(device, "--device")
     set_up(on, precision)
-    backend = choose_backend(wkv_backend, on).name
-    model = load_model(checkpoint, device=on, compute_dtype=COMPUTE_DTYPES[precision], wkv_backend=backend)
+    model = load_model(checkpoint, device=on, compute_dtype=COMPUTE_DTYPES[precision], wkv_backend=wkv_backend)
     check_pairs(pairs, str(checkpoint), model.shape.vocab_size)
     checkpoint_sha256 = file_sha256(checkpoint)
-    settings = [pairs_sha256(pairs), checkpoint_sha256, on.type, precision, batch_tokens, backend]
+    settings = [pairs_sha256(pairs), checkpoint_sha256, on.type, precision, batch_tokens, name_of(model.wkv)]
     fingerprint = hashlib.sha256(as_json(settings).encode()).digest()
     ref_logps = np.full((len(pairs), 2), np.nan)
     with open_journal(folder / JOURNAL, fingerprint) as journal:

@@ -26,7 +26,7 @@ from rwkv_dpo.kernels.cache import ANOTHER_FOLDER, BuildError, cache_folder, is_
 
 log = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).parent / "wkv5" / "csrc"
+SOURCES = Path(__file__).parent / "csrc"
 
 # What a compiler's last command writes, in the folder that it runs in.
 LIBRARY = "library.so"
@@ -126,7 +126,7 @@ def last_error(said: str) -> str:
 
 
 def _parts(source: Path) -> list[Path]:
-    return [source, *sorted(source.parent.glob("*.cuh"))]
+    return [source, *sorted([*source.parent.glob("*.h"), *source.parent.glob("*.cuh")])]
 
 
 def _digest(recipe: Recipe) -> str:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from rwkv_dpo.kernels.linear_logprobs import CHUNK_ROWS, CPU_TILE_ROWS, GRADIENT_COLUMNS, KEEP_BYTES, LEAN, TILE_ROWS
+from rwkv_dpo.memory.newer_blocks import kept_by_newer_block
 from rwkv_dpo.memory.trained import Held, Trained, held
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.objective.chunked_step import DIRECT_BORDERS
@@ -161,6 +162,8 @@ def _kept_by_block(plan: Plan) -> float:
     """Bytes a token that one block keeps: the residual stream twice, both norms' outputs and both shifted rows, the gate of the
     channel mix and what it gates; r, k, v, g and y of the time mix; the channel mix's wide row."""
     s = plan.shape
+    if s.version != "5":
+        return kept_by_newer_block(s, plan.compute_bytes, plan.wkv_backend)
     if plan.grad_cp == "selective":
         return plan.compute_bytes * (4.5 * s.n_embd + 5.0 * s.dim_att + s.dim_ffn)
     return plan.compute_bytes * (8.0 * s.n_embd + 5.0 * s.dim_att + s.dim_ffn) + _kept_by_wkv(plan)

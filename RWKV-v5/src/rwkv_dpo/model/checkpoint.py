@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ from rwkv_dpo.files.hashed import hashed_write
 from rwkv_dpo.files.kinds import refuse_others
 from rwkv_dpo.files.tensor_files import is_safetensors, read_safetensors, write_safetensors
 from rwkv_dpo.files.torch_files import CHECKPOINTS, check_stored, load_torch
-from rwkv_dpo.kernels.wkv5 import WKV5, choose_backend
-from rwkv_dpo.model import v5
+from rwkv_dpo.kernels.backends import WKV, choose_backend
+from rwkv_dpo.model import v5, v6, v7
 from rwkv_dpo.model.checkpoint_names import official_weights, with_tied_head
 from rwkv_dpo.model.rwkv import RWKV, Mixes
 from rwkv_dpo.model.shape import SHAPE_FLAGS, ModelShape
@@ -23,13 +24,17 @@ Weights = Mapping[str, Tensor]
 
 # Version by a weight that only it has. Versions we can't run are named, so that the refusal can be too.
 _SIGNS = (
+    ("blocks.0.qkv.qq.weight", "7b"),
+    ("blocks.0.ffn.s_emb.weight", "7a"),
     ("blocks.0.att.x_r", "7"),
     ("blocks.0.att.time_maa_x", "6"),
     ("blocks.0.att.gate.weight", "5"),
     ("blocks.0.att.ln_x.weight", "5.0"),
     ("blocks.0.att.time_first", "4"),
 )
-_MIXES: dict[str, Mixes] = {"5": v5.MIXES}
+MIXES: dict[str, Mixes] = {mixes.version: mixes for mixes in (v5.MIXES, v6.MIXES, v7.MIXES)}
+# What RWKV-LM's trainer writes and nothing reads.
+_UNREAD = {f"blocks.0.att.v{number}" for number in range(3)}
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -91,8 +96,8 @@ def version_of(weights: Weights, path: str | Path) -> str:
         version = "5.1"  # one decay a head
     if version is None:
         refuse(f"{path}: {_no_model(weights)}")
-    if version not in _MIXES:
-        refuse(f"{path}: an RWKV-{version} checkpoint; RWKV-5.2 is supported (World models of the name RWKV-5-World-...-v2)")
+    if version not in MIXES:
+        refuse(f"{path}: an RWKV-{version} checkpoint; RWKV-5.2 (RWKV-5-World-...-v2), 6 (x060) and 7 (x070) are supported")
     return version
 
 
@@ -107,7 +112,8 @@ def _no_model(weights: Weights) -> str:
 
 def shape_of(weights: Weights, path: str | Path) -> ModelShape:
     """Depth, widths, vocabulary and head size, read off the weights."""
-    version_of(weights, path)
+    version = version_of(weights, path)
+    mixes = MIXES[version]
 
     def size(name: str, dim: int, n_dims: int = 2) -> int:
         if name not in weights:
@@ -123,8 +129,13 @@ def shape_of(weights: Weights, path: str | Path) -> ModelShape:
         dim_att=size("blocks.0.att.receptance.weight", 0),
         dim_ffn=size("blocks.0.ffn.key.weight", 0),
         vocab_size=size("emb.weight", 0),
-        head_size=size("blocks.0.att.time_decay", 1),
+        head_size=size(f"blocks.0.{mixes.of_heads}", 1),
+        version=version,
     )
+    # The first layer of RWKV-7 lacks some.
+    last = f"blocks.{shape.n_layer - 1}"
+    ranks = (size(f"{last}.{name}", 1) if f"{last}.{name}" in weights else rank(shape.n_embd) for name, rank in mixes.ranks.items())
+    shape = replace(shape, ranks=tuple(ranks))
     if len(layers) < shape.n_layer:
         refuse(f"{path}: has weights of {len(layers)} layers, the last of which is number {shape.n_layer - 1}")
     if empty := [field for field in SHAPE_FLAGS if getattr(shape, field) < 1]:
@@ -132,11 +143,14 @@ def shape_of(weights: Weights, path: str | Path) -> ModelShape:
     return shape
 
 
-def empty_model(shape: ModelShape, version: str, wkv: WKV5, compute_dtype: torch.dtype, grad_cp: str = "0", dropout: float = 0.0) -> RWKV:
+def empty_model(shape: ModelShape, wkv: WKV, compute_dtype: torch.dtype, grad_cp: str = "0", dropout: float = 0.0) -> RWKV:
     """A model whose weights are not yet set (fp32, on the CPU)."""
     if shape.dim_att % shape.head_size:
         refuse(f"--dim_att {shape.dim_att} is not a multiple of --head_size_a {shape.head_size}")
-    return RWKV(shape, _MIXES[version], wkv, compute_dtype, grad_cp, dropout)
+    mixes = MIXES[shape.version]
+    if not shape.ranks:
+        shape = replace(shape, ranks=tuple(rank(shape.n_embd) for rank in mixes.ranks.values()))
+    return RWKV(shape, mixes, wkv, compute_dtype, grad_cp, dropout)
 
 
 def load_into(model: RWKV, weights: Weights, path: str | Path, partial: bool = False) -> None:
@@ -145,6 +159,7 @@ def load_into(model: RWKV, weights: Weights, path: str | Path, partial: bool = F
     if any(name.endswith(".att.time_state") for name in weights):
         model.add_time_states()
     own = dict(model.named_parameters())
+    weights = {name: value for name, value in weights.items() if name in own or name not in _UNREAD}
     missing = [] if partial else sorted(own.keys() - weights.keys())
     unexpected = sorted(weights.keys() - own.keys())
     if missing or unexpected:
@@ -165,7 +180,8 @@ def load_into(model: RWKV, weights: Weights, path: str | Path, partial: bool = F
 def load_model(path: str | Path, *, device: torch.device, compute_dtype: torch.dtype, wkv_backend: str = "auto") -> RWKV:
     """The model of a checkpoint, to run: fp32 weights on `device`, computing in compute_dtype."""
     weights = read_checkpoint(path)
-    model = empty_model(shape_of(weights, path), version_of(weights, path), choose_backend(wkv_backend, device).wkv5, compute_dtype)
+    shape = shape_of(weights, path)
+    model = empty_model(shape, choose_backend(shape.version, wkv_backend, device).wkv, compute_dtype)
     load_into(model, weights, path)
     return model.to(device).eval()
 

@@ -23,6 +23,8 @@ _RENAMED = (
     (re.compile(r"^(blocks\.\d+\.)attention\."), r"\1att."), (re.compile(r"^(blocks\.\d+\.)feed_forward\."), r"\1ffn."),
     (re.compile(r"\.time_mix_([kvrg])(?:ey|alue|eceptance|ate)$"), r".time_mix_\1"),
 )  # fmt: skip
+# Token mixes of all versions, and what RWKV-7 adds to each token's logits or multiplies its keys by.
+_OF_TOKENS = re.compile(r"\.(time_mix_\w|time_maa_[xwkvrg]|x_[rwkvag]|[wav]0|k_[ka])$")
 _OFFICIAL = re.compile(r"(?:emb|ln_out|head|blocks\.[0-9]{1,9})\..+")
 
 
@@ -73,8 +75,9 @@ def _official_name(name: str) -> str:
 
 
 def _official_shape(name: str, value: Tensor) -> Tensor:
-    """Token mixes are [1, 1, C] in official files, and [C] where a program has squeezed them."""
-    return value.reshape(1, 1, -1) if ".time_mix_" in name and value.dim() < 3 and value.numel() == max(value.shape, default=0) else value
+    """Vectors that meet tokens are [1, 1, C] in official files, and [C] where a program has squeezed them."""
+    is_vector = value.dim() < 3 and value.numel() == max(value.shape, default=0)
+    return value.reshape(1, 1, -1) if is_vector and _OF_TOKENS.search(name) else value
 
 
 def with_tied_head(weights: dict[str, Tensor], path: object) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """The stack every RWKV version shares: embedding, blocks of time mix and channel mix, head. Versions differ in the mixes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -9,24 +9,27 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_dpo.batches.forest import Forest, LayerState
+from rwkv_dpo.kernels.backends import WKV
 from rwkv_dpo.kernels.linear_logprobs import LEAN, Scores, linear_logprobs
-from rwkv_dpo.kernels.wkv5 import WKV5
 from rwkv_dpo.model.linear import Cast, casting
 from rwkv_dpo.model.shape import ModelShape
 
 
 class Mixes(NamedTuple):
-    """The two halves of a block, for one model version: constructors (shape, layer) -> nn.Module."""
+    """The two halves of a block, for one model version, and what of their shapes can't be told from the projections."""
 
-    time_mix: Callable[[ModelShape, int], nn.Module]
+    version: str
+    time_mix: Callable[[ModelShape, int], nn.Module]  # constructors (shape, layer)
     channel_mix: Callable[[ModelShape, int], nn.Module]
+    of_heads: str  # a block's weight whose last dimension is the head size
+    ranks: Mapping[str, Callable[[int], int]] = {}  # weights whose second dimension is a rank; a new model's, by n_embd
 
 
 class RWKV(nn.Module):
     """Parameters carry the official names, so that a state dict is an official checkpoint."""
 
     def __init__(
-        self, shape: ModelShape, mixes: Mixes, wkv: WKV5, compute_dtype: torch.dtype, grad_cp: str = "0", dropout: float = 0.0
+        self, shape: ModelShape, mixes: Mixes, wkv: WKV, compute_dtype: torch.dtype, grad_cp: str = "0", dropout: float = 0.0
     ) -> None:
         """compute_dtype: of activations and matrix products; the weights keep their own (fp32 in training).
         grad_cp: what the backward pass computes again: "0" and "selective" norms, mixes and gates, "1" whole blocks."""
@@ -55,13 +58,13 @@ class RWKV(nn.Module):
         """
         x = self.emb(forest.tokens).to(self.compute_dtype)
         initial = self.first_states(forest.n_roots) if initial is None else initial
-        states = []
+        v_first, states = None, []
         for layer, block in enumerate(self.blocks):
-            arguments = (x, forest, initial[layer] if initial else None, self.wkv)
+            arguments = (x, forest, initial[layer] if initial else None, self.wkv, v_first)
             if self.grad_cp == "1" and torch.is_grad_enabled():
-                x, state = checkpoint(block, *arguments, use_reentrant=False)
+                x, state, v_first = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x, state = block(*arguments)
+                x, state, v_first = block(*arguments)
             states.append(state)
         return self.ln_out(x), states
 
@@ -119,19 +122,24 @@ class Block(nn.Module):
         self.att = mixes.time_mix(shape, layer)
         self.ffn = mixes.channel_mix(shape, layer)
 
-    def forward(self, x: Tensor, forest: Forest, initial: LayerState | None, wkv: WKV5) -> tuple[Tensor, LayerState]:
-        """Rows [S, C] after the block, and what its segments remember at their ends. initial: what the roots begin from."""
+    def forward(
+        self, x: Tensor, forest: Forest, initial: LayerState | None, wkv: WKV, v_first: Tensor | None
+    ) -> tuple[Tensor, LayerState, Tensor | None]:
+        """Rows [S, C] after the block, what its segments remember at their ends, and v_first for the next block. initial: what the roots
+        begin from. v_first: in RWKV-7 the first block's values [S, C], None before it and in other versions."""
         if hasattr(self, "ln0"):
             x = self.ln0(x)
         with casting(self._cast_modules(), x.dtype):
-            return self._halves(x, forest, initial, wkv)
+            return self._halves(x, forest, initial, wkv, v_first)
 
-    def _halves(self, x: Tensor, forest: Forest, initial: LayerState | None, wkv: WKV5) -> tuple[Tensor, LayerState]:
+    def _halves(
+        self, x: Tensor, forest: Forest, initial: LayerState | None, wkv: WKV, v_first: Tensor | None
+    ) -> tuple[Tensor, LayerState, Tensor | None]:
         att_shift, wkv_start, ffn_shift = initial or (None, None, None)
-        out, att_last, wkv_ends = self.att(x, self.ln1, forest, _as(x, att_shift), wkv_start, wkv)
+        out, att_last, wkv_ends, v_first = self.att(x, self.ln1, forest, _as(x, att_shift), wkv_start, wkv, v_first)
         x = self._drop(x + out)
         out, ffn_last = self.ffn(x, self.ln2, forest, _as(x, ffn_shift))
-        return self._drop(x + out), LayerState(att_last, wkv_ends, ffn_last)
+        return self._drop(x + out), LayerState(att_last, wkv_ends, ffn_last), v_first
 
     def _cast_modules(self) -> tuple[Cast, ...]:
         """Found once: adapters come before the first call, and leave their base layers in place."""
@@ -161,7 +169,7 @@ def _as(x: Tensor, handed_in: Tensor | None) -> Tensor | None:
 
 
 def run_forest(
-    wkv: WKV5, forest: Forest, initial: Tensor | None, inputs: tuple[Tensor, ...], parameters: tuple[Tensor, ...]
+    wkv: WKV, forest: Forest, initial: Tensor | None, inputs: tuple[Tensor, ...], parameters: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
     """A recurrence over inputs [S, ...], children from the end states of their parents: y [S, ...] and ends [n, ...]."""
     if of_forest := getattr(wkv, "of_forest", None):

@@ -6,8 +6,11 @@ from typing import ClassVar
 from rwkv_dpo.settings.fields import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, SWITCH, Accepts, Part, flag
 
 _HEAD_SIZES = Accepts(lambda n: n % 8 == 0 and n <= 128, "multiples of 8 up to 128 are accepted")
+# Model versions as RWKV-LM spells them. The file of a checkpoint says its own, and a new model without is an RWKV-5.
+VERSIONS = {"": "5", "r3r4": "5", "x052": "5", "x060": "6", "x070": "7"}
 _VERSIONS = Accepts(
-    lambda name: name == "x052" or not name.startswith("x0"), "that model version isn't supported; accepted are '' (RWKV-5), r3r4, x052"
+    lambda name: name in VERSIONS or not name.startswith("x0"),
+    "that model version isn't supported; accepted are '' (the file's, else RWKV-5), r3r4 and x052 (RWKV-5), x060, x070",
 )
 
 
@@ -22,11 +25,15 @@ class ModelSettings:
         part=Part.CONTINUATION, names_file=True,
     )  # fmt: skip
     load_partial: int = flag(0, "1: weights that the checkpoint lacks keep their initial values", SWITCH)
-    my_testing: str = flag("", "model version as RWKV-LM spells it", _VERSIONS, choices=("", "r3r4", "x052"))
+    my_testing: str = flag(
+        "", "model version as RWKV-LM spells it; empty: the checkpoint's, else RWKV-5", _VERSIONS, choices=tuple(VERSIONS)
+    )  # fmt: skip
     n_layer: int = flag(6, "layers (taken from the checkpoint when one is loaded)", AT_LEAST_ONE)
     n_embd: int = flag(512, "width (from the checkpoint, likewise)", AT_LEAST_ONE)
     dim_att: int = flag(0, "width of the time mix; 0: n_embd", NOT_NEGATIVE)
-    dim_ffn: int = flag(0, "width of the channel mix; 0: 3.5 * n_embd rounded down to a multiple of 32", NOT_NEGATIVE)
+    dim_ffn: int = flag(
+        0, "width of the channel mix; 0: 3.5 * n_embd rounded down to a multiple of 32, in RWKV-7 4 * n_embd", NOT_NEGATIVE
+    )  # fmt: skip
     vocab_size: int = flag(
         0, "vocabulary; 0: from the checkpoint, else the characters of the text; 65536: the World's, and text goes through its tokenizer",
         NOT_NEGATIVE,
@@ -38,3 +45,8 @@ class ModelSettings:
         "0", "1: recompute each block in the backward pass (least memory, a third more time); selective: only what is cheap (a quarter "
         "less memory, a few per cent more time)", choices=("0", "1", "selective"), part=Part.LAYOUT,
     )  # fmt: skip
+
+    @property
+    def version(self) -> str:
+        """Of the model that the flags ask for: "5", "6" or "7"."""
+        return VERSIONS[self.my_testing]

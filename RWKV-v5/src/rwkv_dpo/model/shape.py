@@ -13,6 +13,8 @@ SHAPE_FLAGS = {
     "head_size": "head_size_a",
 }  # fmt: skip
 
+_FLAGS = SHAPE_FLAGS | {"version": "my_testing"}
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -26,6 +28,9 @@ class ModelShape:
     head_size: int = 64
     # The group norm after WKV divides its input by this; RWKV-5 and the `rwkv` package use 8.
     head_size_divisor: int = 8
+    # Of the version's low-rank parts, in the order of its Mixes.ranks; empty: as for a new model.
+    ranks: tuple[int, ...] = ()
+    version: str = "5"
 
     @property
     def n_head(self) -> int:
@@ -36,16 +41,17 @@ class ModelShape:
 def shape_of_flags(settings: ModelSettings) -> ModelShape:
     """The shape that flags ask for."""
     s = settings
+    dim_ffn = 4 * s.n_embd if s.version == "7" else int(s.n_embd * 3.5) // 32 * 32
     return ModelShape(
-        n_layer=s.n_layer, n_embd=s.n_embd, dim_att=s.dim_att or s.n_embd, dim_ffn=s.dim_ffn or int(s.n_embd * 3.5) // 32 * 32,
-        vocab_size=s.vocab_size, head_size=s.head_size_a, head_size_divisor=s.head_size_divisor,
+        n_layer=s.n_layer, n_embd=s.n_embd, dim_att=s.dim_att or s.n_embd, dim_ffn=s.dim_ffn or dim_ffn, vocab_size=s.vocab_size,
+        head_size=s.head_size_a, head_size_divisor=s.head_size_divisor, version=s.version,
     )  # fmt: skip
 
 
-def check_flags(shape: ModelShape, wanted: Mapping[str, int], path: str | Path) -> None:
+def check_flags(shape: ModelShape, wanted: Mapping[str, int | str], path: str | Path) -> None:
     """Refuses numbers of `wanted` (by ModelShape field) that contradict the checkpoint, naming their flags."""
     wrong = [
-        f"--{SHAPE_FLAGS[field]} {value} (the file has {getattr(shape, field)})"
+        f"--{_FLAGS[field]} {value} (the file has {getattr(shape, field)})"
         for field, value in wanted.items()
         if value != getattr(shape, field)
     ]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_dpo.batches.forest import Forest
-from rwkv_dpo.kernels.wkv5 import WKV5
+from rwkv_dpo.kernels.backends import WKV
 from rwkv_dpo.model.halves import Entry, GatedNorm, ReluSquared, sigmoid_gate
 from rwkv_dpo.model.linear import Linear, products
 from rwkv_dpo.model.rwkv import LayerNorm, Mixes, run_forest
@@ -34,10 +34,12 @@ class TimeMix(nn.Module):
         self.norm_eps = 1e-5 * shape.head_size_divisor**2
 
     def forward(
-        self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None, initial: Tensor | None, wkv: WKV5
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None, initial: Tensor | None, wkv: WKV,
+        v_first: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
         """Rows x [S, C] of the residual stream and the norm that they enter by -> out [S, C], the norm's output at the segments' ends
-        [n, C], WKV states there [n, H, N, N]. before, initial: what the roots were handed of the latter two."""
+        [n, C], WKV states there [n, H, N, N], and v_first, which is RWKV-7's, as it came. before, initial: what the roots were handed of
+        the second and third."""
         mixing = (self.time_mix_r, self.time_mix_k, self.time_mix_v, self.time_mix_g)
         layers = (self.receptance, self.key, self.value, self.gate)
         (*rkv, g), (last,) = products(Entry(forest), (x, before, norm.weight, norm.bias, *mixing), layers)
@@ -45,7 +47,7 @@ class TimeMix(nn.Module):
 
         y, ends = run_forest(wkv, forest, initial, (r, k, v), (self.time_decay, self.time_faaaa))
         (out,), _ = products(GatedNorm(self.norm_eps), (y, g, self.ln_x.weight, self.ln_x.bias), [self.output])
-        return out, last, ends
+        return out, last, ends, v_first
 
 
 class ChannelMix(nn.Module):
@@ -68,4 +70,4 @@ class ChannelMix(nn.Module):
         return sigmoid_gate(r, value), last
 
 
-MIXES = Mixes(TimeMix, ChannelMix)
+MIXES = Mixes("5", TimeMix, ChannelMix, "att.time_decay")

@@ -17,18 +17,18 @@ from rwkv_dpo.optimizer.settings import OptimizerSettings
 def lr_scale(name: str, pile_stage: int) -> float:
     """How many times the base rate a parameter learns at, by its official name."""
     last = name.rsplit(".", 1)[-1]
-    if pile_stage == 2:
-        return 5.0 if last == "time_decay" or last == "time_faaaa" or last.startswith("time_mix") else 1.0
-    return {"time_decay": 2.0, "time_first": 3.0}.get(last, 1.0)
+    if pile_stage == 2 and last.startswith(("time_decay", "time_faaaa", "time_mix", "time_maa")):
+        return 1.0 if last.endswith(("_w1", "_w2")) else 5.0
+    return {"time_decay": 2.0, "time_first": 3.0, "w0": 2.0}.get(last, 1.0)
 
 
 def parameter_groups(parameters: Iterable[tuple[str, Tensor]], settings: OptimizerSettings, pile_stage: int = 0) -> list[dict]:
-    """Groups by learning-rate scale and weight decay. Matrices of the network decay; embeddings of position, norms and
-    biases don't."""
+    """Groups by learning-rate scale and weight decay. Embedding, head and projections decay; token mixes, decays, low-rank parts, norms
+    and biases don't."""
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, parameter in parameters:
         scale = lr_scale(name, pile_stage) if settings.layerwise_lr else 1.0
-        decays = parameter.squeeze().dim() >= 2 and ".time_" not in f".{name}"
+        decays = parameter.squeeze().dim() >= 2 and name.endswith(".weight")
         groups.setdefault((scale, decays), []).append(parameter)
     return [
         {"params": params, "lr_scale": scale, "decays": decays, "weight_decay": settings.weight_decay if decays else 0.0}

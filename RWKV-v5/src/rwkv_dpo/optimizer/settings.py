@@ -24,7 +24,7 @@ class OptimizerSettings:
     )  # fmt: skip
     weight_decay: float = flag(0.0, "decay of the matrices, decoupled (AdamW)", NOT_NEGATIVE)
     weight_decay_final: float = flag(-1.0, "weight decay at the last step; -1: constant")
-    layerwise_lr: int = flag(1, "1: time_decay learns twice as fast; 0: one rate for all", SWITCH)
+    layerwise_lr: int = flag(1, "1: time_decay, in RWKV-7 w0, learns twice as fast; 0: one rate for all", SWITCH)
 
 
 @dataclass(frozen=True)

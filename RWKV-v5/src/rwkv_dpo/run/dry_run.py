@@ -12,7 +12,7 @@ from rwkv_dpo.data.pairs import PairSet
 from rwkv_dpo.data.settings import DataSettings
 from rwkv_dpo.devices.device import COMPUTE_DTYPES
 from rwkv_dpo.devices.strategy import uses_ddp
-from rwkv_dpo.kernels.wkv5 import reference
+from rwkv_dpo.kernels.backends import choose_backend
 from rwkv_dpo.memory.estimate import PARTS, Plan, alternatives, estimate, total
 from rwkv_dpo.model.checkpoint import empty_model
 from rwkv_dpo.model.linear import Linear
@@ -38,7 +38,7 @@ def dry_run(settings: RunSettings, shape: ModelShape) -> str:
     n_state = shape.n_layer * shape.dim_att * shape.head_size
     parts, peak = estimate(plan), total(plan)
     lines = [
-        f"RWKV-5 L{shape.n_layer} D{shape.n_embd} vocabulary {shape.vocab_size:,}: {plan.n_parameters:,} parameters, "
+        f"RWKV-{shape.version} L{shape.n_layer} D{shape.n_embd} vocabulary {shape.vocab_size:,}: {plan.n_parameters:,} parameters, "
         f"{plan.n_trainable:,} of them trained",
         f"largest micro-batch: {batch}; {plan.n_tokens:,} tokens, {plan.n_rows:,} of them scored",
         f"estimated peak memory on {'each' if plan.world_size > 1 else 'the'} {'GPU' if plan.on_gpu else 'CPU process'}, GB",
@@ -134,4 +134,4 @@ def _tree_sizes(pairs: PairSet) -> np.ndarray:
 
 def _model_without_memory(shape: ModelShape) -> RWKV:
     with torch.device("meta"):
-        return empty_model(shape, "5", reference.wkv5, torch.float32)
+        return empty_model(shape, choose_backend(shape.version, "reference", torch.device("cpu")).wkv, torch.float32)

@@ -13,7 +13,7 @@ from rwkv_dpo.run.foreign_flags import translate
 from rwkv_dpo.run.rules import check, check_trains
 from rwkv_dpo.run.settings import FLAGS, ROOMS, RunSettings, settings_of
 
-# Flags that the original takes for experiments that RWKV-5 World models don't use, with the values that mean "without".
+# Flags that the original takes for experiments that World models don't use, with the values that mean "without".
 NEUTRAL: dict[str, tuple[int, ...]] = {
     "pre_ffn": (0,), "head_qk": (0,), "tiny_att_dim": (0, -1), "tiny_att_layer": (-999, -1), "my_pos_emb": (0,), "my_qa_mask": (0,),
     "my_sample_len": (0,), "my_ffn_shift": (1,), "my_att_shift": (1,), "my_random_steps": (0,), "my_pile_version": (1,),
@@ -28,7 +28,7 @@ def parse_flags(arguments: Sequence[str]) -> tuple[RunSettings, frozenset[str]]:
     for name, accepted in NEUTRAL.items():
         value = values.pop(name, accepted[0])
         if value not in accepted:
-            refuse(f"--{name} {value}: that experiment is not part of RWKV-5 World models; only {accepted[0]} is accepted")
+            refuse(f"--{name} {value}: that experiment is not part of RWKV World models; only {accepted[0]} is accepted")
     if values.get("load_model") == "0":
         values["load_model"] = ""  # as RWKV-LM's scripts say it
     settings = settings_of(values)
@@ -76,7 +76,7 @@ def build_parser() -> OneLineParser:
     """The parser of train.py: a group for each room."""
     parser = OneLineParser(
         prog="train.py", argument_default=argparse.SUPPRESS, formatter_class=HelpFormatter,
-        description="Trains an RWKV-5 model: ratio * language model + (1 - ratio) * Direct Preference Optimization.",
+        description="Trains an RWKV model (versions 5, 6 and 7): ratio * language model + (1 - ratio) * Direct Preference Optimization.",
     )  # fmt: skip
     for room in ROOMS.values():
         group = parser.add_argument_group(room.TITLE)  # type: ignore[attr-defined]  # every room has one

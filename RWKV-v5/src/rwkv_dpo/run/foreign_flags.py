@@ -92,7 +92,7 @@ _OTHERS: tuple[tuple[str, Here], ...] = (
     ("loss_mask mask_id", _only("pairs are scored on their answers, the corpus on every token", *_FALSE)),
     ("dataload", _only("corpus windows are drawn at random, without replacement", "get")),
     ("data_shuffle random_mode", _only("samples come in a seeded random order", *_TRUE)),
-    ("fla fused_kernel op", _only("--wkv_backend chooses the kernel", ANY)),
+    ("fla fused_kernel op kernel", _only("--wkv_backend chooses the kernel", ANY)),
     ("gpu_arch", _only("NVIDIA GPUs and CPUs are supported", "cuda")),
     ("dataset dataset_name train_file data_path train_data_file", _only(_DATA)),
     ("eval_dataset validation_file", _only("--dpo_valid_file takes the held-out pairs that prepare_pairs.py makes")),
@@ -159,6 +159,7 @@ VALUES: dict[str, dict[str, str]] = {
     },
     "strategy": {"deepspeed": "deepspeed_stage_2", "ddp_find_unused_parameters_false": "ddp"},
     "peft": {"full": "none"},
+    "my_testing": {"5": "x052", "5.2": "x052", "6": "x060", "7": "x070", "v5": "x052", "v6": "x060", "v7": "x070"},
     "dpo_loss": {"dpo": "sigmoid"},
     "dpo_f_divergence": {"js_divergence": "js", "alpha_divergence": "alpha"},
     **dict.fromkeys(

@@ -8,8 +8,8 @@ import torch
 
 from rwkv_dpo.base.errors import refuse
 from rwkv_dpo.devices.device import COMPUTE_DTYPES
-from rwkv_dpo.kernels.wkv5 import choose_backend
-from rwkv_dpo.model.checkpoint import empty_model, load_into, read_checkpoint, shape_of, version_of
+from rwkv_dpo.kernels.backends import choose_backend
+from rwkv_dpo.model.checkpoint import empty_model, load_into, read_checkpoint, shape_of
 from rwkv_dpo.model.init import init_weights
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import SHAPE_FLAGS, ModelShape, check_flags, shape_of_flags
@@ -49,6 +49,8 @@ def resolve_shape(settings: RunSettings, given: frozenset[str]) -> tuple[ModelSh
         return from_flags, weights
     shape = shape_of(weights, s.load_model)
     wanted = {field: getattr(from_flags, field) for field, flag in SHAPE_FLAGS.items() if flag in given and getattr(s, flag)}
+    if s.my_testing:
+        wanted["version"] = from_flags.version
     check_flags(shape, wanted, s.load_model)
     return replace(shape, head_size_divisor=s.head_size_divisor), weights
 
@@ -58,9 +60,8 @@ def build_model(settings: RunSettings, shape: ModelShape, weights: dict[str, tor
     if shape.vocab_size < 1:
         refuse("--vocab_size is needed without --load_model (65536 for the RWKV World vocabulary)")
     s = settings.model
-    wkv = choose_backend(settings.devices.wkv_backend, device).wkv5
-    version = version_of(weights, s.load_model) if weights else "5"
-    model = empty_model(shape, version, wkv, COMPUTE_DTYPES[settings.devices.precision], grad_cp=s.grad_cp, dropout=s.dropout)
+    wkv = choose_backend(shape.version, settings.devices.wkv_backend, device).wkv
+    model = empty_model(shape, wkv, COMPUTE_DTYPES[settings.devices.precision], grad_cp=s.grad_cp, dropout=s.dropout)
     model.finds_collisions = settings.objective.uses_pairs and settings.objective.dpo_wpo == 1
     keep_small(model, settings.tuning)
     if weights is None or s.load_partial:

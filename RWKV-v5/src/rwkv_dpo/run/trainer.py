@@ -171,7 +171,7 @@ def describe(settings: RunSettings, shape: ModelShape, data: RunData, device: to
     read = [f"corpus {files.data_file or files.data_type}, {corpus.n_tokens:,} tokens{how}"] if corpus else []
     read += [f"{len(data.pairs):,} pairs of {files.dpo_train_file}"] if data.pairs else []
     return (
-        f"RWKV-5 L{shape.n_layer} D{shape.n_embd} vocabulary {shape.vocab_size:,}, "
+        f"RWKV-{shape.version} L{shape.n_layer} D{shape.n_embd} vocabulary {shape.vocab_size:,}, "
         f"{settings.devices.precision} on {settings.devices.world_size} x {device.type}\n"
         f"data: {'; '.join(read)}\n"
         f"epochs {length.epoch_begin} to {length.end - 1}, {length.total_steps} optimizer steps of "

@@ -17,9 +17,14 @@ from rwkv_dpo.model.linear import Linear
 from rwkv_dpo.model.rwkv import RWKV, Head
 from rwkv_dpo.tuning.adapter_files import SavedAdapter, write_adapter
 from rwkv_dpo.tuning.base import KEY as BASE_KEY
+from rwkv_dpo.tuning.settings import TuningSettings
 
 # --train_extra: which official names each word stands for.
-EXTRAS = {"time": r".*\.time_.*", "ln": r"(.*\.)?ln(\d|_x|_out)\..*", "emb": r"emb\.weight", "head": r"head\.weight"}
+EXTRAS = {
+    "time": r".*\.(time_.*|x_[rwkvag]|[wavg][0-2]|k_[ka]|r_k)",
+    "lowrank": r".*\.([wavg]|time_maa_w|time_decay_w)[12]",
+    "ln": r"(.*\.)?ln(\d|_x|_out)\..*", "emb": r"emb\.weight", "head": r"head\.weight",
+}  # fmt: skip
 # Power iterations of PiSSA's truncated SVD. Any precision would do: what A and B lack, the frozen rest has.
 _PISSA_ITERATIONS = 16
 
@@ -81,7 +86,9 @@ def plan_adapter(
     """The plan that flags describe. Refuses unknown names with the list of known ones."""
     chosen = [name for name, _ in _projections(model)]
     known = sorted({part for name in chosen for part in (_half(name), name.rsplit(".", 1)[1])})
-    wanted = _words("--lora_targets", targets, known)
+    # RWKV-7 lacks a gate.
+    words = ",".join(word for word in targets.split(",") if word in known) if targets == TuningSettings.lora_targets else targets
+    wanted = _words("--lora_targets", words, known)
     if not wanted:
         refuse(f"--lora_targets is empty; accepted are {', '.join(known)}")
     numbers = parse_layers(layers, model.shape.n_layer)
@@ -103,8 +110,12 @@ def parse_layers(text: str, n_layer: int) -> set[int]:
 
 
 def extra_names(model: RWKV, words: list[str]) -> tuple[str, ...]:
-    """The weights that --train_extra names."""
-    return tuple(name for name, _ in model.named_parameters() if any(re.fullmatch(EXTRAS[word], name) for word in words))
+    """The weights that --train_extra names. InputError for a word that names none."""
+    own = [name for name, _ in model.named_parameters()]
+    for word in words:
+        if not any(re.fullmatch(EXTRAS[word], name) for name in own):
+            refuse(f"--train_extra {word}: an RWKV-{model.shape.version} has no such weights")
+    return tuple(name for name in own if any(re.fullmatch(EXTRAS[word], name) for word in words))
 
 
 def keep_frozen(model: RWKV, but: tuple[str, ...] = ()) -> None:

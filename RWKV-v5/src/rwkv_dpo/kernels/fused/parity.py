@@ -11,7 +11,7 @@ from rwkv_dpo.kernels.fused import plain
 
 # Of two roots of 5 and 3 rows, and a child of the first with 4: each row's predecessor, roots beyond the rows, and the segments' last rows.
 _BEFORE, _LAST, _N_ROOTS = (12, 0, 1, 2, 3, 13, 5, 6, 4, 8, 9, 10), (4, 7, 11), 2
-_HEADS, _HEAD_SIZE, _MIXES, _EPS = 2, 64, 3, 1e-5
+_HEADS, _HEAD_SIZE, _MIXES, _EPS = 2, 64, 4, 1e-5
 
 
 def comparison(functions: Any, device: torch.device) -> Compare:

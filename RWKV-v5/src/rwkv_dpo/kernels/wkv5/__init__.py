@@ -1,4 +1,4 @@
-"""WKV-5, the recurrence at the heart of RWKV-5: its contract, and the choice among its implementations.
+"""WKV-5, the recurrence at the heart of RWKV-5: its contract. rwkv_dpo.kernels.backends chooses among its implementations.
 
 Legend, as in the Eagle paper (arXiv:2404.05892): r receptance, k key, v value, u bonus of the current token (time_faaaa),
 w = exp(-exp(time_decay)) the decay, S[i, j] the state of one head (key index i, value index j).
@@ -27,64 +27,3 @@ Every backend module offers two functions:
         None when the backend can run on that device here, else the reason, and what a user can do about it, in one line.
         May compile on first use.
 """
-
-import importlib
-import logging
-from collections.abc import Callable
-from typing import NamedTuple
-
-import torch
-
-from rwkv_dpo.base.errors import InputError
-
-log = logging.getLogger(__name__)
-
-WKV5 = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-
-# Fastest first: the order in which `auto` tries them.
-BACKENDS = ("cuda", "cpu", "chunked", "reference")
-
-# By device: the backend made for it, and what its absence costs.
-_MADE_FOR = {
-    "cuda": ("cuda", "this run will be several times slower"),
-    "cpu": ("cpu", "its part of a step will take several times as long"),
-}
-
-
-class Backend(NamedTuple):
-    """An implementation of the recurrence, by its name."""
-
-    name: str
-    wkv5: WKV5
-
-
-def choose_backend(name: str, device: torch.device) -> Backend:
-    """The backend of a run. `auto` takes the first usable one, says why it passed over the others, and warns when that makes the run
-    slow; a backend that the user names is used, or refused with the reason (InputError)."""
-    if name != "auto":
-        if name not in BACKENDS:
-            raise InputError(f"--wkv_backend {name}: accepted are auto, {', '.join(BACKENDS)}")
-        reason = _module(name).unusable_because(device)
-        if reason is not None:
-            raise InputError(f"--wkv_backend {name} can't be used on {device.type}: {reason}")
-        return Backend(name, _module(name).wkv5)
-    passed_over: dict[str, str] = {}
-    for candidate in BACKENDS:
-        reason = _module(candidate).unusable_because(device)
-        if reason is None:
-            _tell(candidate, passed_over, device)
-            return Backend(candidate, _module(candidate).wkv5)
-        passed_over[candidate] = reason
-    raise AssertionError("the reference backend runs everywhere")
-
-
-def _tell(chosen: str, passed_over: dict[str, str], device: torch.device) -> None:
-    made_for_it, cost = _MADE_FOR.get(device.type, ("", ""))
-    if made_for_it in passed_over:
-        log.warning("WKV backend: %s, and %s: not %s, since %s", chosen, cost, made_for_it, passed_over[made_for_it])
-    else:
-        log.info("WKV backend: %s%s", chosen, "".join(f"; not {one} ({reason})" for one, reason in passed_over.items()))
-
-
-def _module(name: str):
-    return importlib.import_module(f"{__name__}.{name}")

@@ -11,13 +11,12 @@ occur, never a quotient of decays, so nothing overflows, however fast or slow th
 With G = dL/dS the backward has the same form, G running from the last chunk to the first.
 """
 
-from functools import lru_cache
-from typing import NamedTuple
-
 import torch
 from torch.autograd.function import once_differentiable
 
-from rwkv_dpo.kernels.wkv5.common import bytes_of, decay_rate
+from rwkv_dpo.kernels.chunks import first_states, from_chunks, halves, in_order, lay_out, lower_left, scan_decayed, small_product, to_chunks
+from rwkv_dpo.kernels.loop import wide
+from rwkv_dpo.kernels.wkv5.reference import decay_rate
 
 # A power of two. Larger chunks mean fewer states, and more pairs inside the chunks.
 CHUNK = 32
@@ -33,64 +32,21 @@ def wkv5(r, k, v, time_decay, u, cu_seqlens, state0=None):
     return _Wkv5.apply(r, k, v, time_decay, u, cu_seqlens, state0)
 
 
-class _Layout(NamedTuple):
-    """How sequences are cut into chunks. Chunks are ordered in steps: the first chunk of every sequence that has one, longest
-    sequence first, then the second chunks, and so on. So each step works on a prefix of the sequences of the step before."""
-
-    slot: torch.Tensor | None  # int64 [S]: where each token goes among n_chunks * CHUNK rows; None when it stays where it is
-    lengths: torch.Tensor  # int64 [n_chunks], or [1] when all chunks are full
-    steps: list[tuple[int, int]]  # chunks start:stop of each step
-    order: torch.Tensor  # int64 [n]: sequences from the longest to the shortest
-    n_chunks: int
-
-
-# The layers of a model share their batch's layouts, one for each level of its forest; a few more are kept for batches in chunks.
-@lru_cache(maxsize=64)
-def _layout(cu_seqlens: bytes, device: torch.device) -> _Layout:
-    """cu_seqlens: int32, as bytes_of has it."""
-    bounds = torch.frombuffer(bytearray(cu_seqlens), dtype=torch.int32).long()
-    lengths = bounds.diff()
-    n_tokens = int(lengths.sum())
-    sorted_lengths, order = lengths.sort(descending=True, stable=True)
-    n_steps = int(-(-sorted_lengths[0] // CHUNK)) if len(order) else 0
-    # left[i, s]: tokens of the s-th longest sequence that remain before step i.
-    left = sorted_lengths - CHUNK * torch.arange(n_steps)[:, None]
-    stops = (left > 0).sum(1).cumsum(0).tolist()
-    chunk_lengths = left[left > 0].clamp(max=CHUNK)
-    n_chunks = len(chunk_lengths)
-    slot = None
-    if n_tokens < n_chunks * CHUNK or len(lengths) > 1:
-        chunk_of = torch.zeros(n_steps, len(order), dtype=torch.long)
-        chunk_of[left > 0] = torch.arange(n_chunks)
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order))
-        sequence = torch.repeat_interleave(torch.arange(len(order)), lengths)
-        position = torch.arange(n_tokens) - bounds[:-1][sequence]
-        slot = (chunk_of[position // CHUNK, rank[sequence]] * CHUNK + position % CHUNK).to(device, non_blocking=True)
-    if n_tokens == n_chunks * CHUNK:
-        chunk_lengths = torch.tensor([CHUNK])
-    steps = list(zip([0, *stops], stops, strict=False))
-    # Blocking copies would wait for all that the device has been given to do.
-    return _Layout(slot, chunk_lengths.to(device, non_blocking=True), steps, order.to(device, non_blocking=True), n_chunks)
-
-
 class _Wkv5(torch.autograd.Function):
     @staticmethod
     def forward(ctx, r, k, v, time_decay, u, cu_seqlens, state0):
-        n_seqs, (_, n_heads, head_size) = cu_seqlens.numel() - 1, r.shape
-        dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
-        layout = _layout(bytes_of(cu_seqlens), r.device)
+        dtype = wide(r.dtype)
+        layout = lay_out(cu_seqlens, CHUNK, r.device)
         with torch.autocast(r.device.type, enabled=False):
             log_w = -decay_rate(time_decay.to(dtype))
             powers = torch.exp(log_w[:, None, :] * torch.arange(CHUNK + 1, device=r.device)[:, None])  # [H, CHUNK + 1, N]
-            r_chunks, k_chunks, v_chunks = (_to_chunks(x, layout, dtype) for x in (r, k, v))
-            shape = (n_seqs, n_heads, head_size, head_size)
-            state = r.new_zeros(shape, dtype=dtype) if state0 is None else state0.to(dtype)[layout.order]
-            y, state, scores, starts = _forward(r_chunks, k_chunks, v_chunks, powers, u.to(dtype), state, layout)
-            state_end = torch.empty_like(state).index_copy_(0, layout.order, state)
+            r_chunks, k_chunks, v_chunks = (to_chunks(x, layout, dtype) for x in (r, k, v))
+            state = first_states(state0, layout, r_chunks)
+            y, scores, starts = _forward(r_chunks, k_chunks, v_chunks, powers, u.to(dtype), state, layout)
+            state_end = in_order(state, layout)
         ctx.layout = layout
         ctx.save_for_backward(r_chunks, k_chunks, v_chunks, powers, log_w, time_decay, u, scores, starts)
-        return _from_chunks(y, layout, r), state_end
+        return from_chunks(y, layout, r), state_end
 
     @staticmethod
     @once_differentiable
@@ -98,41 +54,32 @@ class _Wkv5(torch.autograd.Function):
         r, k, v, powers, log_w, time_decay, u, scores, starts = ctx.saved_tensors
         layout = ctx.layout
         with torch.autocast(gy.device.type, enabled=False):
-            gy_chunks = _to_chunks(gy, layout, powers.dtype)
+            gy_chunks = to_chunks(gy, layout, powers.dtype)
             gr, gk, gv, g_log_w, gu, g_state = _backward(
                 r, k, v, powers, u.to(powers.dtype), scores, starts, gy_chunks, g_state_end[layout.order], layout
             )
-            g_state0 = torch.empty_like(g_state).index_copy_(0, layout.order, g_state) if ctx.needs_input_grad[6] else None
-        g_tokens = (_from_chunks(g, layout, gy) for g in (gr, gk, gv))
+            g_state0 = in_order(g_state, layout) if ctx.needs_input_grad[6] else None
+        g_tokens = (from_chunks(g, layout, gy) for g in (gr, gk, gv))
         # log w = -exp(time_decay) is its own derivative.
         return *g_tokens, (g_log_w * log_w).to(time_decay.dtype), gu.to(u.dtype), None, g_state0
 
 
 def _forward(r, k, v, powers, u, state, layout):
-    """Chunks r, k, v [C, H, L, N] and states [n, H, N, N] -> y, the states at the end, pair scores and each chunk's first state."""
+    """Chunks r, k, v [C, H, L, N] and states [n, H, N, N] -> y, pair scores and each chunk's first state; the states become those at the
+    end."""
     from_start, to_end, over_chunk = _decays(powers, layout)
     written = (k * to_end).transpose(-1, -2) @ v
-    starts = torch.empty_like(written)
-    state = state.clone()
-    for start, stop in layout.steps:
-        here = state[: stop - start]
-        starts[start:stop] = here
-        torch.addcmul(written[start:stop], over_chunk[start:stop], here, out=here)
+    starts = scan_decayed(written, over_chunk, state, layout)
     scores = _pair_scores(r, k, powers, u)
     y = scores @ v + (r * from_start) @ starts
-    return y, state, scores, starts
+    return y, scores, starts
 
 
 def _backward(r, k, v, powers, u, scores, starts, gy, g_state, layout):
     """Gradients of r, k, v (chunks), log w, u and the states at the start."""
     from_start, to_end, over_chunk = _decays(powers, layout)
     read = (r * from_start).transpose(-1, -2) @ gy
-    g_ends = torch.empty_like(read)
-    for start, stop in reversed(layout.steps):
-        here = g_state[: stop - start]
-        g_ends[start:stop] = here
-        torch.addcmul(read[start:stop], over_chunk[start:stop], here, out=here)
-
+    g_ends = scan_decayed(read, over_chunk, g_state, layout, backwards=True)
     gv = scores.transpose(-1, -2) @ gy + (k * to_end) @ g_ends
     gr = (gy @ starts.transpose(-1, -2)) * from_start
     gk = (v @ g_ends.transpose(-1, -2)) * to_end
@@ -157,20 +104,6 @@ def _decays(powers, layout):
     return powers[None, :, :CHUNK], to_end, over_chunk
 
 
-def _halves(x, half):
-    """[C, H, L, N] -> the first and second halves of its blocks of 2 * half tokens, each [C, H, L / (2 * half), half, N]."""
-    n_chunks, n_heads, length, head_size = x.shape
-    return x.view(n_chunks, n_heads, length // (2 * half), 2, half, head_size).unbind(3)
-
-
-def _lower_left(scores, half):
-    """View of [C, H, L, L]: lower left quarters of its diagonal blocks of 2 * half tokens, [C, H, L / (2 * half), half, half]."""
-    n_chunks, n_heads, length, _ = scores.shape
-    n_blocks = length // (2 * half)
-    quarters = scores.view(n_chunks, n_heads, n_blocks, 2, half, n_blocks, 2, half)[:, :, :, 1, :, :, 0]
-    return quarters.diagonal(dim1=2, dim2=4).movedim(-1, 2)
-
-
 def _levels():
     half = CHUNK // 2
     while half:
@@ -183,7 +116,7 @@ def _pair_scores(r, k, powers, u):
     scores = r.new_zeros(*r.shape[:3], CHUNK)
     for half in _levels():
         later, earlier, _, _ = _faded_halves(r, k, powers, half)
-        _lower_left(scores, half).copy_(later @ earlier.transpose(-1, -2))
+        lower_left(scores, half).copy_(later @ earlier.transpose(-1, -2))
     scores.diagonal(dim1=-2, dim2=-1).copy_(((r * k) @ u[:, :, None]).squeeze(-1))
     return scores
 
@@ -192,10 +125,10 @@ def _add_pair_gradients(g_scores, r, k, powers, u, gr, gk, g_log_w):
     """Adds what _pair_scores owes to gr, gk and g_log_w, in place; returns the gradient of u."""
     for half in _levels():
         later, earlier, rising, falling = _faded_halves(r, k, powers, half)
-        g = _lower_left(g_scores, half)
-        g_later, g_earlier = _product(g, earlier), _product(g.transpose(-1, -2), later)
-        _halves(gr, half)[1].addcmul_(g_later, rising)
-        _halves(gk, half)[0].addcmul_(g_earlier, falling)
+        g = lower_left(g_scores, half)
+        g_later, g_earlier = small_product(g, earlier), small_product(g.transpose(-1, -2), later)
+        halves(gr, half)[1].addcmul_(g_later, rising)
+        halves(gk, half)[0].addcmul_(g_earlier, falling)
         steps = torch.arange(half, device=r.device, dtype=r.dtype)[:, None]
         # Over chunks first: a sum over several axes at once is twice as slow.
         g_log_w += (later.mul_(g_later).sum(0) * steps + earlier.mul_(g_earlier).sum(0) * steps.flip(0)).sum((1, 2))
@@ -209,23 +142,4 @@ def _faded_halves(r, k, powers, half):
     """r_b w^(b-m) of the second halves, k_a w^(m-1-a) of the first halves, and the two tables of decays."""
     rising = powers[:, None, :half]
     falling = rising.flip(2)
-    return _halves(r, half)[1] * rising, _halves(k, half)[0] * falling, rising, falling
-
-
-def _product(a, b):
-    """a @ b. Batched products with an inner size of 1 or 2 run five times slower than the sum written out."""
-    return a @ b if b.shape[-2] > 2 else sum(a[..., i, None] * b[..., None, i, :] for i in range(b.shape[-2]))
-
-
-def _to_chunks(x, layout, dtype):
-    """[S, H, N] -> [C, H, L, N], zeros where a chunk is not full."""
-    x = x.to(dtype)
-    if layout.slot is not None:
-        x = x.new_zeros(layout.n_chunks * CHUNK, *x.shape[1:]).index_copy_(0, layout.slot, x)
-    return x.reshape(layout.n_chunks, CHUNK, *x.shape[1:]).transpose(1, 2).contiguous()
-
-
-def _from_chunks(x, layout, like):
-    """The inverse of _to_chunks, in the type of `like`."""
-    rows = x.transpose(1, 2).reshape(layout.n_chunks * CHUNK, *like.shape[1:])
-    return (rows if layout.slot is None else rows[layout.slot]).to(like.dtype)
+    return halves(r, half)[1] * rising, halves(k, half)[0] * falling, rising, falling

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from rwkv_dpo.kernels.agreement import Agreement
 from rwkv_dpo.kernels.agreement import agreement as agreement_of
+from rwkv_dpo.kernels.backends import DTYPES, bytes_of, check_inputs
 from rwkv_dpo.kernels.build import SOURCES, BuildError, EntryPoint, load_library
 from rwkv_dpo.kernels.compilers import cuda_recipe
-from rwkv_dpo.kernels.wkv5.common import DTYPES, bytes_of, check_inputs, decay_rate
 from rwkv_dpo.kernels.wkv5.parity import comparison
+from rwkv_dpo.kernels.wkv5.reference import decay_rate
 
 # Tokens per segment. Half as many would double the parallelism and, with it, the 0.18 GB of states that 4096 tokens of 16 heads of
 # 64 move in a forward and backward.
@@ -91,7 +92,7 @@ def wkv5_with(
     library: ctypes.CDLL, r: Tensor, k: Tensor, v: Tensor, time_decay: Tensor, u: Tensor, cu_seqlens: Tensor, state0: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """wkv5 by a build of csrc/wkv5_cuda.cu. Tests hand in one that runs on the CPU."""
-    check_inputs("cuda", r, k, v, time_decay, u, cu_seqlens, state0)
+    check_inputs("cuda", {"r": r, "k": k, "v": v}, cu_seqlens, state0, per_head={"time_decay": time_decay, "u": u})
     segments = _segments(bytes_of(cu_seqlens), r.device)
     floats = (time_decay.float(), u.float(), None if state0 is None else state0.float())
     return _Wkv5.apply(library, segments, *(None if x is None else _aligned(x) for x in (r, k, v, *floats)))

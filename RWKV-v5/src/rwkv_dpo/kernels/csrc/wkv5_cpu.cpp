@@ -1,4 +1,4 @@
-// WKV-5 forward and backward for CPUs, fp32 inside. The contract and the legend are in rwkv_dpo/wkv/__init__.py.
+// WKV-5 forward and backward for CPUs, fp32 inside. The contract and the legend are in rwkv_dpo/kernels/wkv5/__init__.py.
 //
 // BLOCK tokens advance the state together, so that one pass over S serves BLOCK tokens:
 //
@@ -13,162 +13,26 @@
 // Vector lanes run over the index that is not summed: S is kept as [key][value] for sums over keys, as [value][key] otherwise.
 // States are recomputed, never stored, and every sum has a fixed order: results do not depend on the number of threads.
 
-#include <algorithm>
+#include "wkv_cpu.h"
+
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <memory>
 #include <vector>
 
 namespace {
 
 // BLOCK comes from the command line.
-constexpr int MAX_HEAD_SIZE = 128;
+template <class Head>
+struct Kernel : Head {
+    using typename Head::Vec;
+    using typename Head::Row;
+    using Head::LANES, Head::size, Head::load, Head::store, Head::dot, Head::multiply;
 
-typedef float Vec4 __attribute__((vector_size(16)));
-typedef float Vec8 __attribute__((vector_size(32)));
-typedef float Vec16 __attribute__((vector_size(64)));
-// Wide is the machine's register. Narrow has at most 8 lanes, since head sizes are multiples of 8.
-#if defined(__AVX512F__)
-typedef Vec16 Wide;
-typedef Vec8 Narrow;
-#elif defined(__AVX__)
-typedef Vec8 Wide;
-typedef Vec8 Narrow;
-#else
-typedef Vec4 Wide;
-typedef Vec4 Narrow;
-#endif
-
-// Halving, not one lane after the other: a chain of 16 dependent additions would cost a tenth of the kernel's time.
-inline float sum_of(Vec4 x) { return (x[0] + x[1]) + (x[2] + x[3]); }
-inline float sum_of(Vec8 x) { Vec4 half[2]; std::memcpy(half, &x, sizeof x); return sum_of(half[0] + half[1]); }
-inline float sum_of(Vec16 x) { Vec8 half[2]; std::memcpy(half, &x, sizeof x); return sum_of(half[0] + half[1]); }
-
-enum Dtype { FP32, BF16, FP16 };
-
-inline uint32_t bits_of(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
-inline float float_of(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
-
-inline float from_bf16(uint16_t x) { return float_of(uint32_t(x) << 16); }
-
-inline uint16_t to_bf16(float x) {
-    const uint32_t bits = bits_of(x);
-    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-    return is_nan ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-}
-
-// IEEE half by hand: _Float16 is missing from GCC 11 and older on x86.
-inline float from_fp16(uint16_t x) {
-    const uint32_t sign = uint32_t(x & 0x8000) << 16, magnitude = uint32_t(x & 0x7fff) << 13;
-    const uint32_t scaled = bits_of(float_of(magnitude) * 0x1p112f);  // moves the exponent bias from 15 to 127
-    return float_of(sign | (magnitude >= 0x0f800000 ? scaled | 0x7f800000 : scaled));
-}
-
-inline uint16_t to_fp16(float x) {
-    const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-    // Adding 0.5 leaves a subnormal half in the last bits of the sum, rounded by the adder.
-    const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
-    const uint32_t normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
-    const uint32_t infinite_or_nan = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
-    return sign | (magnitude >= 0x47800000 ? infinite_or_nan : magnitude < 0x38800000 ? subnormal : normal);
-}
-
-// The rows of one head in a [tokens, heads, head_size] tensor.
-struct Rows {
-    char* base;
-    int64_t stride;  // bytes from token to token
-    int dtype;
-
-    Rows(const void* tensor, int dtype, int head, int n_heads, int n) : dtype(dtype) {
-        const int64_t size = dtype == FP32 ? 4 : 2;
-        base = static_cast<char*>(const_cast<void*>(tensor)) + size * head * n;
-        stride = size * n_heads * n;
-    }
-    void load(int64_t token, int n, float* x) const {
-        const void* row = base + token * stride;
-        const auto* half = static_cast<const uint16_t*>(row);
-        if (dtype == FP32) std::memcpy(x, row, n * sizeof(float));
-        else if (dtype == BF16) for (int i = 0; i < n; i++) x[i] = from_bf16(half[i]);
-        else for (int i = 0; i < n; i++) x[i] = from_fp16(half[i]);
-    }
-    void store(int64_t token, int n, const float* x) const {
-        void* row = base + token * stride;
-        auto* half = static_cast<uint16_t*>(row);
-        if (dtype == FP32) std::memcpy(row, x, n * sizeof(float));
-        else if (dtype == BF16) for (int i = 0; i < n; i++) half[i] = to_bf16(x[i]);
-        else for (int i = 0; i < n; i++) half[i] = to_fp16(x[i]);
-    }
-};
-
-struct Span { int64_t first; int count; int step; };  // tokens first, first + step, ... ; step is 1 or -1
-
-inline Span forwards(const int32_t* cu, int s) { return {cu[s], cu[s + 1] - cu[s], 1}; }
-inline Span backwards(const int32_t* cu, int s) { return {int64_t(cu[s + 1]) - 1, cu[s + 1] - cu[s], -1}; }
-
-// HEAD_SIZE 0 means known at run time only. TILE vectors of the state are in flight together.
-template <int HEAD_SIZE, class Vec, int TILE>
-struct Kernel {
-    static constexpr int LANES = sizeof(Vec) / sizeof(float);
-    static constexpr int W = HEAD_SIZE ? HEAD_SIZE : MAX_HEAD_SIZE;
-    typedef float Row[W];
-
-    const int n;
     const float* powers;  // [BLOCK + 1][n]: w^0, w^1, ...
     const float* u;       // [n]
 
-    explicit Kernel(int head_size, const float* powers, const float* u)
-        : n(HEAD_SIZE ? HEAD_SIZE : head_size), powers(powers), u(u) {}
+    Kernel(const Head& head, const float* powers, const float* u) : Head(head), powers(powers), u(u) {}
 
-    int size() const { return HEAD_SIZE ? HEAD_SIZE : n; }
     const float* power(int e) const { return powers + e * size(); }
-
-    static Vec load(const float* p) { Vec x; std::memcpy(&x, p, sizeof x); return x; }
-    static void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
-
-    // out_b[l] = sum_m probe_b[m] S[m][l]
-    // S[m][l] <- decay S[m][l] + slope[l] source[m][l] + sum_{a < WRITES} row_a[m] lane_a[l]
-    template <int B, int WRITES, bool DECAY_PER_LANE, bool HAS_SOURCE>
-    void advance(float* state, const float* decay, const Row* probe, const Row* row, const Row* lane, Row* out,
-                 const float* source = nullptr, const float* slope = nullptr) const {
-        const int n = size();
-        for (int l = 0; l < n; l += LANES * TILE) {
-            Vec sum[B][TILE] = {}, write[WRITES ? WRITES : 1][TILE], lane_decay[TILE], lane_slope[TILE];
-            for (int i = 0; i < TILE; i++) {
-                for (int a = 0; a < WRITES; a++) write[a][i] = load(lane[a] + l + i * LANES);
-                if (DECAY_PER_LANE) lane_decay[i] = load(decay + l + i * LANES);
-                if (HAS_SOURCE) lane_slope[i] = load(slope + l + i * LANES);
-            }
-            for (int m = 0; m < n; m++) {
-                for (int i = 0; i < TILE; i++) {
-                    const int at = m * n + l + i * LANES;
-                    Vec s = load(state + at);
-                    for (int b = 0; b < B; b++) sum[b][i] += probe[b][m] * s;
-                    if (DECAY_PER_LANE) s *= lane_decay[i];
-                    else s *= decay[m];
-                    if (HAS_SOURCE) s += lane_slope[i] * load(source + at);
-                    for (int a = 0; a < WRITES; a++) s += row[a][m] * write[a][i];
-                    store(state + at, s);
-                }
-            }
-            for (int b = 0; b < B; b++)
-                for (int i = 0; i < TILE; i++) store(out[b] + l + i * LANES, sum[b][i]);
-        }
-    }
-
-    float dot(const float* x, const float* y) const {
-        Vec sum = {};
-        for (int i = 0; i < size(); i += LANES) sum += load(x + i) * load(y + i);
-        return sum_of(sum);
-    }
-    float dot(const float* x, const float* y, const float* weight) const {
-        Vec sum = {};
-        for (int i = 0; i < size(); i += LANES) sum += load(x + i) * load(weight + i) * load(y + i);
-        return sum_of(sum);
-    }
-    void multiply(float* out, const float* x, const float* y) const {
-        for (int i = 0; i < size(); i += LANES) store(out + i, load(x + i) * load(y + i));
-    }
 
     struct Inputs { Rows probe, key, payload; };
 
@@ -187,7 +51,7 @@ struct Kernel {
         float score[B][B];
         for (int b = 0; b < B; b++)
             for (int a = 0; a <= b; a++) score[b][a] = dot(probe[b], key[a], a == b ? u : power(b - 1 - a));
-        advance<B, B, false, false>(state, power(B), faded_probe, faded_key, payload, out);
+        this->template advance<B, B, false, false>(state, power(B), faded_probe, faded_key, payload, out);
         for (int b = 0; b < B; b++) {
             for (int j = 0; j < n; j += LANES) {
                 Vec sum = load(out[b] + j);
@@ -223,10 +87,10 @@ struct Kernel {
                 for (int a = 0; a < B - 1; a++)
                     store(faded_key[a] + i, float(B - 1 - a) * load(power(B - 2 - a) + i) * load(key[a] + i));
             }
-            advance<B, B - 1, true, true>(grad.d_state, power(B), probe, payload, faded_key, d_out, state, slope);
+            this->template advance<B, B - 1, true, true>(grad.d_state, power(B), probe, payload, faded_key, d_out, state, slope);
         }
         for (int b = 0; b < B; b++) multiply(faded_key[b], key[b], power(B - 1 - b));
-        advance<B, B, true, false>(state, power(B), probe, payload, faded_key, out);
+        this->template advance<B, B, true, false>(state, power(B), probe, payload, faded_key, out);
         for (int b = 0; b < B; b++) {
             alignas(64) Row r;
             if (WITH_DECAY_GRADIENT) grad.r.load(token + b * step, n, r);
@@ -262,16 +126,6 @@ struct Kernel {
             block_over_values<1, WITH_DECAY_GRADIENT>(token, step, in, state, result, grad);
     }
 };
-
-void start_state(float* state, const float* from, int n) {
-    if (from) std::memcpy(state, from, sizeof(float) * n * n);
-    else std::memset(state, 0, sizeof(float) * n * n);
-}
-
-void start_state_transposed(float* state, const float* from, int n) {
-    for (int j = 0; j < n; j++)
-        for (int i = 0; i < n; i++) state[j * n + i] = from ? from[i * n + j] : 0.0f;
-}
 
 }  // namespace
 
@@ -333,8 +187,8 @@ inline const float* start_of(const Call& c, int s, int h) {
     return c.state0 ? c.state0 + (int64_t(s) * c.n_heads + h) * square : nullptr;
 }
 
-template <class K>
-void forward(const Call& c) {
+template <class Head>
+void forward(const Head& head, const Call& c) {
     const int n = c.head_size;
     const auto powers = powers_of(c);
     const auto levels = levels_of(c);
@@ -345,15 +199,15 @@ void forward(const Call& c) {
             const auto rows = [&](const void* tensor) { return Rows(tensor, c.dtype, h, c.n_heads, n); };
             float* state = c.state_end + int64_t(item) * n * n;
             start_state(state, start_of(c, s, h), n);
-            K(n, powers.data() + h * (BLOCK + 1) * n, c.u + h * n)
+            Kernel<Head>(head, powers.data() + h * (BLOCK + 1) * n, c.u + h * n)
                 .sweep_over_keys(forwards(c.cu_seqlens, s), {rows(c.r), rows(c.k), rows(c.v)}, state, rows(c.y));
         }
     }
 }
 
 // Gradients of one level's tokens, and of the states that it begins from; those of its ends are complete.
-template <class K>
-void backward_of_level(const Call& c, const std::vector<float>& powers, int first, int last, const float* g_ends) {
+template <class Head>
+void backward_of_level(const Head& head, const Call& c, const std::vector<float>& powers, int first, int last, const float* g_ends) {
     const int n = c.head_size, n_items = (last - first) * c.n_heads;
     const int64_t all = int64_t(c.n_seqs) * c.n_heads * n;
 #pragma omp parallel num_threads(c.n_threads)
@@ -366,7 +220,7 @@ void backward_of_level(const Call& c, const std::vector<float>& powers, int firs
             const auto rows = [&](const void* tensor) { return Rows(tensor, c.dtype, h, c.n_heads, n); };
             const int64_t at = int64_t(item) * n * n;
             const float* g_state_end = g_ends ? g_ends + at : nullptr;
-            const K kernel(n, powers.data() + h * (BLOCK + 1) * n, c.u + h * n);
+            const Kernel<Head> kernel(head, powers.data() + h * (BLOCK + 1) * n, c.u + h * n);
             if (task < n_items) {
                 float *gw = c.sums + int64_t(item) * n, *gu = gw + all;
                 std::memset(gw, 0, sizeof(float) * n);
@@ -406,8 +260,8 @@ void add_up(const Call& c) {
     }
 }
 
-template <class K>
-void backward(const Call& c) {
+template <class Head>
+void backward(const Head& head, const Call& c) {
     const auto powers = powers_of(c);
     const auto levels = levels_of(c);
     const int64_t square = int64_t(c.n_heads) * c.head_size * c.head_size;
@@ -416,7 +270,7 @@ void backward(const Call& c) {
         else std::memset(c.g_end, 0, sizeof(float) * c.n_seqs * square);
     }
     for (size_t level = levels.size() - 1; level-- > 0;) {
-        backward_of_level<K>(c, powers, levels[level], levels[level + 1], c.parents ? c.g_end : c.g_state_end);
+        backward_of_level(head, c, powers, levels[level], levels[level + 1], c.parents ? c.g_end : c.g_state_end);
         for (int s = levels[level]; s < levels[level + 1]; s++)
             if (parent_of(c, s) >= 0)
                 for (int64_t i = 0; i < square; i++) c.g_end[parent_of(c, s) * square + i] += c.g_start[s * square + i];
@@ -426,21 +280,10 @@ void backward(const Call& c) {
 
 }  // namespace
 
-// Sizes other than the usual three share a kernel that is two to three times slower per multiplication.
 extern "C" void wkv5_forward(const Call* c) {
-    switch (c->head_size) {
-        case 32: return forward<Kernel<32, Wide, 2>>(*c);
-        case 64: return forward<Kernel<64, Wide, 2>>(*c);
-        case 128: return forward<Kernel<128, Wide, 2>>(*c);
-        default: return forward<Kernel<0, Narrow, 1>>(*c);
-    }
+    with_head(c->head_size, [=](auto head) { forward(head, *c); });
 }
 
 extern "C" void wkv5_backward(const Call* c) {
-    switch (c->head_size) {
-        case 32: return backward<Kernel<32, Wide, 2>>(*c);
-        case 64: return backward<Kernel<64, Wide, 2>>(*c);
-        case 128: return backward<Kernel<128, Wide, 2>>(*c);
-        default: return backward<Kernel<0, Narrow, 1>>(*c);
-    }
+    with_head(c->head_size, [=](auto head) { backward(head, *c); });
 }

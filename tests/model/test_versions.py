@@ -1,4 +1,4 @@
-"""RWKV-5 against the inference package `rwkv` (CPU, fp32), and forests against plain sequences (float64)."""
+"""Every version against the inference package `rwkv` (CPU, fp32), and forests against plain sequences (float64)."""
 
 from itertools import pairwise
 
@@ -7,9 +7,14 @@ import pytest
 import torch
 from conftest import random_model
 from rwkv_dpo.batches.forest import ForestBuilder
-from rwkv_dpo.kernels.wkv5 import choose_backend
+from rwkv_dpo.kernels.backends import choose_backend
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_package import TOLERANCE, one_sequence, package_model
+
+
+@pytest.fixture(params=["5", "6", "7"])
+def version(request):
+    return request.param
 
 
 @pytest.mark.parametrize(
@@ -23,8 +28,8 @@ from rwkv_package import TOLERANCE, one_sequence, package_model
     ids=lambda s: f"L{s.n_layer} D{s.n_embd} N{s.head_size}",
 )
 @torch.no_grad()
-def test_logits_agree_with_the_rwkv_package_whole_in_chunks_token_by_token_and_packed(shape, tmp_path):
-    model = random_model(shape, torch.float32)
+def test_logits_agree_with_the_rwkv_package_whole_in_chunks_token_by_token_and_packed(shape, version, tmp_path):
+    model = random_model(shape, torch.float32, version=version)
     package = package_model(model, tmp_path)
     tokens = np.random.default_rng(1).integers(0, shape.vocab_size, 47).tolist()
     expected, _ = package.forward(tokens, None, full_output=True)
@@ -61,8 +66,8 @@ def depth_three_forest():
     return segments, parents
 
 
-def test_a_forest_of_depth_three_equals_full_sequences_in_values_states_and_gradients(tiny_shape):
-    model = random_model(tiny_shape)
+def test_a_forest_of_depth_three_equals_full_sequences_in_values_states_and_gradients(tiny_shape, version):
+    model = random_model(tiny_shape, version=version)
     segments, parents = depth_three_forest()
     paths = []
     for tokens, parent in zip(segments, parents, strict=True):
@@ -102,8 +107,8 @@ def depth(parents, handle):
     return 0 if parents[handle] == -1 else 1 + depth(parents, parents[handle])
 
 
-def test_gradients_flow_through_a_handed_in_state(tiny_shape):
-    model = random_model(tiny_shape)
+def test_gradients_flow_through_a_handed_in_state(tiny_shape, version):
+    model = random_model(tiny_shape, version=version)
     tokens = list(range(20))
     whole, _ = model(one_sequence(tokens))
     _, state = model(one_sequence(tokens[:8]))
@@ -117,7 +122,7 @@ def test_gradients_flow_through_a_handed_in_state(tiny_shape):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("grad_cp", ["1", "selective"])
-def test_what_is_computed_again_changes_no_bit_of_a_gradient(tiny_shape, grad_cp, dtype, dropout):
+def test_what_is_computed_again_changes_no_bit_of_a_gradient(tiny_shape, version, grad_cp, dtype, dropout):
     """On a forest with levels, empty segments and handed-in states; twice over one graph."""
     segments, parents = depth_three_forest()
     builder = ForestBuilder()
@@ -126,7 +131,8 @@ def test_what_is_computed_again_changes_no_bit_of_a_gradient(tiny_shape, grad_cp
     forest, _ = builder.build()
     grads = []
     for way in ("0", grad_cp):
-        model = random_model(tiny_shape, torch.float64 if dtype == torch.float64 else torch.float32, grad_cp=way, dropout=dropout).train()
+        weights = torch.float64 if dtype == torch.float64 else torch.float32
+        model = random_model(tiny_shape, weights, version=version, grad_cp=way, dropout=dropout).train()
         model.compute_dtype = dtype
         first = ForestBuilder()
         for _ in range(forest.n_roots):
@@ -148,7 +154,7 @@ def test_a_block_keeps_no_more_numbers_per_token_than_said(grad_cp, n_kept):
 
     def n_allocated(n_layer):
         shape = ModelShape(n_layer, width, width, int(3.5 * width), 71, head_size=32)
-        model = random_model(shape, torch.float32, wkv=choose_backend("cpu", torch.device("cpu")).wkv5, grad_cp=grad_cp)
+        model = random_model(shape, torch.float32, wkv=choose_backend("5", "cpu", torch.device("cpu")).wkv, grad_cp=grad_cp)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             hidden, _ = model(forest)
         assert hidden.requires_grad

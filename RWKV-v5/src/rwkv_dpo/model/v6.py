@@ -1,0 +1,136 @@
+"""RWKV-6 ("Finch", x060): RWKV-5 whose token mixes and decays depend on the tokens. Paper: arXiv:2404.05892.
+
+r receptance, k key, v value, g gate, w decay, u bonus of the current token.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from rwkv_dpo.batches.forest import Forest
+from rwkv_dpo.kernels.backends import WKV
+from rwkv_dpo.kernels.wkv5.reference import decay_rate
+from rwkv_dpo.model.again import Again, Matrix, Rows
+from rwkv_dpo.model.halves import Entry, GatedNorm, ReluSquared, sigmoid_gate
+from rwkv_dpo.model.linear import Linear, products
+from rwkv_dpo.model.rwkv import LayerNorm, Mixes, run_forest
+from rwkv_dpo.model.shape import ModelShape
+
+# The parts of time_maa_w1 and time_maa_w2, in their order.
+_MIXES = "wkvrg"
+
+
+class TimeMix(nn.Module):
+    """The half of a block that looks back: r, k, v, g and w of each token and the one before it, and the WKV recurrence."""
+
+    time_maa_x: nn.Parameter
+
+    def __init__(self, shape: ModelShape, layer: int) -> None:
+        super().__init__()
+        self.n_head, self.head_size = shape.n_head, shape.head_size
+        all_mixes, decay_rank = shape.ranks
+        for name in "xwkvrg":
+            self.register_parameter(f"time_maa_{name}", nn.Parameter(torch.empty(1, 1, shape.n_embd)))
+        self.time_maa_w1 = nn.Parameter(torch.empty(shape.n_embd, all_mixes))
+        self.time_maa_w2 = nn.Parameter(torch.empty(len(_MIXES), all_mixes // len(_MIXES), shape.n_embd))
+        self.time_decay = nn.Parameter(torch.empty(1, 1, shape.dim_att))
+        self.time_decay_w1 = nn.Parameter(torch.empty(shape.n_embd, decay_rank))
+        self.time_decay_w2 = nn.Parameter(torch.empty(decay_rank, shape.dim_att))
+        self.time_faaaa = nn.Parameter(torch.empty(shape.n_head, shape.head_size))
+        self.receptance = Linear(shape.n_embd, shape.dim_att)
+        self.key = Linear(shape.n_embd, shape.dim_att)
+        self.value = Linear(shape.n_embd, shape.dim_att)
+        self.gate = Linear(shape.n_embd, shape.dim_att)
+        self.output = Linear(shape.dim_att, shape.n_embd)
+        self.ln_x = LayerNorm(shape.dim_att)
+        # Dividing the norm's input by head_size_divisor, as RWKV-LM does, is the same as multiplying eps by its square.
+        self.norm_eps = 1e-5 * shape.head_size_divisor**2
+
+    def forward(
+        self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None, initial: Tensor | None, wkv: WKV,
+        v_first: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """As RWKV-5's."""
+        # Rows, the rows before them, and what decides how far each token mixes the two.
+        zero = torch.zeros_like(norm.bias)
+        inputs = (x, before, norm.weight, norm.bias, zero + 1, zero, 1 - self.time_maa_x)
+        (own, of_before, depths), (last,) = products(Entry(forest), inputs, (Rows(), Rows(), Matrix(self.time_maa_w1)))
+        mixing = tuple(getattr(self, f"time_maa_{name}") for name in _MIXES)
+        layers = (Matrix(self.time_decay_w1), self.key, self.value, self.receptance, self.gate)
+        (w, k, v, r, g), _ = products(Again(token_mixes), (own, of_before, depths, self.time_maa_w2, *mixing), layers)
+        (w,), _ = products(Again(_tanh), (w,), [Matrix(self.time_decay_w2)])
+
+        rows = tuple(part.view(-1, self.n_head, self.head_size) for part in (r, k, v, log_decay(w, self.time_decay)))
+        y, ends = run_forest(wkv, forest, initial, rows, (self.time_faaaa,))
+        (out,), _ = products(GatedNorm(self.norm_eps), (y, g, self.ln_x.weight, self.ln_x.bias), [self.output])
+        return out, last, ends, v_first
+
+
+class ChannelMix(nn.Module):
+    """The half of a block that looks at each token, and the one before it, alone."""
+
+    def __init__(self, shape: ModelShape, layer: int) -> None:
+        super().__init__()
+        self.time_maa_k = nn.Parameter(torch.empty(1, 1, shape.n_embd))
+        self.time_maa_r = nn.Parameter(torch.empty(1, 1, shape.n_embd))
+        self.key = Linear(shape.n_embd, shape.dim_ffn)
+        self.receptance = Linear(shape.n_embd, shape.n_embd)
+        self.value = Linear(shape.dim_ffn, shape.n_embd)
+
+    def forward(self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As RWKV-5's."""
+        inputs = (x, before, norm.weight, norm.bias, 1 - self.time_maa_k, 1 - self.time_maa_r)
+        (k, r), (last,) = products(Entry(forest), inputs, (self.key, self.receptance))
+        (value,), _ = products(ReluSquared(), (k,), [self.value])
+        return sigmoid_gate(r, value), last
+
+
+def token_mixes(own: Tensor, before: Tensor, depths: Tensor, matrices: Tensor, *mixing: Tensor) -> list[Tensor]:
+    """own + (before - own) * (mixing + tanh(depths) @ matrix) for each of M mixes: own, before [S, C], depths [S, M * m],
+    matrices [M, m, C]."""
+    parts = torch.tanh(depths).chunk(len(mixing), dim=1)
+    return [
+        torch.lerp(own, before, torch.addmm(mix.view(1, -1).to(own.dtype), part, matrix.to(own.dtype)))
+        for mix, part, matrix in zip(mixing, parts, matrices, strict=True)
+    ]
+
+
+def _tanh(x: Tensor) -> tuple[Tensor]:
+    return (torch.tanh(x),)
+
+
+def log_decay(decay: Tensor, base: Tensor) -> Tensor:
+    """log w = -exp(base + decay), in fp32 at least."""
+    return _LogDecay.apply(decay, base)
+
+
+class _LogDecay(torch.autograd.Function):
+    """Keeps its result alone, which the recurrence keeps too."""
+
+    @staticmethod
+    def forward(ctx, decay, base):
+        wide = torch.promote_types(decay.dtype, torch.float32)
+        log_w = decay_rate(decay.to(wide) + base.view(-1).to(wide)).neg_()
+        ctx.save_for_backward(log_w)
+        ctx.type_of_decay, ctx.base = decay.dtype, (base.dtype, base.shape)
+        return log_w
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (log_w,) = ctx.saved_tensors
+        # It is its own derivative.
+        grad = grad * log_w
+        dtype, shape = ctx.base
+        return grad.to(ctx.type_of_decay), grad.sum(0).view(shape).to(dtype)
+
+
+def _rank_of_mixes(n_embd: int) -> int:
+    return 5 * (64 if n_embd >= 4096 else 32)
+
+
+def _rank_of_decay(n_embd: int) -> int:
+    return 128 if n_embd >= 4096 else 64
+
+
+MIXES = Mixes("6", TimeMix, ChannelMix, "att.time_faaaa", {"att.time_maa_w1": _rank_of_mixes, "att.time_decay_w1": _rank_of_decay})
