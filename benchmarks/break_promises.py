@@ -56,9 +56,12 @@ def try_break(name: str, promise: Promise, copies: Queue) -> dict[str, Any]:
 
 
 def outcome(status: int | None, output: str) -> str:
-    """red: a test failed. A break that keeps tests from being collected shows nothing, nor do tests that are skipped."""
-    if status in (None, 1):
-        return "hung" if status is None else "red"
+    """red: a test failed, or took Python down. A break that keeps tests from being collected shows nothing, nor do tests that are
+    skipped."""
+    if status is None:
+        return "hung"
+    if status == 1 or status < 0:
+        return "red"
     if status:
         return "NO TEST RAN"
     return "SURVIVED" if re.search(r"\d+ passed", output) else "SKIPPED"

@@ -130,7 +130,7 @@ def run_tests(copy: Path, arguments: Sequence[str], timeout: float) -> tuple[int
 
         status = 1
         try:
-            status = pytest.main(["-x", "-q", "-n", "0", *arguments])
+            status = pytest.main(["-x", "-n", "0", *arguments])
         finally:
             os._exit(status)
     while time.perf_counter() - begin < timeout:
