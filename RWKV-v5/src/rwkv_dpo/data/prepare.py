@@ -191,9 +191,13 @@ def _tokenized(
     def encoded(text: str) -> np.ndarray:
         return np.asarray(tokenizer.encode(text), dtype=np.int32)
 
-    # Rows that happen to stand beside each other have nothing to do with one another.
-    alone = itertools.count()
-    for _, run in itertools.groupby(preferences, lambda one: (isinstance(one, Preference) and one.ranking) or next(alone)):
+    numbers = itertools.count()
+
+    def ranking_of(one: Preference | Dropped | NextSource) -> object:
+        # Rows that happen to stand beside each other have nothing to do with one another.
+        return one.ranking if isinstance(one, Preference) and one.ranking else next(numbers)
+
+    for _, run in itertools.groupby(preferences, ranking_of):
         together = list(run)
         if not isinstance(together[0], Preference):
             yield from ((one, None) for one in together)
