@@ -22,6 +22,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -114,9 +115,9 @@ def _bare(text: str) -> str:
     return ast.dump(tree)
 
 
-def run_tests(copy: Path, module: str, timeout: float) -> tuple[int | None, float]:
-    """Exit status of the module's tests in a copy of the checkout, None after a timeout, and their seconds. They run in a fork of this
-    process, which has imported what takes long and nothing of the package."""
+def run_tests(copy: Path, arguments: Sequence[str], timeout: float) -> tuple[int | None, float]:
+    """Exit status of pytest in a copy of the checkout, None after a timeout, and its seconds; what it printed is in output.txt. It runs in
+    a fork of this process, which has imported what takes long and nothing of the package."""
     begin = time.perf_counter()
     process = os.fork()
     if process == 0:
@@ -127,11 +128,9 @@ def run_tests(copy: Path, module: str, timeout: float) -> tuple[int | None, floa
         os.dup2(output, 2)
         import pytest
 
-        deselected = [part for test in DESELECTED for part in ("--deselect", test)]
-        options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", *deselected]
         status = 1
         try:
-            status = pytest.main([*options, *TESTS[module]])
+            status = pytest.main(["-x", "-n", "0", *arguments])
         finally:
             os._exit(status)
     while time.perf_counter() - begin < timeout:
@@ -144,6 +143,11 @@ def run_tests(copy: Path, module: str, timeout: float) -> tuple[int | None, floa
     return None, timeout
 
 
+def tests_of(module: str) -> list[str]:
+    """Arguments of pytest."""
+    return ["-p", "no:cacheprovider", "-m", "not slow", *(f"--deselect={test}" for test in DESELECTED), *TESTS[module]]
+
+
 def try_mutants(mutants: list[Mutant], copies: Queue, timeout: float) -> list[Outcome]:
     def one(mutant: Mutant) -> Outcome:
         copy = copies.get()
@@ -151,7 +155,7 @@ def try_mutants(mutants: list[Mutant], copies: Queue, timeout: float) -> list[Ou
         original = path.read_text()
         try:
             path.write_text(mutant.text)
-            status, seconds = run_tests(copy, mutant.module, timeout)
+            status, seconds = run_tests(copy, tests_of(mutant.module), timeout)
         finally:
             path.write_text(original)
             copies.put(copy)
@@ -171,7 +175,7 @@ def interval(killed: int, n: int) -> tuple[float, float]:
 def campaign(module: str, args: argparse.Namespace, copies: Queue) -> dict:
     n_mutants, chosen = draw_mutants(module, args.sample, args.seed)
     copy = copies.get()
-    status, seconds = run_tests(copy, module, 600)
+    status, seconds = run_tests(copy, tests_of(module), 600)
     if status:
         sys.exit(f"{module}: its tests fail on the code as it is:\n{(copy / 'output.txt').read_text()[-2000:]}")
     copies.put(copy)
@@ -197,26 +201,29 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    # Once, for all forks.
-    import hypothesis  # noqa: F401
-    import peft  # noqa: F401
-    import pytest  # noqa: F401
-    import pytorch_lightning  # noqa: F401
-    import torch  # noqa: F401
-
+    import_once()
     sys.path.insert(0, str(Path(__file__).parent))
     from measure import save
 
     with tempfile.TemporaryDirectory() as folder:
         copies: Queue = Queue()
         for i in range(args.jobs):
-            copies.put(_copy(Path(folder, str(i))))
+            copies.put(copy_checkout(Path(folder, str(i))))
         for module in args.modules:
             save("mutation", {module: {"tool": f"cosmic-ray {version('cosmic-ray')}", "seed": args.seed, **campaign(module, args, copies)}})
 
 
-def _copy(folder: Path) -> Path:
+def import_once() -> None:
+    """What takes long, for all forks."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    import hypothesis  # noqa: F401
+    import peft  # noqa: F401
+    import pytest  # noqa: F401
+    import pytorch_lightning  # noqa: F401
+    import torch  # noqa: F401
+
+
+def copy_checkout(folder: Path) -> Path:
     """The checkout, with the neighbour that tests look for."""
     folder.mkdir()
     shutil.copytree(ROOT, folder / "checkout", ignore=shutil.ignore_patterns(".git", ".venv", ".hypothesis", "__pycache__", "demo_out"))

@@ -72,8 +72,9 @@ def test_a_script_ends_in_a_line_and_leaves_nothing_half_written(inputs, tmp_pat
     assert [path.name for path in out.iterdir()] == leaves
 
 
+@pytest.mark.parametrize("number", STATUS, ids=NAMES.get)
 @pytest.mark.parametrize("script", ["train.py", "export.py", "evaluate.py", "prepare_pairs.py"])
-def test_a_signal_while_torch_is_imported_is_a_line_too(inputs, tmp_path, script):
+def test_a_signal_while_torch_is_imported_is_a_line_too(inputs, tmp_path, script, number):
     (tmp_path / "torch.py").write_text("import time\nprint('HANGING', flush=True)\ntime.sleep(600)\n")
     flags = {
         "train.py": "--accelerator cpu --dpo_general_corpus_ratio 0", "export.py": "--load_model base.pth --out other.pth",
@@ -85,11 +86,11 @@ def test_a_signal_while_torch_is_imported_is_a_line_too(inputs, tmp_path, script
         stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     assert any("HANGING" in line for line in process.stdout)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == STATUS[number]
     assert len(errors.splitlines()) == 1
-    assert errors.startswith(f"{script}: stopped by Ctrl-C: ")
+    assert errors.startswith(f"{script}: stopped by {NAMES[number]}: ")
 
 
 def impatient(place: str, patience: float) -> None:

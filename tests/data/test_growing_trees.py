@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.data.pairs import join_pairs, pack_pairs, pairs_sha256
-from rwkv_dpo.data.preference import Preference
+from rwkv_dpo.data.preference import Notes, Preference, Ranking
 from rwkv_dpo.data.prepare import prepare
+from rwkv_dpo.data.rankings import Pairing, paired
 from rwkv_dpo.data.tokenizer import WorldTokenizer
 from rwkv_dpo.data.trees import grow
 
@@ -125,11 +126,8 @@ def test_a_row_of_several_pairs_is_named_by_the_first_of_them(tmp_path):
 
 def test_a_ranking_is_cut_alike_for_all_of_its_pairs_and_is_one_tree():
     prompt, answers = "word " * 60, ["short", "a b c d e f g h i j k l m n o p", "else"]
-    preferences = [
-        Preference(f"row {i}", "", (prompt,), answers[a], answers[b], (float(3 - a), float(3 - b)))
-        for i, (a, b) in enumerate([(0, 1), (0, 2), (1, 2)])
-    ]
-    prepared = prepare(preferences, WorldTokenizer(), 40, "chat", 0).grown(160)
+    ranking = Ranking("row 1", "", (prompt,), tuple(answers), (3.0, 2.0, 1.0))
+    prepared = prepare(paired([ranking], Pairing("all"), Notes()), WorldTokenizer(), 40, "chat", 0).grown(160)
     assert (len(prepared.pairs), prepared.pairs.n_trees) == (3, 1)
     assert len(np.unique(prepared.pairs.rows[:, 0])) == 1
     assert prepared.pairs.scores.tolist() == [[3, 2], [3, 1], [2, 1]]

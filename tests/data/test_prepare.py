@@ -113,6 +113,16 @@ def test_preparation_does_not_depend_on_the_order_of_rows(tokenizer):
     assert lands(rows) == lands(shuffled)
 
 
+def test_a_row_is_cut_for_its_own_answers_whatever_stands_beside_it(tokenizer):
+    """A row that is refused too: a long answer of it took the prompt of its neighbour."""
+    row = Preference("row 1", "", ("word " * 40,), "Yes.", "No.")
+    others = [Preference("row 2", "", row.turns, "", "a long answer " * 9), Preference("row 3", "", row.turns, "b " * 20, "c " * 20)]
+    alone = prepare([row], tokenizer, 40, "chat", seed=0).pairs
+    for rows in ([row, *others], [*others, row], [others[0], row]):
+        pairs = prepare(rows, tokenizer, 40, "chat", seed=0).pairs
+        assert [part.tolist() for part in alone.pair(0)] in [[part.tolist() for part in pairs.pair(i)] for i in range(len(pairs))]
+
+
 @pytest.mark.parametrize("answers", [("yes", "yes"), ("yes", "sure")])
 def test_prompts_that_the_cut_makes_the_same_land_in_one_split_whatever_their_order(tokenizer, answers):
     rows = [preference(2 * i + j, "ab"[j] + f" word{i}" * 60, answers[j]) for i in range(30) for j in (0, 1)]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.kernels.build import bind
+from rwkv_dpo.kernels.compilers import find_nvcc
 from rwkv_dpo.kernels.wkv5 import cuda, reference
 
 HERE = Path(__file__).parent
@@ -262,6 +263,13 @@ def test_address_sanitizer_sees_no_access_out_of_bounds(request):
     done = run_under_address_sanitizer("-c", BEYOND_THE_END, shim=shim)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
+def test_nvcc_links_a_library_with_every_function_that_python_calls():
+    """It hides functions that g++ shows: those with a parameter of a type in an anonymous namespace."""
+    compile_cuda.compile_for(compile_cuda.KERNELS, (9, 0), cuda.ENTRY_POINTS)
 
 
 PTXAS_REPORT = """

@@ -1,5 +1,7 @@
 """The logs of a run folder, as a checkpoint takes note of them."""
 
+import runs
+import train
 from recording_os import RecordingOS
 from rwkv_dpo.run_folder.contents import cut_logs, log_sizes
 
@@ -21,3 +23,13 @@ def test_what_later_steps_logged_is_cut_off(tmp_path):
     cut_logs(tmp_path, {"metrics.jsonl": 4})
     assert (tmp_path / "metrics.jsonl").read_text() == "1\n2\n"
     assert (tmp_path / "valid.jsonl").read_text() == ""
+
+
+def test_the_start_of_a_run_removes_what_killed_processes_left(data, tmp_path):
+    """Of files and folders that this run doesn't write, too: they would stay for ever."""
+    for name in ("last", "adapter-1", ".adapter-0.7.part", ".adapter-1.7.old"):
+        (tmp_path / name).mkdir()
+    for name in (".adapter-0.7.part/half", ".rwkv-7.pth.0123456789abcdef.part", "last/.step-3.pth.0123456789abcdef.part"):
+        (tmp_path / name).write_text("half")
+    train.main(runs.flags(data, tmp_path, epoch_steps=1, epoch_count=1))
+    assert not [path.name for path in tmp_path.rglob(".*")]

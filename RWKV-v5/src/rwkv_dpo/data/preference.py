@@ -18,7 +18,8 @@ _NO_NUMBER = ("", "n/a", "na", "nan", "none", "null")
 class Preference:
     """A dialogue and two answers to its last turn. `where`: the row it was read from, for messages; `turns`: user and assistant
     by turns, the first and the last by the user; `system` may be empty. `scores`: of the chosen and the rejected answer in the row's
-    own words, None without any; a margin alone is kept as (margin, 0)."""
+    own words, None without any; a margin alone is kept as (margin, 0). `ranking`: of which this is a pair, by its row; its pairs come one
+    after the other."""
 
     where: str
     system: str
@@ -26,6 +27,7 @@ class Preference:
     chosen: str
     rejected: str
     scores: tuple[float, float] | None = field(default=None, compare=False, repr=False)
+    ranking: str = field(default="", compare=False, repr=False)
 
     @property
     def gap(self) -> float | None:

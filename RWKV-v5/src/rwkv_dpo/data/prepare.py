@@ -177,7 +177,7 @@ def prompt_key(preference: Preference) -> str:
 
 
 class _Tokens(NamedTuple):
-    """Of a preference, before the cut. longest: of the answers to its prompt that come one after the other; n_cue: of the prompt's cue."""
+    """Of a preference, before the cut. longest: of the answers of its ranking; n_cue: of the prompt's cue."""
 
     pair: Pair
     longest: int
@@ -191,7 +191,13 @@ def _tokenized(
     def encoded(text: str) -> np.ndarray:
         return np.asarray(tokenizer.encode(text), dtype=np.int32)
 
-    for _, run in itertools.groupby(preferences, lambda one: (one.system, one.turns) if isinstance(one, Preference) else one):
+    numbers = itertools.count()
+
+    def ranking_of(one: Preference | Dropped | NextSource) -> object:
+        # Rows that happen to stand beside each other have nothing to do with one another.
+        return one.ranking if isinstance(one, Preference) and one.ranking else next(numbers)
+
+    for _, run in itertools.groupby(preferences, ranking_of):
         together = list(run)
         if not isinstance(together[0], Preference):
             yield from ((one, None) for one in together)

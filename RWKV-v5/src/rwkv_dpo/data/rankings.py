@@ -119,7 +119,7 @@ def _of_ranking(
     for better, worse in made:
         where = rows[0] if n == 2 and len(rows) == 1 else f"{answers[better]} over {answers[worse]}"
         scores = ranking.scores[better], ranking.scores[worse]
-        yield Preference(where, ranking.system, ranking.turns, ranking.answers[better], ranking.answers[worse], scores)
+        yield Preference(where, ranking.system, ranking.turns, ranking.answers[better], ranking.answers[worse], scores, ranking.where)
 
 
 def _n_random(rank_pairs: str) -> int | None:
