@@ -1,13 +1,13 @@
 """--strategy and --precision in Lightning's terms, DeepSpeed on CPUs included."""
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from pytorch_lightning.plugins import DeepSpeedPrecision, MixedPrecision
-from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, ParallelStrategy, Strategy
 from typing_extensions import override
 
 from rwkv_dpo.base.errors import refuse
@@ -114,3 +114,17 @@ def build_strategy(settings: DeviceSettings, device: torch.device, micro_bsz: in
         if not get_accelerator().is_fp16_supported():
             refuse(f"--precision fp16: DeepSpeed can't compute in it on this CPU; --strategy {settings.strategy} takes fp32 and bf16")
     return CPUDeepSpeedStrategy(process_group_backend="gloo", **zero)
+
+
+@contextmanager
+def accumulating(strategy: Strategy) -> Iterator[None]:
+    """Within, backward passes are not the last of their optimizer step: nothing is exchanged that can wait."""
+    if isinstance(strategy, DeepSpeedStrategy):
+        strategy.deepspeed_engine.set_gradient_accumulation_boundary(False)
+        yield
+        strategy.deepspeed_engine.set_gradient_accumulation_boundary(True)
+    elif isinstance(strategy, ParallelStrategy):
+        with strategy.block_backward_sync():
+            yield
+    else:
+        yield
