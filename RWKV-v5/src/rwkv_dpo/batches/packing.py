@@ -11,7 +11,7 @@ def pack(sizes: Sequence[int], capacity: int, n_ranks: int) -> list[list[list[in
     and as even as a greedy deal makes them. Raises ValueError for an item that no call can hold.
 
     >>> pack([5, 9, 1, 8, 2], 10, n_ranks=1)
-    [[[1], [2, 3], [0, 4]]]
+    [[[1], [3], [0, 2, 4]]]
     """
     if max(sizes) > capacity:
         raise ValueError(f"an item of {max(sizes)} does not fit into {capacity}")

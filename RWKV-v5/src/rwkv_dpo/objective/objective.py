@@ -64,7 +64,9 @@ def objective(model: RWKV, batch: MicroBatch, mixture: Mixture, ratio: float) ->
         truncated = truncated_loss(model, plan, general_loss)
         plan = replace(plan, chunks=plan.chunks[plan.n_window_chunks :])
     rows = score_rows(model, batch.step, plan)
-    loss_general = loss_dpo = zero = rows.logps.new_zeros(())
+    zero = loss_dpo = rows.logps.new_zeros(())
+    # ZeRO-3 waits for ever where an output of a module has a gradient on one rank, and none on another that has no windows.
+    loss_general = rows.max_logits[:0].sum() if ratio > 0 else zero
     # All micro-batches of a run have the same metrics, whatever they hold.
     metrics = dict.fromkeys((*(("loss_general",) if ratio > 0 else ()), *(PAIR_METRICS if ratio < 1 else ())), zero)
     if n:
