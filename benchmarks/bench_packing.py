@@ -18,7 +18,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-v5" / "src"))
 
-from bench_step import BETA, DTYPES, build, make_pairs, report
 from measure import alternate, machine, save
 from rwkv_dpo.batches.loader import StepBatch, Steps
 from rwkv_dpo.batches.samples import Samples
@@ -26,18 +25,36 @@ from rwkv_dpo.batches.settings import BatchSettings
 from rwkv_dpo.data.corpus import Corpus
 from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.devices.device import tune_cpu
+from rwkv_dpo.kernels.wkv5 import choose_backend
+from rwkv_dpo.model.checkpoint import empty_model
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.objective.losses import dpo
 from rwkv_dpo.objective.objective import objective
 
-LENGTHS, ACCUMULATED, WINDOW, RATIO = (30, 20, 15), 32, 64, 0.5
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LENGTHS, ACCUMULATED, WINDOW, RATIO, BETA = (30, 20, 15), 32, 64, 0.5, 0.1
+
+
+def build(shape: ModelShape, precision: str, backend: str, device: torch.device) -> RWKV:
+    """A model of random weights, all of them alive."""
+    model = empty_model(shape, "5", choose_backend(backend, device).wkv5, DTYPES[precision])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.normal_(0, p.shape[1] ** -0.5, generator=generator)
+            else:
+                p.uniform_(0, 1, generator=generator)
+    return model.to(device)
 
 
 def step_batch(vocab_size: int, batch_tokens: int, with_windows: bool, device: torch.device) -> StepBatch:
     """The micro-batches of a step."""
-    pairs = pack_pairs(make_pairs(LENGTHS, 4 * ACCUMULATED, vocab_size), np.full((4 * ACCUMULATED, 2), -200.0))
-    corpus = Corpus("random", np.random.default_rng(1).integers(1, vocab_size, 100_000), vocab_size) if with_windows else None
+    rng = np.random.default_rng(0)
+    rows = [tuple(rng.integers(1, vocab_size, n) for n in LENGTHS) for _ in range(4 * ACCUMULATED)]
+    pairs = pack_pairs(rows, np.full((len(rows), 2), -200.0))
+    corpus = Corpus("random", rng.integers(1, vocab_size, 100_000), vocab_size) if with_windows else None
     settings = BatchSettings(micro_bsz=1, batch_tokens=batch_tokens)
     return tuple(batch.to(device) for batch in Steps(Samples(settings, WINDOW, 0, 1, ACCUMULATED, corpus, pairs), 0)[0])
 
@@ -57,7 +74,7 @@ def check_parity(backend: str, device: torch.device) -> None:
     for with_windows in (False, True):
         losses, grads = [], []
         for batch_tokens in (0, 500):
-            model = build("forest", ModelShape(2, 128, 128, 448, 512), "fp32", backend, device)
+            model = build(ModelShape(2, 128, 128, 448, 512), "fp32", backend, device)
             losses.append(gradients_of(model, step_batch(512, batch_tokens, with_windows, device)))
             grads.append([p.grad for p in model.parameters() if p.grad is not None])
         worst = max(float((a - b).norm() / a.norm().clamp(min=1e-6)) for a, b in zip(*grads, strict=True))
@@ -82,7 +99,7 @@ def time_steps(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """tokens/s: of tokens that go through the blocks, each once."""
     rows = []
     for precision in DTYPES:
-        model = build("forest", args.shape, precision, args.wkv_backend, device)
+        model = build(args.shape, precision, args.wkv_backend, device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
         for with_windows in (False, True):
             batches = {n: step_batch(args.shape.vocab_size, n, with_windows, device) for n in (0, *args.batch_tokens)}
@@ -93,7 +110,8 @@ def time_steps(args: argparse.Namespace, device: torch.device) -> list[dict]:
                 took = seconds[f"batch_tokens {n}"]
                 row = {"precision": precision, "window": WINDOW * with_windows, "batch_tokens": n, "calls": len(batch)}
                 row |= {"step ms": 1000 * took, "tokens/s": n_tokens / took, "speedup": seconds["batch_tokens 0"] / took}
-                rows.append(report(row))
+                print(*(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()), sep="  ")
+                rows.append(row)
     return rows
 
 
