@@ -98,7 +98,7 @@ def step_of(model: RWKV, optimizer: torch.optim.Optimizer, batch: StepBatch) -> 
 def time_steps(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """tokens/s: of tokens that go through the blocks, each once."""
     rows = []
-    for precision in DTYPES:
+    for precision in args.precisions:
         model = build(args.shape, precision, args.wkv_backend, device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
         for with_windows in (False, True):
@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--n_embd", type=int, default=256)
     parser.add_argument("--vocab_size", type=int, default=65536)
     parser.add_argument("--batch_tokens", type=int, nargs="+", default=[512, 2048, 4096])
+    parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--wkv_backend", default="auto")
     parser.add_argument("--repeats", type=int, default=5)

@@ -112,14 +112,12 @@ class MetricsLog(pl.Callback):
 
 def weighted_sums(batch: StepBatch, metrics: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
     """fp32 [metrics, 2], of a step's micro-batches: the sum of each metric, weighted, and of its weights."""
-    sums = []
-    for one, values in zip(batch, metrics, strict=True):
-        # Losses of pairs have their shares already.
-        own = {"loss": 1, "loss_dpo": 1, "loss_general": one.step.n_window_rows}
-        weights = torch.tensor([own.get(name, one.step.n_pairs) for name in values], dtype=torch.float32)
-        stacked = torch.stack([value.float() for value in values.values()])
-        sums.append(torch.stack([stacked, torch.ones_like(stacked)], 1) * weights.to(stacked.device)[:, None])
-    return torch.stack(sums).sum(0)
+    values = torch.stack([torch.stack([value.float() for value in of_one.values()]) for of_one in metrics])
+    # Losses of pairs have their shares already.
+    own = [{"loss": 1, "loss_dpo": 1, "loss_general": one.step.n_window_rows} for one in batch]
+    of_names = [[weights.get(name, one.step.n_pairs) for name in metrics[0]] for one, weights in zip(batch, own, strict=True)]
+    weights = torch.tensor(of_names, dtype=torch.float32).to(values.device)
+    return torch.stack([(weights * values).sum(0), weights.sum(0)], 1)
 
 
 def peak_memory_gb(device: torch.device) -> float:
