@@ -45,10 +45,15 @@ def child(source: str, precision: str) -> dict[str, Any]:
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            if not function.is_view and function.namespace == "aten" and "detach" not in str(function) and "_unsafe_view" not in str(function):
-                self.counts[str(function)] += 1
-                other = args[1] if str(function).startswith("aten.copy_") else args[0] if str(function).startswith("aten._to_copy") else None
-                self.counts["cast"] += isinstance(other, torch.Tensor) and other.dtype != result.dtype
+            name = str(function)
+            if function.is_view or function.namespace != "aten" or name.startswith(("aten.detach", "aten._unsafe_view")):
+                return result
+            self.counts[name] += 1
+            if name.startswith("aten._foreach_copy_"):
+                self.counts["cast"] += args[0][0].dtype != args[1][0].dtype
+            elif name.startswith(("aten.copy_", "aten._to_copy")):
+                other = args[name.startswith("aten.copy_")]
+                self.counts["cast"] += other.dtype != result.dtype
             return result
 
     torch.set_num_threads(1)

@@ -47,7 +47,8 @@ TURNS: tuple[tuple[dict[str, Any], ...], ...] = (
     ({}, {"dpo_loss": "plackett_luce,softmax,all_pairs,aot,sft"}, {"dpo_loss": "simpo,orpo,ipo,dpop"}, {"dpo_f_divergence": "js"}),
     ({"dpo_valid_file": True}, {"valid_data_file": True}, {"dpo_wpo": 1}, {"dpo_ref": "recompute", "dpo_ld_alpha": 0.5},
      {"dpo_ref": "recompute", "dpo_sync_ref": 1}),
-    ({}, {"dropout": 0.1}, {"epoch_steps": 2, "accumulate_grad_batches": 2}, {"layerwise_lr": 0}),
+    ({}, {"dropout": 0.1}, {"epoch_steps": 2, "accumulate_grad_batches": 2}, {"layerwise_lr": 0},
+     {"epoch_steps": 3, "accumulate_grad_batches": 3, "batch_tokens": 90}),
     ({}, {"weight_decay": 0.01}, {"enable_progress_bar": True, "log_every_s": 0}, {"save_every": 1, "tensorboard": 1},
      {"accelerator": "auto"}, {"wkv_backend": "cuda"}),
 )

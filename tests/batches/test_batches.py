@@ -10,7 +10,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from rwkv_dpo.base.errors import InputError
-from rwkv_dpo.batches.loader import EpochNumbers, MicroBatches, Position, build_loader
+from rwkv_dpo.batches.loader import StepNumbers, Steps, build_loader
+from rwkv_dpo.batches.samples import Position, Samples
 from rwkv_dpo.batches.settings import BatchSettings
 from rwkv_dpo.data.corpus import Corpus
 from rwkv_dpo.data.pairs import pack_pairs
@@ -19,15 +20,17 @@ N_PAIRS = 24
 PAIRS = pack_pairs([([100 + i, 1], [2], [3, 4]) for i in range(N_PAIRS)], np.arange(2.0 * N_PAIRS).reshape(N_PAIRS, 2))
 CORPUS = Corpus("numbers", np.arange(10_001), vocab_size=20_000)
 SETTINGS = BatchSettings(micro_bsz=2)
-EPOCH_STEPS = 3
+STEPS_PER_EPOCH = 3
 
 
-def dataset(corpus, pairs, rank=0, world_size=1, ctx_len=100, position=None, **changes):
-    return MicroBatches(replace(SETTINGS, **changes), ctx_len, 4, world_size, corpus, pairs, rank, position or Position())
+def dataset(corpus, pairs, rank=0, world_size=1, ctx_len=100, position=None, accumulated=1, **changes):
+    samples = Samples(replace(SETTINGS, **changes), ctx_len, 4, world_size, accumulated, corpus, pairs, position or Position())
+    return Steps(samples, rank)
 
 
 def pairs_of(batch):
-    tokens = batch.step.forest.tokens.tolist()
+    (micro_batch,) = batch
+    tokens = micro_batch.step.forest.tokens.tolist()
     return [t - 100 for t in tokens if 100 <= t < 100 + N_PAIRS and t != 0]
 
 
@@ -54,20 +57,20 @@ def test_two_ranks_of_one_pair_see_what_one_rank_of_two_sees():
 def test_ranks_get_pairs_of_like_length():
     lengths = np.random.default_rng(0).permutation(np.repeat([10, 100], 64))
     pairs = pack_pairs([(np.ones(n), [2], [3]) for n in lengths], np.zeros((128, 2)))
-    tokens = [[dataset(None, pairs, rank, 2, micro_bsz=1)[k].step.forest.tokens.numel() for rank in range(2)] for k in range(64)]
+    tokens = [[dataset(None, pairs, rank, 2, micro_bsz=1)[k][0].step.forest.tokens.numel() for rank in range(2)] for k in range(64)]
     assert all(a == b for a, b in tokens)
     assert {a for a, _ in tokens} == {10, 100}
 
 
 def test_reference_scores_travel_with_their_pairs():
     batch = dataset(None, PAIRS)[7]
-    assert batch.ref_logps.tolist() == [[2.0 * p, 2.0 * p + 1] for p in pairs_of(batch)]
+    assert batch[0].ref_logps.tolist() == [[2.0 * p, 2.0 * p + 1] for p in pairs_of(batch)]
 
 
 def test_windows_are_disjoint_across_ranks_within_a_pass():
     datasets = [dataset(CORPUS, None, rank, 2) for rank in range(2)]
     # 99 windows of 100 tokens a pass: 24 steps of 4 hold 96 of them.
-    rows = [d[k].step.forest.tokens.view(2, 100) for k in range(24) for d in datasets]
+    rows = [d[k][0].step.forest.tokens.view(2, 100) for k in range(24) for d in datasets]
     starts = sorted(int(window[0]) for batch in rows for window in batch)
     assert all(b - a >= 100 for a, b in pairwise(starts))
 
@@ -75,22 +78,22 @@ def test_windows_are_disjoint_across_ranks_within_a_pass():
 def test_magic_prime_visits_its_windows_in_rwkv_lms_order():
     # 97 = 3 * 32 + 1 is no prime 3n + 2; 89 is. int(89 * 0.618...) = 55; sample ii starts at (55 * ii**3 mod 89) * 100.
     windows = dataset(CORPUS, None, magic_prime=89, my_pile_shift=7, micro_bsz=1)
-    assert [int(windows[k].step.forest.tokens[0]) for k in range(3)] == [
+    assert [int(windows[k][0].step.forest.tokens[0]) for k in range(3)] == [
         55 * 1 % 89 * 100 + 7,
         55 * 8 % 89 * 100 + 7,
         55 * 27 % 89 * 100 + 7,
     ]
 
 
-def test_epochs_continue_the_numbering_of_their_micro_batches():
-    numbers = EpochNumbers(epoch_begin=2, epoch_steps=3, position=Position())
+def test_epochs_continue_the_numbering_of_their_steps():
+    numbers = StepNumbers(epoch_begin=2, steps_per_epoch=3, position=Position())
     numbers.set_epoch(1)
     assert list(numbers) == [9, 10, 11]
     assert len(numbers) == 3
 
 
 def test_a_resumed_epoch_has_what_is_left_of_it_and_the_next_one_is_whole():
-    numbers = EpochNumbers(epoch_begin=2, epoch_steps=3, position=Position(epoch=1, batch=2))
+    numbers = StepNumbers(epoch_begin=2, steps_per_epoch=3, position=Position(epoch=1, step=2))
     numbers.set_epoch(1)
     assert list(numbers) == [11]
     numbers.set_epoch(2)
@@ -107,16 +110,16 @@ def test_after_a_change_of_the_micro_batch_the_sequence_goes_on_where_it_was(bal
 
 
 def tokens_of(loader) -> list[list[int]]:
-    return [batch.step.forest.tokens.tolist() for batch in loader]
+    return [batch.step.forest.tokens.tolist() for (batch,) in loader]
 
 
 def test_batches_made_ahead_are_the_same():
-    here, ahead = (build_loader(dataset(CORPUS, PAIRS), 0, EPOCH_STEPS, on_gpu=on_gpu) for on_gpu in (False, True))
+    here, ahead = (build_loader(dataset(CORPUS, PAIRS), 0, STEPS_PER_EPOCH, on_gpu=on_gpu) for on_gpu in (False, True))
     for epoch in (0, 1):
         here.sampler.set_epoch(epoch)
         ahead.sampler.set_epoch(epoch)
         assert tokens_of(here) == tokens_of(ahead)
-    assert len(tokens_of(here)) == len(here) == EPOCH_STEPS
+    assert len(tokens_of(here)) == len(here) == STEPS_PER_EPOCH
 
 
 @pytest.fixture
@@ -133,12 +136,12 @@ def test_a_step_of_many_chunks_takes_no_open_files(few_files):
     """8 windows of 128 chunks each: some 10,000 tensors a batch."""
     corpus = Corpus("numbers", np.arange(20_000), vocab_size=20_000)
     got: list[int] = []
-    loader = build_loader(dataset(corpus, None, ctx_len=2048, chunk_ctx=16, micro_bsz=8), 0, EPOCH_STEPS, on_gpu=True)
+    loader = build_loader(dataset(corpus, None, ctx_len=2048, chunk_ctx=16, micro_bsz=8), 0, STEPS_PER_EPOCH, on_gpu=True)
     # A loader that waits for ever fails here.
-    thread = threading.Thread(target=lambda: got.extend(len(batch.plan.chunks) for batch in loader), daemon=True)
+    thread = threading.Thread(target=lambda: got.extend(len(batch.plan.chunks) for (batch,) in loader), daemon=True)
     thread.start()
     thread.join(60)
-    assert got == [1024] * EPOCH_STEPS
+    assert got == [1024] * STEPS_PER_EPOCH
 
 
 class Failing(Corpus):
@@ -149,5 +152,5 @@ class Failing(Corpus):
 def test_what_fails_ahead_is_told_in_its_own_words():
     failing = Failing("numbers", np.arange(10_001), vocab_size=2)
     with pytest.raises(InputError) as error:
-        list(build_loader(dataset(failing, PAIRS), 0, EPOCH_STEPS, on_gpu=True))
+        list(build_loader(dataset(failing, PAIRS), 0, STEPS_PER_EPOCH, on_gpu=True))
     assert str(error.value) == "numbers: token 3 at 7 is outside the vocabulary"

@@ -74,7 +74,8 @@ def usages(report: str) -> Iterator[Usage]:
 
 def _readable(mangled: str) -> str:
     """segment_outputs bf16 64, from a C++ symbol."""
-    name = re.search(r"(segment_[a-z]+|scan_segments|sequential_[a-z_]+?|(?:mixes|gated_norm|relu_squared|sigmoid_gate)_[a-z]+|add_up)(?=I|E)", mangled)
+    known = r"segment_[a-z]+|scan_segments|sequential_[a-z_]+?|(?:mixes|gated_norm|relu_squared|sigmoid_gate)_[a-z]+|add_up"
+    name = re.search(rf"({known})(?=I|E)", mangled)
     types = {"I6__half": "fp16", "I13__nv_bfloat16": "bf16", "IfLi": "fp32"}
     dtype = next((words for mark, words in types.items() if mark in mangled), "")
     size = re.search(r"Li(\d+)E", mangled)

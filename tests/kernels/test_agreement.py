@@ -26,9 +26,9 @@ def cache(tmp_path, monkeypatch) -> Path:
     if shutil.which("c++") is None:
         pytest.skip("needs a C++ compiler")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    cpu._library.cache_clear()
+    cpu.KERNELS.__dict__.pop("library", None)
     yield tmp_path / "cache" / f"rwkv_dpo-{os.getuid()}"
-    cpu._library.cache_clear()
+    cpu.KERNELS.__dict__.pop("library", None)
 
 
 @pytest.fixture
@@ -48,7 +48,8 @@ def break_kernel(folder: Path, monkeypatch, fault: str) -> None:
     text, (right, wrong) = (SOURCES / "wkv5_cpu.cpp").read_text(), FAULTS[fault]
     assert right in text
     (folder / "wkv5_cpu.cpp").write_text(text.replace(right, wrong))
-    monkeypatch.setattr(cpu, "SOURCES", folder)
+    shutil.copy(SOURCES / "wkv_cpu.h", folder)
+    monkeypatch.setattr(cpu.KERNELS, "folder", folder)
 
 
 class TestAWrongKernel:

@@ -36,14 +36,14 @@ def compiled(request):
             pytest.skip("needs g++")
         # Set where this file runs itself once more, under AddressSanitizer.
         path = os.environ.get("FUSED_SHIM") or build(request.config.cache, cuda.SOURCE, "-O1")
-        return cuda.Functions(bind(ctypes.CDLL(str(path)), cuda.CUDA_ENTRY_POINTS), 5)
+        yield cuda.Functions(bind(ctypes.CDLL(str(path)), cuda.CUDA_ENTRY_POINTS), 5)
+        return
     module = {"cpu": cpu, "cuda": cuda}[request.param]
     if reason := module.unusable_because(torch.device(request.param)):
         pytest.skip(reason)
-    if request.param == "cuda":
-        torch.set_default_device("cuda")
-        request.addfinalizer(lambda: torch.set_default_device("cpu"))
-    return module.functions()
+    torch.set_default_device(request.param)
+    yield module.functions()
+    torch.set_default_device("cpu")
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_what_a_row_is_mixed_with_is_the_row_before_it_in_its_own_segment():
 def test_gated_norm(compiled, takes, dtype, n_rows, n_heads, head_size):
     takes(dtype)
     n_channels = n_heads * head_size
-    exact = [random(n_rows, n_heads, head_size), 4 * random(n_rows, n_channels, seed=1), random(n_channels, seed=2), random(n_channels, seed=3)]
+    exact = [random(n_rows, n_heads, head_size), 4 * random(n_rows, n_channels, seed=1), *(random(n_channels, seed=s) for s in (2, 3))]
     grad = random(n_rows, n_channels, seed=4)
     given = [x.to(dtype if i < 2 else parameter_dtype(dtype)) for i, x in enumerate(exact)]
     close([compiled.gated_norm(*given, 64e-5)], [plain.gated_norm(*exact, 64e-5)], dtype)
@@ -211,7 +211,7 @@ def test_sizes_that_do_not_fit_are_refused(compiled):
     rows, x, p = rows_of([(3, -1)]), torch.zeros(3, 8), torch.zeros(8)
     for wrong in ((rows, x[:2], None, p, p, [p]), (rows, x, None, p[:7], p, [p]), (rows, x, None, p, p, [p[:1]]),
                   (rows, x, x, p, p, [p]), (rows, x, x[:1].double(), p, p, [p])):  # fmt: skip
-        with pytest.raises(ValueError, match="hasn't 8 numbers|beside"):
+        with pytest.raises(ValueError, match=r"hasn't 8 numbers|beside"):
             compiled.mixes(*wrong, 1e-5)
 
 

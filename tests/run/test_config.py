@@ -67,7 +67,7 @@ def test_what_a_flag_is_to_a_runs_identity():
         Part.CONTINUATION: {"load_model", "epoch_begin", "epoch_count", "my_pile_stage", "my_exit", "warmup_steps", "peft_load"},
         Part.LAYOUT: {
             "devices", "num_nodes", "strategy", "ds_bucket_mb", "grad_cp", "chunk_ctx", "micro_bsz", "accumulate_grad_batches",
-            "epoch_steps",
+            "epoch_steps", "batch_tokens",
         },
     }  # fmt: skip
     expected = {name: part for part, names in parts.items() for name in names}

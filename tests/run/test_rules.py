@@ -31,6 +31,8 @@ BROKEN = [
     ({"strategy": "deepspeed_stage_1", "precision": "tf32", "accelerator": "cpu"}, "--precision tf32 means nothing on a CPU"),
     ({"chunk_ctx": 16, **STAGE_3}, "--chunk_ctx 16: not with --strategy deepspeed_stage_3"),
     ({"tbptt": 1}, "--tbptt 1 .* needs --chunk_ctx"),
+    ({"batch_tokens": 99, "dpo_loss": "sigmoid,aot"}, "--batch_tokens 99: --dpo_loss sigmoid,aot sorts all pairs of a micro-batch, "),
+    ({"batch_tokens": 99, "dpo": 0, "data_file": "x", "ctx_len": 100}, "--batch_tokens 99: a corpus window has the 100 tokens of"),
     ({"peft_load": "adapter-3"}, "--peft_load adapter-3 needs the --peft that it was trained with"),
     ({"peft": "lora"}, "--peft lora needs --load_model"),
     ({**LORA, "load_partial": 1}, "--load_partial 1: --peft lora trains beside the weights of a whole checkpoint"),

@@ -8,7 +8,7 @@ import train
 from lives import records
 from runs import SHARDED, write_inputs
 from rwkv_dpo.base.errors import InputError
-from rwkv_dpo.batches.loader import MicroBatches
+from rwkv_dpo.batches.samples import Samples
 from rwkv_dpo.batches.settings import BatchSettings
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.model.checkpoint import save_weights
@@ -33,8 +33,8 @@ def data(tmp_path_factory):
 
 def order_of(data) -> list[int]:
     """Rows in the order in which steps of one pair take them."""
-    batches = MicroBatches(BatchSettings(micro_bsz=1), 1024, 0, 1, None, load_pairs(data / "train.save", None), 0)
-    return [batches.contents(k, 0)[1][0] for k in range(N_PAIRS)]
+    samples = Samples(BatchSettings(micro_bsz=1), 1024, 0, 1, 1, None, load_pairs(data / "train.save", None))
+    return [samples.of_step(k)[0][0][0].number for k in range(N_PAIRS)]
 
 
 def flags(data, proj_dir, **changes) -> list[str]:

@@ -30,7 +30,7 @@ LONG = settings_of({"epoch_begin": 2, "epoch_steps": 24, "accumulate_grad_batche
 
 
 def last_checkpoints(settings: RunSettings = LONG) -> LastCheckpoints:
-    s, metrics = settings, SimpleNamespace(losses=[], stops=False, epoch_losses=[1.0], halt=Halt())
+    s, metrics = settings, SimpleNamespace(stops=False, epoch_losses=[1.0], halt=Halt())
     return LastCheckpoints(s.saving, s.folder.path, s.length, s.general.seed, False, metrics, None, by_flags(s))
 
 
@@ -56,16 +56,9 @@ def test_a_run_is_saved_between_steps_and_stops_anywhere_but_after_its_last_step
     assert stopped == [(step, where, said.format(step)) for step, where in saved if stops]
 
 
-def test_in_the_middle_of_a_step_nothing_is_saved(monkeypatch):
-    callback = last_checkpoints()
-    callback.metrics.losses, callback.metrics.stops = [0.5], True
-    monkeypatch.setattr(callback, "_save", None)
-    callback.on_train_batch_end(SimpleNamespace(global_step=5), None, None, None, 0)
-
-
 def test_a_run_goes_on_behind_the_samples_that_it_has_taken_worked_out_by_hand(monkeypatch, tmp_path):
-    """Step 18 is 6 steps into the second of its epochs, the fourth of all: micro-batch 3 * 24 + 6 * 2 = 84, before which 168 samples
-    would have been taken had steps always had so many; 38 more were."""
+    """Step 18 is 6 steps into the second of its epochs, the fourth of all: step 3 * 12 + 6 = 42, before which 168 samples would have been
+    taken had steps always had 2 * 2; 38 more were."""
     counters = []
     monkeypatch.setattr(last, "_set_counters", lambda trainer, *numbers: counters.append(numbers))
     loader = loader_of(LONG, RunData(), 0, on_gpu=False)
@@ -78,9 +71,9 @@ def test_a_run_goes_on_behind_the_samples_that_it_has_taken_worked_out_by_hand(m
     )  # fmt: skip
     callback = last_checkpoints()
     callback._go_on_from(trainer, progress)
-    assert asdict(loader.dataset.position) == {"epoch": 1, "batch": 12, "shift": 38}
-    assert list(loader.sampler) == list(range(84, 96))
-    assert counters == [(1, 12, 18)]
+    assert asdict(loader.dataset.samples.position) == {"epoch": 1, "step": 6, "shift": 38}
+    assert list(loader.sampler) == list(range(42, 48))
+    assert counters == [(1, 6, 18)]
     monkeypatch.setattr(last, "log_sizes", lambda folder: {})
     assert callback._progress(trainer) == progress
 

@@ -139,7 +139,8 @@ def test_lora_trains_as_a_hand_written_parametrization_does(data, tmp_path):
     batches = loader_of(settings, RunData(corpus, load_pairs(data / "train.save", TINY.vocab_size)), 0, on_gpu=False).dataset
     for k in range(settings.epochs.epoch_steps):
         optimizer.zero_grad()
-        objective(Materialised(plain, weights()), batches[k], mixture_of(settings.objective), settings.objective.ratio)[0].backward()
+        (batch,) = batches[k]
+        objective(Materialised(plain, weights()), batch, mixture_of(settings.objective), settings.objective.ratio)[0].backward()
         torch.nn.utils.clip_grad_norm_(list(start.values()), 1.0)
         optimizer.step()
     assert set(got.tensors) | set(got.extra) == {name.replace(".default", "") for name in start}

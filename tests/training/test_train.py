@@ -10,7 +10,6 @@ from typing import NamedTuple
 import make_data
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 import train
 from conftest import random_model
@@ -22,7 +21,7 @@ from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.run.model import build_model
 from rwkv_dpo.run.settings import settings_of
-from rwkv_dpo.run.trainer import build_trainer
+from rwkv_dpo.training.module import DPOModule
 
 TRAIN = Path(train.__file__)
 
@@ -364,28 +363,17 @@ def test_what_a_dry_run_says_depends_on_the_flags(data, tmp_path, capsys, change
     assert reports[0] != reports[1]
 
 
-class GradientsAtTheStart(pl.Callback):
-    """How many parameters have a gradient when a micro-batch begins."""
-
-    def __init__(self):
-        self.counts = []
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        self.counts.append(sum(p.grad is not None for p in module.parameters()))
-
-
 def test_gradients_are_gone_before_the_next_forward_pass_unless_they_accumulate(data, tmp_path, monkeypatch):
-    counter = GradientsAtTheStart()
+    counts, step = [], DPOModule.training_step
 
-    def build(*arguments):
-        trainer = build_trainer(*arguments)
-        trainer.callbacks.append(counter)
-        return trainer
+    def counting(module, batch, batch_idx):
+        counts.append(sum(p.grad is not None for p in module.parameters()))
+        return step(module, batch, batch_idx)
 
-    monkeypatch.setattr("rwkv_dpo.run.trainer.build_trainer", build)
+    monkeypatch.setattr(DPOModule, "training_step", counting)
     run(data, tmp_path, accumulate_grad_batches=2, epoch_count=1)
     n = len(final_weights(tmp_path))
-    assert counter.counts == [0, n, 0, n]
+    assert counts == [0, n, 0, n]
 
 
 def test_a_warm_up_longer_than_the_run_is_told_of(data, tmp_path, caplog):

@@ -1,103 +1,81 @@
-"""Which windows and pairs make up each micro-batch: a pure function of its number, the rank and the seed."""
+"""The micro-batches of one optimizer step after another, made of its samples, in a thread where that helps."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
+import torch
 
-from rwkv_dpo.batches.micro_batch import MicroBatch, collate
-from rwkv_dpo.batches.sampling import LengthOrder, global_index, item_at, magic_prime_start, window_start
-from rwkv_dpo.batches.settings import BatchSettings
-from rwkv_dpo.data.corpus import Corpus
-from rwkv_dpo.data.pairs import PairSet
+from rwkv_dpo.batches.micro_batch import MicroBatch, Shares, collate
+from rwkv_dpo.batches.samples import Position, Sample, Samples
 
-
-@dataclass
-class Position:
-    """Where a resumed run goes on: `batch` micro-batches into `epoch` (Lightning's count). `shift`: by how many samples the
-    sequence is ahead of micro-batch numbers times samples, after steps that took more or fewer samples."""
-
-    epoch: int = 0
-    batch: int = 0
-    shift: int = 0
+# What one optimizer step sees of one rank: a micro-batch each model call.
+StepBatch = tuple[MicroBatch, ...]
 
 
 @dataclass(frozen=True)
-class MicroBatches:
-    """Micro-batch number k (counted from the first epoch of all) of one rank, whatever came before it.
+class Steps:
+    """The micro-batches of one rank in optimizer step number k, counted from the first epoch of all."""
 
-    ctx_len: tokens in a corpus window. seed: of the order of windows and pairs.
-    """
-
-    settings: BatchSettings
-    ctx_len: int
-    seed: int
-    world_size: int
-    corpus: Corpus | None
-    pairs: PairSet | None
+    samples: Samples
     rank: int
-    position: Position = field(default_factory=Position)
 
-    def __getitem__(self, k: int) -> MicroBatch:
-        starts, trees = self.contents(k, self.rank)
-        chunk_ctx, truncated = self.settings.chunk_ctx, self.settings.tbptt == 1
-        windows = [] if self.corpus is None else [self.corpus.window(start, self.ctx_len + 1) for start in starts]
-        if self.pairs is None:
-            return collate(windows, [], np.zeros((0, 2)), chunk_ctx, truncated)
-        numbers = [i for t in trees for i in self.pairs.tree(t)]
-        ends = np.cumsum([len(self.pairs.tree(t)) for t in trees])
+    def __getitem__(self, k: int) -> StepBatch:
+        of_ranks = self.samples.of_step(k)
+        totals = self._totals(chain.from_iterable(chain.from_iterable(of_ranks)))
+        calls = of_ranks[self.rank]
+        return tuple(self._micro_batch(call, totals, len(calls)) for call in calls)
+
+    def _micro_batch(self, call: Sequence[Sample], totals: np.ndarray, n_calls: int) -> MicroBatch:
+        s, pairs = self.samples, self.samples.pairs
+        starts = [sample.number for sample in call if sample.is_window]
+        windows = [s.corpus.window(start, s.ctx_len + 1) for start in starts] if s.corpus is not None else []
+        trees = [sample for sample in call if not sample.is_window]
+        chunk_ctx, truncated = s.settings.chunk_ctx, s.settings.tbptt == 1
+        if pairs is None or not trees:
+            batch = collate(windows, [], np.zeros((0, 2)), chunk_ctx, truncated)
+            return replace(batch, shares=self._shares(batch, np.zeros(0, np.int64), totals, n_calls))
+        of_trees = [pairs.tree(tree.number) for tree in trees]
+        numbers, ends = list(chain.from_iterable(of_trees)), np.cumsum([len(tree) for tree in of_trees])
         batch = collate(
-            windows, [self.pairs.pair(i) for i in numbers], self.pairs.ref_logps[numbers], chunk_ctx, truncated,
-            [range(end - len(self.pairs.tree(t)), end) for t, end in zip(trees, ends, strict=True)], self.pairs.scores[numbers],
+            windows, [pairs.pair(i) for i in numbers], pairs.ref_logps[numbers], chunk_ctx, truncated,
+            [range(end - len(tree), end) for tree, end in zip(of_trees, ends, strict=True)], pairs.scores[numbers],
         )  # fmt: skip
-        batch = replace(batch, numbers=tuple(numbers))
-        if self.world_size == 1:
-            return batch
-        dealt = np.array(self._trees(k))
-        sizes = self.pairs.trees[dealt + 1] - self.pairs.trees[dealt], self.pairs.tree_prompts[dealt]
-        pair_share, ranking_share = (self.world_size * size[self.rank].sum() / size.sum() for size in sizes)
-        return replace(batch, pair_share=pair_share, ranking_share=ranking_share)
+        groups = np.repeat([tree.group for tree in trees], [len(tree) for tree in of_trees])
+        return replace(batch, numbers=tuple(numbers), shares=self._shares(batch, groups, totals, n_calls))
 
-    def contents(self, k: int, rank: int) -> tuple[list[int], list[int]]:
-        """What micro-batch k of `rank` holds: first tokens of corpus windows, and trees of the pair file."""
-        n, shift = self.settings.micro_bsz, self.position.shift
-        samples = [shift + global_index(k, slot, rank, self.world_size, n) for slot in range(n)]
-        starts, trees = [], []
-        if self.corpus is not None:
-            starts = [self._window_start(self.corpus, i) for i in samples]
-        if self.pairs is not None:
-            trees = self._trees(k)[rank]
-        return starts, trees
+    def _totals(self, samples: Iterator[Sample]) -> np.ndarray:
+        """[groups, 3]: pairs, rankings, and tokens of chosen answers, in all groups of a step, on all ranks."""
+        totals, pairs = np.zeros((self.samples.accumulated, 3)), self.samples.pairs
+        for sample in samples:
+            if pairs is not None and not sample.is_window:
+                tree = pairs.tree(sample.number)
+                totals[sample.group] += len(tree), pairs.tree_prompts[sample.number], pairs.lengths[tree, 1].sum()
+        return totals
 
-    def _trees(self, k: int) -> list[list[int]]:
-        """What of the pair file micro-batch k of each rank holds."""
-        assert self.pairs is not None
-        n, shift = self.settings.micro_bsz, self.position.shift
-        if self.settings.balance == "tokens":
-            return self._length_order.dealt(k, self.world_size, n, shift)
-        numbers = [[shift + global_index(k, slot, rank, self.world_size, n) for slot in range(n)] for rank in range(self.world_size)]
-        return [[item_at(i, self.pairs.n_trees, self.seed) for i in of_rank] for of_rank in numbers]
-
-    @cached_property
-    def _length_order(self) -> LengthOrder:
-        assert self.pairs is not None
-        return LengthOrder(self.pairs.tree_tokens.tolist(), self.seed)
-
-    def _window_start(self, corpus: Corpus, sample: int) -> int:
-        prime, shift = self.settings.magic_prime, max(self.settings.my_pile_shift, 0)
-        if prime:
-            return magic_prime_start(sample, prime, self.ctx_len) + shift
-        return window_start(sample, corpus.n_tokens, self.ctx_len, self.seed)
+    def _shares(self, batch: MicroBatch, groups: np.ndarray, totals: np.ndarray, n_calls: int) -> Shares:
+        """groups: of the batch's pairs [P]."""
+        s, compared = self.samples, batch.step.compared
+        of_rankings = np.zeros(compared.n_rankings, np.int64)
+        of_rankings[compared.rankings[compared.pairs[:, 0]].numpy()] = groups
+        # The mean over the calls of all ranks becomes the mean over the groups.
+        n_means, n_pairs, n_rankings = n_calls * s.world_size, len(groups), compared.n_rankings
+        return Shares(
+            windows=batch.n_windows * n_calls / (s.accumulated * s.settings.micro_bsz),
+            pairs=torch.from_numpy(n_pairs * n_means / (s.accumulated * totals[groups, 0])),
+            rankings=torch.from_numpy(n_rankings * n_means / (s.accumulated * totals[of_rankings, 1])),
+            chosen_lengths=torch.from_numpy(totals[groups, 2] / totals[groups, 0]),
+        )
 
 
-class EpochNumbers:
-    """The micro-batch numbers of one epoch, of the resumed epoch those that are left. Lightning calls set_epoch with its own
+class StepNumbers:
+    """The numbers of one epoch's optimizer steps, of the resumed epoch those that are left. Lightning calls set_epoch with its own
     count, which starts at 0."""
 
-    def __init__(self, epoch_begin: int, epoch_steps: int, position: Position) -> None:
-        self.epoch_begin, self.epoch_steps, self.position = epoch_begin, epoch_steps, position
+    def __init__(self, epoch_begin: int, steps_per_epoch: int, position: Position) -> None:
+        self.epoch_begin, self.steps_per_epoch, self.position = epoch_begin, steps_per_epoch, position
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -105,28 +83,28 @@ class EpochNumbers:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        first = (self.epoch_begin + self.epoch) * self.epoch_steps
-        done = self.position.batch if self.epoch == self.position.epoch else 0
-        return iter(range(first + done, first + self.epoch_steps))
+        first = (self.epoch_begin + self.epoch) * self.steps_per_epoch
+        done = self.position.step if self.epoch == self.position.epoch else 0
+        return iter(range(first + done, first + self.steps_per_epoch))
 
     def __len__(self) -> int:
-        return self.epoch_steps
+        return self.steps_per_epoch
 
 
 @dataclass(frozen=True)
 class Loader:
-    """An epoch's micro-batches, from those of a resumed epoch that are left to the next ones with each set_epoch of the sampler.
+    """An epoch's steps, from those of a resumed epoch that are left to the next ones with each set_epoch of the sampler.
 
     is_ahead: a thread prepares the next one while the last one trains. A thread and not a process: that would hand over every tensor
     as a file descriptor or in shared memory, of which a step in chunks needs more than systems allow, and it would die of signals
     that the run means to survive.
     """
 
-    dataset: MicroBatches
-    sampler: EpochNumbers
+    dataset: Steps
+    sampler: StepNumbers
     is_ahead: bool
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __iter__(self) -> Iterator[StepBatch]:
         batches = (self.dataset[k] for k in self.sampler)
         return _one_ahead(batches) if self.is_ahead else batches
 
@@ -134,7 +112,7 @@ class Loader:
         return len(self.sampler)
 
 
-def _one_ahead(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+def _one_ahead(batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
     """The same, each made in a thread while its caller is busy with the one before; what fails there is raised here."""
     with ThreadPoolExecutor(1, "batches") as thread:
         coming = thread.submit(next, batches, None)
@@ -143,7 +121,7 @@ def _one_ahead(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
             yield batch
 
 
-def build_loader(dataset: MicroBatches, epoch_begin: int, epoch_steps: int, on_gpu: bool) -> Loader:
-    """The micro-batches of a run, epoch by epoch, from its first epoch on."""
+def build_loader(dataset: Steps, epoch_begin: int, steps_per_epoch: int, on_gpu: bool) -> Loader:
+    """The steps of a run, epoch by epoch, from its first epoch on."""
     # On a CPU preparing ahead would take cores from the training.
-    return Loader(dataset, EpochNumbers(epoch_begin, epoch_steps, dataset.position), is_ahead=on_gpu)
+    return Loader(dataset, StepNumbers(epoch_begin, steps_per_epoch, dataset.samples.position), is_ahead=on_gpu)

@@ -1,7 +1,7 @@
-"""What one optimizer micro-step sees."""
+"""What one model call of an optimizer step sees."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -13,23 +13,39 @@ from rwkv_dpo.data.pairs import Pair
 
 
 @dataclass(frozen=True)
+class Shares:
+    """What a micro-batch's parts count for in its optimizer step, whose loss is the mean over groups of samples, however they are shared
+    out: factors of the windows' mean, of each pair's value [P] and of each ranking's [R], float64, so that the mean over the model calls
+    of all ranks is the step's loss. chosen_lengths [P]: mean tokens of the chosen answers in the group of each pair."""
+
+    windows: float
+    pairs: Tensor
+    rankings: Tensor
+    chosen_lengths: Tensor
+
+    def to(self, device: torch.device) -> "Shares":
+        """On another device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "windows"}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+
+@dataclass(frozen=True)
 class MicroBatch:
-    """What one optimizer micro-step sees. ref_logps: fp32 [pairs, 2], nats, chosen then rejected. plan: the step in chunks, when it
-    is to run so. pair_share, ranking_share: by what the mean over its pairs, or rankings, is to be multiplied, so that the mean over
-    the ranks is that over all of their pairs. numbers: of the pairs in their set, where they have one."""
+    """What one model call sees. ref_logps: fp32 [pairs, 2], nats, chosen then rejected. plan: the step in chunks, when it is to run so.
+    shares: in an optimizer step; None: it is looked at by itself. numbers: of the pairs in their set, where they have one."""
 
     step: Step
     ref_logps: Tensor
     n_windows: int
     plan: ChunkPlan | None = None
-    pair_share: float = 1.0
-    ranking_share: float = 1.0
+    shares: Shares | None = None
     numbers: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "MicroBatch":
         """On another device."""
-        plan = self.plan.to(device) if self.plan else None
-        return replace(self, step=self.step.to(device), ref_logps=self.ref_logps.to(device, non_blocking=True), plan=plan)
+        plan, shares = self.plan.to(device) if self.plan else None, self.shares.to(device) if self.shares else None
+        refs = self.ref_logps.to(device, non_blocking=True)
+        return replace(self, step=self.step.to(device), ref_logps=refs, plan=plan, shares=shares)
 
 
 def collate(

@@ -13,6 +13,10 @@ class BatchSettings:
     TITLE: ClassVar[str] = "batches"
 
     micro_bsz: int = flag(12, "corpus windows, and pairs, in a micro-batch on each device", AT_LEAST_ONE, part=Part.LAYOUT)
+    batch_tokens: int = flag(
+        0, "fill model calls with up to N tokens of an optimizer step's samples, over all devices, instead of with micro_bsz samples; the "
+        "step stays the same; 0: off", NOT_NEGATIVE, part=Part.LAYOUT,
+    )  # fmt: skip
     balance: str = flag(
         "tokens", "deal pairs so that all devices have equally many tokens, by taking pairs of like length together; "
         "none: in seeded random order", choices=("none", "tokens"),

@@ -1,13 +1,13 @@
 """--strategy and --precision in Lightning's terms, DeepSpeed on CPUs included."""
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from pytorch_lightning.plugins import DeepSpeedPrecision, MixedPrecision
-from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, ParallelStrategy, Strategy
 from typing_extensions import override
 
 from rwkv_dpo.base.errors import refuse
@@ -121,3 +121,17 @@ def without_timers(strategy: DeepSpeedStrategy) -> DeepSpeedStrategy:
     assert isinstance(strategy.config, dict)
     strategy.config["timers"] = {"throughput": {"enabled": False}}
     return strategy
+
+
+@contextmanager
+def accumulating(strategy: Strategy) -> Iterator[None]:
+    """Within, backward passes are not the last of their optimizer step: nothing is exchanged that can wait."""
+    if isinstance(strategy, DeepSpeedStrategy):
+        strategy.deepspeed_engine.set_gradient_accumulation_boundary(False)
+        yield
+        strategy.deepspeed_engine.set_gradient_accumulation_boundary(True)
+    elif isinstance(strategy, ParallelStrategy):
+        with strategy.block_backward_sync():
+            yield
+    else:
+        yield

@@ -74,7 +74,7 @@ def estimate(plan: Plan) -> dict[str, float]:
     """Bytes by part at the moment of the peak; their sum is the peak."""
     trained = _trained(plan)
     lasting = {
-        "weights": trained.weights + _frozen(plan), "optimizer": trained.optimizer, "states": _states(plan),
+        "weights": trained.weights + _frozen(plan) + _casts(plan), "optimizer": trained.optimizer, "states": _states(plan),
         "temporaries": float(WORKSPACES) if plan.on_gpu else 0.0,
     }  # fmt: skip
     saved, own, head = _saved(plan), _block_temporaries(plan), _head(plan)
@@ -99,7 +99,7 @@ def estimate(plan: Plan) -> dict[str, float]:
     if plan.keeps_heap:
         parts["temporaries"] += HEAP_SHARE * (parts["activations"] + parts["head"])
     nothing = dict.fromkeys(PARTS, 0.0)
-    loading = nothing | {"weights": lasting["weights"], "temporaries": plan.file_bytes}
+    loading = nothing | {"weights": lasting["weights"] - _casts(plan), "temporaries": plan.file_bytes}
     setting_up = nothing | {"weights": trained.setup + _frozen(plan)}
     return max(parts, loading, setting_up, key=lambda moment: sum(moment.values()))
 
@@ -117,7 +117,6 @@ def alternatives(plan: Plan, n_lora: int, n_state: int) -> dict[str, Plan]:
     frozen: dict[str, Any] = {"trains_head": False, "frozen_bytes": plan.compute_bytes}
     changes: dict[str, dict[str, Any]] = {
         "--grad_cp 1": {"grad_cp": "1"},
-        "--grad_cp selective": {"grad_cp": "selective"} if plan.grad_cp == "0" else {},
         "--chunk_ctx 512": {"chunk_ctx": 512} if plan.chunk_ctx == 0 or plan.chunk_ctx > 512 else {},
         "--peft lora --lora_r 32": {"n_parameters": plan.n_parameters + n_lora, "n_trainable": n_lora, **frozen},
         "--peft state": {"n_parameters": plan.n_parameters + n_state, "n_trainable": n_state, **frozen},
@@ -145,6 +144,13 @@ def _frozen(plan: Plan) -> float:
     return float(plan.frozen_bytes * (plan.n_parameters - plan.n_trainable))
 
 
+def _casts(plan: Plan) -> float:
+    """Copies of trained matrices in the compute dtype, which last from one optimizer step to the next: all but the embedding's."""
+    if not plan.trains_head or plan.compute_bytes == plan.trained_bytes or plan.grad_cp == "1" or plan.zero_stage == 3:
+        return 0.0
+    return float(plan.compute_bytes * (plan.n_trainable - plan.shape.vocab_size * plan.shape.n_embd))
+
+
 def _live(n: int, plan: Plan) -> int:
     return min(n, plan.chunk_ctx) if plan.chunk_ctx else n
 
@@ -159,14 +165,12 @@ def _states(plan: Plan) -> float:
 
 
 def _kept_by_block(plan: Plan) -> float:
-    """Bytes a token that one block keeps: the residual stream twice, both norms' outputs and both shifted rows, the gate of the
-    channel mix and what it gates; r, k, v, g and y of the time mix; the channel mix's wide row."""
+    """Bytes a token that one block keeps: the residual stream twice, the gate of the channel mix and what it gates; r, k, v, g and y of
+    the time mix; the channel mix's wide row."""
     s = plan.shape
     if s.version != "5":
         return kept_by_newer_block(s, plan.compute_bytes, plan.wkv_backend)
-    if plan.grad_cp == "selective":
-        return plan.compute_bytes * (4.5 * s.n_embd + 5.0 * s.dim_att + s.dim_ffn)
-    return plan.compute_bytes * (8.0 * s.n_embd + 5.0 * s.dim_att + s.dim_ffn) + _kept_by_wkv(plan)
+    return plan.compute_bytes * (4.0 * s.n_embd + 5.0 * s.dim_att + s.dim_ffn) + _kept_by_wkv(plan)
 
 
 def _kept_by_wkv(plan: Plan) -> float:
@@ -220,7 +224,7 @@ def _head(plan: Plan) -> _Head:
     tiles = 3.0 * 4 * s.vocab_size * min(n_rows, TILE_ROWS if plan.on_gpu else CPU_TILE_ROWS)
     # Of a chunk's gradients and rows, before it is added to the gradient.
     product = (4.0 + plan.compute_bytes) * min(GRADIENT_COLUMNS, s.vocab_size) * s.n_embd * plan.trains_head
-    weight = plan.compute_bytes * n_weight if weight_bytes != plan.compute_bytes else 0.0
+    weight = plan.compute_bytes * n_weight if weight_bytes != plan.compute_bytes and not _casts(plan) else 0.0
     return _Head(weight, kept, computed=chunk + tiles, returning=max(kept, chunk) + max(tiles, product))
 
 

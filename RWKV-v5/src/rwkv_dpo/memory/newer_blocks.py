@@ -8,13 +8,10 @@ def kept_by_newer_block(shape: ModelShape, compute_bytes: int, wkv_backend: str)
     """Without recomputation. Beside rows in the compute dtype there is log w, which is fp32."""
     s = shape
     ranks = s.ranks or tuple(rank(s.n_embd) for rank in MIXES[s.version].ranks.values())
-    if s.version == "6":
-        # The residual stream twice, the norm's rows and those before them, the channel mix's gate and what it gates; r, k, v, g and y.
-        rows = 6.0 * s.n_embd + 5.0 * s.dim_att
-    else:
-        # The residual stream twice; r, g, y; k and a, and what becomes of them: k, what is taken out and put back; v, and what becomes of
-        # it: how much of the first layer's v it takes, and v.
-        rows = 2.0 * s.n_embd + 11.0 * s.dim_att
+    # Of 6: the residual stream twice, the norm's rows and those before them, the channel mix's gate and what it gates; r, k, v, g, y.
+    # Of 7: the residual stream twice; r, g, y; k and a, and what becomes of them: k, what is taken out and put back; v, and what becomes of
+    # it: how much of the first layer's v it takes, and v.
+    rows = 6.0 * s.n_embd + 5.0 * s.dim_att if s.version == "6" else 2.0 * s.n_embd + 11.0 * s.dim_att
     return compute_bytes * (rows + s.dim_ffn + sum(ranks)) + 4.0 * s.dim_att + _kept_by_wkv(s, compute_bytes, wkv_backend)
 
 

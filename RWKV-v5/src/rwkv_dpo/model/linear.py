@@ -57,11 +57,11 @@ class Cast(nn.Module):
 
 def refresh_casts(model: nn.Module) -> None:
     """Brings the copies that are kept up to date after their weights have changed, all of them in one call."""
-    modules = [module for module in model.modules() if isinstance(module, Cast) and module._cast is not None and module.weight.requires_grad]
-    if modules:
-        torch._foreach_copy_([module._cast for module in modules], [module.weight.detach() for module in modules])
-    for module in modules:
-        module._cast_of = module._now(module._cast.dtype)
+    found = [(one, one._cast) for one in model.modules() if isinstance(one, Cast) and one._cast is not None and one.weight.requires_grad]
+    if found:
+        torch._foreach_copy_([cast for _, cast in found], [module.weight.detach() for module, _ in found])
+    for module, cast in found:
+        module._cast_of = module._now(cast.dtype)
 
 
 @contextmanager

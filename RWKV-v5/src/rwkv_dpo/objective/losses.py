@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from rwkv_dpo.batches.micro_batch import Shares
 from rwkv_dpo.objective import pair_losses, ranking_losses
 from rwkv_dpo.objective.preferences import Loss, Options, Preferences
-from rwkv_dpo.objective.settings import LOSSES_OF_PAIRS, LOSSES_OF_RANKINGS, OVER_BATCHES, WITHOUT_REFERENCE, ObjectiveSettings
+from rwkv_dpo.objective.settings import AOT, LOSSES_OF_PAIRS, LOSSES_OF_RANKINGS, WITHOUT_REFERENCE, ObjectiveSettings
 from rwkv_dpo.objective.whole_batch import across_ranks
 from rwkv_dpo.settings.fields import flags_of
 
@@ -54,25 +55,27 @@ def dpo(beta: float) -> Mixture:
     return Mixture({"sigmoid": 1.0}, Options(beta))
 
 
-def preference_loss(
-    given: Preferences, mixture: Mixture, pair_share: float = 1.0, ranking_share: float = 1.0, is_training: bool = False
-) -> Tensor:
-    """The weighted sum of the losses' means (0-d). pair_share, ranking_share: as in a MicroBatch. is_training: each rank of a step has a
-    part of its pairs, and losses over a batch see all of them."""
+def preference_loss(given: Preferences, mixture: Mixture, shares: Shares | None = None) -> Tensor:
+    """The weighted sum of the losses' means (0-d). shares: of a micro-batch in its optimizer step, of whose pairs each rank has a part, and
+    losses over a batch see all of them; None: the pairs are looked at by themselves."""
     total = given.logps.new_zeros(())
     for name, weight in mixture.weights.items():
         mean_of = partial(_mean, LOSSES[name], options=mixture.options)
-        if name in OVER_BATCHES and is_training:
+        if shares is None:
+            loss = mean_of(given)
+        elif name in AOT:
             loss = across_ranks(given, mean_of)
         else:
-            loss = mean_of(given) * (ranking_share if name in LOSSES_OF_RANKINGS else pair_share)
+            loss = mean_of(given, shares=shares.rankings if name in LOSSES_OF_RANKINGS else shares.pairs)
         total = total + weight * loss
     return total
 
 
-def _mean(loss: Loss, given: Preferences, options: Options) -> Tensor:
+def _mean(loss: Loss, given: Preferences, options: Options, shares: Tensor | None = None) -> Tensor:
     values = loss(given, options)
-    return (values if given.weights is None else given.weights * values).mean()
+    for factors in (given.weights, shares):
+        values = values if factors is None else factors.to(values.dtype) * values
+    return values.mean()
 
 
 def l2wrap(loss: Tensor, max_logits: Tensor) -> Tensor:

@@ -14,6 +14,11 @@ from rwkv_dpo.objective.chunked_step import score_chunks, truncated_loss
 from rwkv_dpo.objective.losses import Mixture, l2wrap, mix, preference_loss
 from rwkv_dpo.objective.preferences import Preferences, preferences
 
+PAIR_METRICS = (
+    "loss_dpo", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
+    "ref_logps/chosen", "ref_logps/rejected",
+)  # fmt: skip
+
 
 def score_rows(model: RWKV, step: Step, plan: ChunkPlan | None = None) -> Scores:
     """Log-probabilities and largest logits of the step's scored rows: the one model call of a micro-batch, or one a chunk."""
@@ -51,23 +56,30 @@ def pair_weights(rows: LogProbsAndCollisions, step: Step) -> Tensor:
 def objective(model: RWKV, batch: MicroBatch, mixture: Mixture, ratio: float) -> tuple[Tensor, dict[str, Tensor]]:
     """ratio * LM + (1 - ratio) * preference losses of one micro-batch, and metrics under TRL's names (0-d tensors, means over the batch).
 
-    A micro-batch without windows needs ratio 0, one without pairs ratio 1.
+    A micro-batch by itself needs ratio 0 without windows, and ratio 1 without pairs. One of an optimizer step may lack either, and its
+    losses are multiplied by what it counts for there.
     """
-    n, plan, truncated = batch.step.n_window_rows, batch.plan, None
+    n, plan, shares, truncated = batch.step.n_window_rows, batch.plan, batch.shares, None
     if plan and plan.n_window_chunks and model.compute_dtype != torch.float16:
         truncated = truncated_loss(model, plan, general_loss)
         plan = replace(plan, chunks=plan.chunks[plan.n_window_chunks :])
     rows = score_rows(model, batch.step, plan)
-    metrics: dict[str, Tensor] = {}
-    loss_general = loss_dpo = rows.logps.new_zeros(())
+    zero = loss_dpo = rows.logps.new_zeros(())
+    # ZeRO-3 waits for ever where an output of a module has a gradient on one rank, and none on another that has no windows.
+    loss_general = rows.max_logits[:0].sum() if ratio > 0 else zero
+    # All micro-batches of a run have the same metrics, whatever they hold.
+    metrics = dict.fromkeys((*(("loss_general",) if ratio > 0 else ()), *(PAIR_METRICS if ratio < 1 else ())), zero)
     if n:
         loss_general = general_loss(LogProbs(rows.logps[:n], rows.max_logits[:n])) if truncated is None else truncated
         metrics["loss_general"] = loss_general.detach()
+        loss_general = loss_general * (shares.windows if shares else 1)
     if batch.step.n_pairs:
         given = preferences(answer_logps(rows.logps, batch.step, mixture.options.ld_alpha), batch.ref_logps, batch.step.compared)
         if isinstance(rows, LogProbsAndCollisions):
             given = given._replace(weights=pair_weights(rows, batch.step))
-        loss_dpo = preference_loss(given, mixture, batch.pair_share, batch.ranking_share, is_training=True)
+        if shares:
+            given = given._replace(chosen_lengths=shares.chosen_lengths.to(given.logps.dtype))
+        loss_dpo = preference_loss(given, mixture, shares)
         metrics |= pair_metrics(given, loss_dpo, mixture.options.beta)
     loss = mix(loss_general, loss_dpo, ratio)
     metrics["loss"] = loss.detach()
@@ -84,15 +96,7 @@ def pair_metrics(given: Preferences, loss: Tensor, beta: float) -> dict[str, Ten
     log-ratio."""
     logps = given.logps.detach()
     rewards = beta * (logps - given.ref_logps)
-    values = {
-        "loss_dpo": loss.detach(),
-        "rewards/chosen": rewards[:, 0],
-        "rewards/rejected": rewards[:, 1],
-        "rewards/margins": rewards[:, 0] - rewards[:, 1],
-        "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).to(rewards.dtype),
-        "logps/chosen": logps[:, 0],
-        "logps/rejected": logps[:, 1],
-        "ref_logps/chosen": given.ref_logps[:, 0],
-        "ref_logps/rejected": given.ref_logps[:, 1],
-    }
-    return {name: value.mean() for name, value in values.items()}
+    chosen, rejected = rewards.unbind(1)
+    accuracies = (chosen > rejected).to(rewards.dtype)
+    values = (loss.detach(), chosen, rejected, chosen - rejected, accuracies, *logps.unbind(1), *given.ref_logps.unbind(1))
+    return {name: value.mean() for name, value in zip(PAIR_METRICS, values, strict=True)}

@@ -116,8 +116,8 @@ def orpo(p: Preferences, o: Options) -> Tensor:
 
 def sft(p: Preferences, o: Options) -> Tensor:
     """Negative log-likelihood of the chosen answers, whose mean over pairs is the mean over all of their tokens."""
-    lengths = p.lengths[:, 0]
-    return -p.logps[:, 0] / lengths.mean()
+    mean_length = p.lengths[:, 0].mean() if p.chosen_lengths is None else p.chosen_lengths
+    return -p.logps[:, 0] / mean_length
 
 
 def aot(p: Preferences, o: Options) -> Tensor:

@@ -18,13 +18,15 @@ from rwkv_dpo.batches.comparisons import Comparisons
 
 class Preferences(NamedTuple):
     """P pairs under a policy. logps, ref_logps: fp32 [P, 2], sums over the tokens of the chosen and the rejected answer, nats. lengths:
-    [P, 2], of the same dtype, these tokens. weights: [P], by which the pairs' losses are multiplied; None: 1 each."""
+    [P, 2], of the same dtype, these tokens. weights: [P], by which the pairs' losses are multiplied; None: 1 each. chosen_lengths: [P],
+    mean tokens of the chosen answers among which a pair counts; None: those of all P."""
 
     logps: Tensor
     ref_logps: Tensor
     lengths: Tensor
     compared: Comparisons
     weights: Tensor | None = None
+    chosen_lengths: Tensor | None = None
 
     @property
     def ratios(self) -> Tensor:

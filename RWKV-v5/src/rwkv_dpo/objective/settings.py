@@ -6,14 +6,12 @@ from typing import ClassVar
 
 from rwkv_dpo.settings.fields import NOT_NEGATIVE, SHARE, SWITCH, Accepts, flag
 
-# The names of pair_losses.py and ranking_losses.py, and which of them take which options.
+# The names of pair_losses.py and ranking_losses.py, and which of them take which options. What AOT's give a pair depends on the others.
 AOT = ("aot", "aot_unpaired")
 LOSSES_OF_PAIRS = (
     "sigmoid", "cdpo", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
     "discopop", "dpop", "simpo", "orpo", "sft", *AOT,
 )  # fmt: skip
-# Their values depend on which pairs are together.
-OVER_BATCHES = (*AOT, "sft")
 LOSSES_OF_RANKINGS = ("plackett_luce", "softmax", "all_pairs")
 WITHOUT_REFERENCE = ("simpo", "orpo", "sft")
 SMOOTHED = ("cdpo", "robust", "exo_pair", *AOT)

@@ -65,11 +65,25 @@ def open_data(settings: RunSettings, vocab_size: int) -> RunData:
         return pairs
 
     pairs = opened("dpo_train_file", d.dpo_train_file) if settings.objective.uses_pairs else None
+    if pairs is not None:
+        check_fits(batches.batch_tokens, pairs, d.dpo_train_file)
     valid = opened("dpo_valid_file", d.dpo_valid_file) if d.dpo_valid_file else None
     data = RunData(corpus, pairs, valid, open_valid_corpus(settings, vocab_size), open_prompts(settings, vocab_size))
     if corpus is not None and corpus.characters:
         _refuse_world_pairs(settings, corpus, data)
     return data
+
+
+def check_fits(batch_tokens: int, pairs: PairSet, path: str) -> None:
+    """Refuses a --batch_tokens that is smaller than a sample of the --dpo_train_file `path`."""
+    tokens = pairs.tree_tokens
+    longest = int(tokens.argmax())
+    if batch_tokens and tokens[longest] > batch_tokens:
+        first, *others = (row + 1 for row in pairs.tree(longest))
+        rows = f"the tree of rows {first} to {others[-1]}" if others else f"row {first}"
+        refuse(
+            f"--batch_tokens {batch_tokens}: {rows} of --dpo_train_file {path} has {tokens[longest]} tokens; as many and more are accepted"
+        )
 
 
 def open_valid_corpus(settings: RunSettings, vocab_size: int) -> Corpus | None:

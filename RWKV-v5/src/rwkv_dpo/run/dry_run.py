@@ -9,7 +9,6 @@ import torch
 from rwkv_dpo.base.errors import refuse
 from rwkv_dpo.data.pair_files import open_pairs
 from rwkv_dpo.data.pairs import PairSet
-from rwkv_dpo.data.settings import DataSettings
 from rwkv_dpo.devices.device import COMPUTE_DTYPES
 from rwkv_dpo.devices.strategy import uses_ddp
 from rwkv_dpo.kernels.backends import choose_backend
@@ -18,6 +17,7 @@ from rwkv_dpo.model.checkpoint import empty_model
 from rwkv_dpo.model.linear import Linear
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
+from rwkv_dpo.run.data import check_fits
 from rwkv_dpo.run.settings import RunSettings
 from rwkv_dpo.tuning.adapter_files import read_adapter
 from rwkv_dpo.tuning.settings import TuningSettings
@@ -54,32 +54,55 @@ def dry_run(settings: RunSettings, shape: ModelShape) -> str:
 
 def plan_of(settings: RunSettings, model: RWKV) -> tuple[Plan, str]:
     """The run as `memory.estimate` takes it, and its largest micro-batch in words."""
-    devices, optim, micro_bsz, ctx_len = settings.devices, settings.optimizer.optim, settings.batches.micro_bsz, settings.data.ctx_len
+    devices, optim, ctx_len = settings.devices, settings.optimizer.optim, settings.data.ctx_len
     peft, strategy = settings.tuning.peft, settings.devices.strategy
     n_weights = sum(p.numel() for p in model.parameters())
     n_added, extra = _tuned(settings.tuning, model)
     n_trainable = n_weights if peft == "none" else n_added + sum(model.get_parameter(name).numel() for name in extra)
     compute_bytes = COMPUTE_DTYPES[devices.precision].itemsize
-    windows = micro_bsz if settings.objective.uses_corpus else 0
-    pair_sizes, pair_words = np.zeros((0, 3), dtype=np.int64), ""
-    if settings.objective.uses_pairs:
-        pair_sizes, pair_words = _largest_pairs(settings.data, micro_bsz)
+    windows, pair_sizes, words, accumulates = _largest_micro_batch(settings)
     on_gpu = devices.accelerator in ("gpu", "cuda") or (devices.accelerator == "auto" and torch.cuda.is_available())
     zero_stage = int(strategy.split("_")[2]) if strategy.startswith("deepspeed") else 0
-    words = [f"{windows} x {ctx_len:,} tokens of corpus"] if windows else []
     plan = Plan(
         shape=model.shape, n_parameters=n_weights + n_added, n_trainable=n_trainable,
         trains_head=peft == "none" or "head.weight" in extra, frozen_bytes=compute_bytes,
         compute_bytes=compute_bytes, optim=optim, grad_cp=settings.model.grad_cp, chunk_ctx=settings.batches.chunk_ctx,
         n_tokens=windows * ctx_len + int(pair_sizes[:, 0].sum()), n_rows=windows * ctx_len + int(pair_sizes[:, 1].sum()),
         n_segments=windows + int(pair_sizes[:, 2].sum()),
-        accumulates=settings.length.accumulated > 1,
+        accumulates=accumulates,
         on_gpu=on_gpu, wkv_backend=devices.wkv_backend if devices.wkv_backend != "auto" else "cuda" if on_gpu else "cpu",
         keeps_heap=not on_gpu and devices.cpu_malloc == 1, trained_bytes=2 if zero_stage and devices.precision == "fp16" else 4,
         ddp=uses_ddp(devices), zero_stage=zero_stage, offload="offload" in strategy, n_bucket=devices.ds_bucket_mb * 1_000_000,
         world_size=devices.world_size, file_bytes=0 if on_gpu else _file_bytes(settings.model.load_model, n_weights),
     )  # fmt: skip
-    return plan, " and ".join(words + ([pair_words] if pair_words else []))
+    return plan, words
+
+
+def _largest_micro_batch(settings: RunSettings) -> tuple[int, np.ndarray, str, bool]:
+    """Its corpus windows; tokens, scored rows and segments [n, 3] of its trees; both in words; and whether a step has others."""
+    batch_tokens, ctx_len, length = settings.batches.batch_tokens, settings.data.ctx_len, settings.length
+    n = length.samples * length.accumulated if batch_tokens else settings.batches.micro_bsz
+    windows, accumulates = n if settings.objective.uses_corpus else 0, length.accumulated > 1
+    sizes, what = _longest_pairs(settings, n) if settings.objective.uses_pairs else (np.zeros((0, 3), dtype=np.int64), "")
+    if batch_tokens:
+        accumulates = windows * ctx_len + int(sizes[:, 0].sum()) > batch_tokens * settings.devices.world_size
+        # More of a window's rows are scored, so windows come first. Made-up pairs may be longer than the pairs will be.
+        windows = min(windows, batch_tokens // ctx_len)
+        fitting = _fitting(sizes, batch_tokens - windows * ctx_len)
+        sizes = fitting if windows or len(fitting) else sizes[:1]
+    words = [f"{windows} x {ctx_len:,} tokens of corpus"] if windows else []
+    words += [what.format(len(sizes))] if len(sizes) else []
+    return windows, sizes, " and ".join(words), accumulates
+
+
+def _fitting(sizes: np.ndarray, room: int) -> np.ndarray:
+    """Those of the trees that fit into so many tokens, the first ones first."""
+    taken = []
+    for size in sizes:
+        if size[0] <= room:
+            taken.append(size)
+            room -= int(size[0])
+    return np.array(taken, dtype=np.int64).reshape(-1, 3)
 
 
 def _tuned(settings: TuningSettings, model: RWKV) -> tuple[int, tuple[str, ...]]:
@@ -107,18 +130,20 @@ def _file_bytes(checkpoint: str, n_weights: int) -> int:
     return Path(checkpoint).stat().st_size if Path(checkpoint).exists() else 2 * n_weights
 
 
-def _largest_pairs(settings: DataSettings, n: int) -> tuple[np.ndarray, str]:
-    """Tokens, scored rows and segments [n, 3] of the n trees that make the largest micro-batch, and what they are in words."""
-    if not Path(settings.dpo_train_file).is_file():
-        log.warning("--dpo_train_file %s is not there: pairs are taken to be --ctx_len long, half of it answers", settings.dpo_train_file)
-        half = max(settings.ctx_len // 2, 1)
-        return np.tile([half + 2 * half, 2 * half, 3], (n, 1)), f"{n} made-up pairs of {half} + {half} or {half} tokens"
-    pairs = open_pairs("dpo_train_file", settings.dpo_train_file)
+def _longest_pairs(settings: RunSettings, n: int) -> tuple[np.ndarray, str]:
+    """Tokens, scored rows and segments [n, 3] of the n longest trees, and what they are in words, with a place for a number of them."""
+    path, ctx_len = settings.data.dpo_train_file, settings.data.ctx_len
+    if not Path(path).is_file():
+        log.warning("--dpo_train_file %s is not there: pairs are taken to be --ctx_len long, half of it answers", path)
+        half = max(ctx_len // 2, 1)
+        return np.tile([half + 2 * half, 2 * half, 3], (n, 1)), f"{{}} made-up pairs of {half} + {half} or {half} tokens"
+    pairs = open_pairs("dpo_train_file", path)
+    check_fits(settings.batches.batch_tokens, pairs, path)
     sizes = _tree_sizes(pairs)
     longest = sizes[np.argsort(sizes[:, 0], kind="stable")[::-1]]
     # Fewer than a micro-batch holds come several times.
     what = "pairs" if pairs.n_trees == len(pairs) else f"trees of {len(pairs):,} pairs"
-    return np.resize(longest, (n, 3)), f"the {n} longest of {len(sizes):,} {what}"
+    return np.resize(longest, (n, 3)), f"the {{}} longest of {len(sizes):,} {what}"
 
 
 def _tree_sizes(pairs: PairSet) -> np.ndarray:

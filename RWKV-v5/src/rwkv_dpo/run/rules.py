@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from rwkv_dpo.base.errors import refuse
-from rwkv_dpo.objective.settings import BY_SUMS, DIVERGENT, SMOOTHED, WEIGHTED, ObjectiveSettings
+from rwkv_dpo.objective.settings import AOT, BY_SUMS, DIVERGENT, SMOOTHED, WEIGHTED, ObjectiveSettings
 from rwkv_dpo.run.settings import RunSettings
 from rwkv_dpo.training.settings import OF_PAIRS
 from rwkv_dpo.tuning.settings import ADAPTER_FLAGS, TuningSettings
@@ -199,6 +199,16 @@ RULES = (
     Rule(
         lambda s: s.batches.tbptt and not s.batches.chunk_ctx,
         lambda s: "--tbptt 1 cuts gradients between chunks: it needs --chunk_ctx",
+    ),
+    Rule(
+        lambda s: s.batches.batch_tokens and s.objective.uses_pairs and set(s.objective.losses) & set(AOT),
+        lambda s: f"--batch_tokens {s.batches.batch_tokens}: --dpo_loss {s.objective.dpo_loss} sorts all pairs of a micro-batch, whose "
+                  "samples it shares out; 0 is accepted",
+    ),
+    Rule(
+        lambda s: 0 < s.batches.batch_tokens < s.data.ctx_len and s.objective.uses_corpus,
+        lambda s: f"--batch_tokens {s.batches.batch_tokens}: a corpus window has the {s.data.ctx_len} tokens of --ctx_len; as many and "
+                  "more are accepted",
     ),
     Rule(
         lambda s: s.tuning.peft == "none" and s.tuning.peft_load,

@@ -9,7 +9,8 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 
 from rwkv_dpo.base.errors import refuse
-from rwkv_dpo.batches.loader import Loader, MicroBatches, build_loader
+from rwkv_dpo.batches.loader import Loader, Steps, build_loader
+from rwkv_dpo.batches.samples import Samples
 from rwkv_dpo.devices.device import pick_device, set_up
 from rwkv_dpo.devices.processes import build_lightning, check_devices, meet, take_gpu
 from rwkv_dpo.devices.ranks import Ranks
@@ -140,8 +141,8 @@ def build_trainer(settings: RunSettings, model: RWKV, device: torch.device, call
     n_trained = sum(parameter.numel() for _, parameter in trainable(model))
     trainer = build_lightning(
         settings.devices, device, settings.batches.micro_bsz, n_trained, max_epochs=settings.length.n_epochs,
-        max_steps=settings.length.total_steps, accumulate_grad_batches=settings.length.accumulated, gradient_clip_val=CLIP_NORM,
-        callbacks=callbacks, use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=1,
+        max_steps=settings.length.total_steps, gradient_clip_val=CLIP_NORM, callbacks=callbacks, use_distributed_sampler=False,
+        num_sanity_val_steps=0, log_every_n_steps=1,
     )  # fmt: skip
     # Lightning's handler of SIGTERM talks to the other ranks in the middle of whatever they do.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
@@ -149,11 +150,13 @@ def build_trainer(settings: RunSettings, model: RWKV, device: torch.device, call
 
 
 def loader_of(settings: RunSettings, data: RunData, rank: int, on_gpu: bool) -> Loader:
-    """The micro-batches of a rank."""
-    dataset = MicroBatches(
-        settings.batches, settings.data.ctx_len, settings.general.seed, settings.devices.world_size, data.corpus, data.pairs, rank
-    )
-    return build_loader(dataset, settings.length.epoch_begin, settings.length.epoch_steps, on_gpu)
+    """The optimizer steps of a rank."""
+    length = settings.length
+    samples = Samples(
+        settings.batches, settings.data.ctx_len, settings.general.seed, settings.devices.world_size, length.accumulated, data.corpus,
+        data.pairs,
+    )  # fmt: skip
+    return build_loader(Steps(samples, rank), length.epoch_begin, length.steps_per_epoch, on_gpu)
 
 
 @rank_zero_only

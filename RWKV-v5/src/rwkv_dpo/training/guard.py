@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor
 
-from rwkv_dpo.batches.loader import MicroBatches
+from rwkv_dpo.batches.loader import Steps
 from rwkv_dpo.devices.strategy import ScaledFloat16
 
 log = logging.getLogger(__name__)
@@ -55,19 +55,21 @@ def not_finite(weights: Mapping[str, Tensor]) -> str:
     return next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), "")
 
 
-def name_samples(trainer: pl.Trainer, dataset: MicroBatches, losses: list[tuple[int, Tensor]]) -> str:
-    """The pairs and windows of the step's micro-batches whose loss is not finite, of all of them when no loss shows it; every
-    rank has to call this with its own (number of the micro-batch, loss)."""
-    bad = [k for k, loss in losses if not math.isfinite(loss)]
+def name_samples(trainer: pl.Trainer, dataset: Steps, number: int, losses: list[Tensor]) -> str:
+    """The pairs and windows of the micro-batches whose loss is not finite in the optimizer step of that number, of all of them when no
+    loss shows it; every rank has to call this with its own losses."""
+    bad = [k for k, loss in enumerate(losses) if not math.isfinite(loss)]
     on_ranks: list[Any] = [bad]
     if trainer.world_size > 1:
         on_ranks = [None] * trainer.world_size
         torch.distributed.all_gather_object(on_ranks, bad)
+    calls = dataset.samples.of_step(number)
     if not any(on_ranks):
-        on_ranks = [[k for k, _ in losses]] * trainer.world_size
-    contents = [dataset.contents(k, rank) for rank, numbers in enumerate(on_ranks) for k in numbers]
-    windows = sorted(start for starts, _ in contents for start in starts)
-    rows = sorted(row for _, trees in contents for t in trees for row in dataset.pairs.tree(t)) if dataset.pairs else []
+        on_ranks = [range(len(of_rank)) for of_rank in calls]
+    samples = [sample for of_rank, numbers in zip(calls, on_ranks, strict=True) for k in numbers for sample in of_rank[k]]
+    windows = sorted(sample.number for sample in samples if sample.is_window)
+    pairs = dataset.samples.pairs
+    rows = sorted(row for sample in samples if not sample.is_window for row in pairs.tree(sample.number)) if pairs else []
     named = [f"pairs in rows {_some(rows)} of dpo_train_file"] if rows else []
     named += [f"corpus windows from tokens {_some(windows)}"] if windows else []
     return ", ".join(named)

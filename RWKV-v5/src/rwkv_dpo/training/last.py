@@ -11,7 +11,7 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor
 from typing_extensions import override
 
-from rwkv_dpo.batches.loader import EpochNumbers, MicroBatches
+from rwkv_dpo.batches.loader import Loader
 from rwkv_dpo.optimizer.length import RunLength
 from rwkv_dpo.run_folder.contents import log_sizes
 from rwkv_dpo.run_folder.identity import Identity
@@ -71,16 +71,13 @@ class LastCheckpoints(pl.Callback):
     def _go_on_from(self, trainer: pl.Trainer, progress: Progress) -> None:
         length, metrics = self.length, self.metrics
         epoch, steps = divmod(progress.step, length.steps_per_epoch)
-        loader: Any = trainer.fit_loop._data_source.instance
-        dataset, numbers = loader.dataset, loader.sampler
-        assert isinstance(dataset, MicroBatches)
-        assert isinstance(numbers, EpochNumbers)
-        first = (length.epoch_begin + epoch) * length.epoch_steps + steps * length.accumulated
-        position = dataset.position
-        position.epoch, position.batch = epoch, steps * length.accumulated
-        position.shift = progress.samples - first * length.samples
-        numbers.set_epoch(epoch)
-        _set_counters(trainer, epoch, position.batch, progress.step)
+        loader = trainer.fit_loop._data_source.instance
+        assert isinstance(loader, Loader)
+        position = loader.dataset.samples.position
+        position.epoch, position.step = epoch, steps
+        position.shift = progress.samples - _samples_before(length, progress.step)
+        loader.sampler.set_epoch(epoch)
+        _set_counters(trainer, epoch, steps, progress.step)
         metrics.pairs_seen, metrics.epoch_losses = progress.pairs_seen, list(progress.epoch_losses)
         metrics.skipped_steps, metrics.bad_in_a_row = progress.skipped_steps, progress.bad_in_a_row
 
@@ -117,8 +114,8 @@ class LastCheckpoints(pl.Callback):
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         step, every = trainer.global_step, self.settings.save_every
-        if self.metrics.losses or step == self.length.total_steps or step % self.length.steps_per_epoch == 0:
-            return  # in the middle of a step, or the end of the epoch comes next
+        if step == self.length.total_steps or step % self.length.steps_per_epoch == 0:
+            return  # the end of the epoch comes next
         if self.metrics.stops:
             self._save(trainer, module)
             self._stop(trainer)
@@ -164,17 +161,21 @@ class LastCheckpoints(pl.Callback):
         self.halt.write(trainer, write)
 
     def _progress(self, trainer: pl.Trainer) -> Progress:
-        length, metrics, step = self.length, self.metrics, trainer.global_step
-        dataset: Any = trainer.train_dataloader.dataset  # type: ignore[union-attr]
-        first = length.epoch_begin * length.epoch_steps + step * length.accumulated
+        metrics, step = self.metrics, trainer.global_step
+        position = trainer.train_dataloader.dataset.samples.position  # type: ignore[union-attr]
         return Progress(
-            identity=self.identity.as_json(), step=step, samples=dataset.position.shift + first * length.samples,
+            identity=self.identity.as_json(), step=step, samples=position.shift + _samples_before(self.length, step),
             pairs_seen=metrics.pairs_seen, epoch_losses=metrics.epoch_losses, skipped_steps=metrics.skipped_steps,
             bad_in_a_row=metrics.bad_in_a_row, logs=log_sizes(self.folder),
         )  # fmt: skip
 
     def _tell_last_good(self, path: Path) -> None:
         self.halt.last_good = f"the last good checkpoint is {path}"
+
+
+def _samples_before(length: RunLength, step: int) -> int:
+    """Samples that a run takes before optimizer step number `step` of it, where steps always have so many."""
+    return (length.epoch_begin * length.epoch_steps + step * length.accumulated) * length.samples
 
 
 def _from_rank_0(trainer: pl.Trainer, value: Tensor | None, like: Tensor) -> Tensor:
@@ -192,17 +193,17 @@ def _forms(state: OptimizerState) -> OptimizerState:
     return {name: {key: v.to("meta") if isinstance(v, Tensor) else v for key, v in values.items()} for name, values in state.items()}
 
 
-def _set_counters(trainer: pl.Trainer, epoch: int, batch: int, step: int) -> None:
-    """Lightning's loops as they are between two optimizer steps: `batch` micro-batches into `epoch`, after `step` steps in all."""
+def _set_counters(trainer: pl.Trainer, epoch: int, steps_in_epoch: int, step: int) -> None:
+    """Lightning's loops as they are between two optimizer steps, its batches: so many into `epoch`, after `step` in all."""
 
     def count(number: int, begun: int = 0) -> dict[str, int]:
         return {"ready": number + begun, "started": number + begun, "processed": number, "completed": number}
 
     loop = trainer.fit_loop
     state = loop.state_dict()
-    begun = int(batch > 0)
+    begun = int(steps_in_epoch > 0)
     state["epoch_progress"] = {"total": count(epoch, begun), "current": count(epoch, begun)}
-    batches = count(batch)
+    batches = count(steps_in_epoch)
     state["epoch_loop.batch_progress"] = {"total": batches, "current": batches, "is_last_batch": False}
     steps = {"ready": step, "completed": step}
     state["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"] = {"total": steps, "current": steps}

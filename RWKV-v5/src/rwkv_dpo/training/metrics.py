@@ -5,7 +5,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from typing_extensions import override
 
+from rwkv_dpo.batches.loader import StepBatch
 from rwkv_dpo.files.json_text import as_json
 from rwkv_dpo.optimizer.length import RunLength
 from rwkv_dpo.training.guard import is_bad, name_samples
@@ -33,13 +34,11 @@ class MetricsLog(pl.Callback):
         self.length, self.flags, self.folder, self.halt = length, flags, folder, halt
         # Of earlier epochs: by their number of samples.
         self.pairs_seen = round(length.epoch_begin * length.epoch_steps * length.samples * pairs_a_sample)
-        self.sums: dict[str, torch.Tensor] = {}  # by metric: the weighted sum and the sum of the weights
-        self.losses: list[tuple[int, torch.Tensor]] = []  # of this rank's micro-batches, by their numbers
-        self.n_tokens = self.steps_done = self.skipped_steps = self.bad_in_a_row = 0
+        self.skipped_steps = self.bad_in_a_row = 0
         self.bad_step = ""  # the last one, in a few words
         self.stops = False  # some rank was signalled: all know it from the same step on
         self.epoch_losses: list[float] = []
-        self.record: dict[str, Any] = {}  # of the step that has just ended; empty in its middle
+        self.record: dict[str, Any] = {}  # of the last step
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -48,7 +47,7 @@ class MetricsLog(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.steps_done, self.clock = trainer.global_step, time.perf_counter()
+        self.clock = time.perf_counter()
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -56,28 +55,13 @@ class MetricsLog(pl.Callback):
         self.clock = time.perf_counter()
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        # Losses of pairs have the shares of their ranks already.
-        weights = {"loss": 1, "loss_dpo": 1, "loss_general": batch.step.n_window_rows}
-        for name, value in module.metrics.items():
-            weight = weights.get(name, batch.step.n_pairs)
-            self.sums[name] = self.sums.get(name, 0) + weight * torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])
-        first = (self.length.epoch_begin + trainer.current_epoch) * self.length.epoch_steps
-        self.losses.append((first + batch_idx, module.metrics["loss"]))
-        self.n_tokens += module.n_tokens
-        self.record = {}
-        if trainer.global_step == self.steps_done:
-            return
-        self.steps_done = trainer.global_step
-        self._end_of_step(trainer, module)
-
-    def _end_of_step(self, trainer: pl.Trainer, module: DPOModule) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: DPOModule, outputs: Any, batch: StepBatch, batch_idx: int) -> None:  # type: ignore[override]
         length = self.length
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             module.grad_norm = torch.as_tensor(trainer.strategy.deepspeed_engine.get_global_grad_norm() or 0.0)
-        names = list(self.sums)
-        sums = torch.stack(list(self.sums.values()))
-        shared = torch.tensor([self.n_tokens, self.halt.signalled, bool(self.halt.fault)], dtype=torch.float32)
+        names, sums = list(module.metrics[0]), weighted_sums(batch, module.metrics)
+        n_tokens = sum(one.step.forest.tokens.numel() for one in batch)
+        shared = torch.tensor([n_tokens, self.halt.signalled, bool(self.halt.fault)], dtype=torch.float32)
         shared, norm = (x.to(sums.device, torch.float32, non_blocking=True) for x in (shared, module.grad_norm.reshape(1)))
         if trainer.world_size > 1:
             sums, shared = (trainer.strategy.reduce(x, reduce_op="sum") for x in (sums, shared))
@@ -93,7 +77,7 @@ class MetricsLog(pl.Callback):
         bad = is_bad(trainer, loss, grad_norm)
         self.skipped_steps, self.bad_in_a_row = self.skipped_steps + bad, self.bad_in_a_row + 1 if bad else 0
         record = {
-            "step": length.epoch_begin * length.steps_per_epoch + self.steps_done,
+            "step": length.epoch_begin * length.steps_per_epoch + trainer.global_step,
             "epoch": length.epoch_begin + trainer.current_epoch,
             **{name: finite(mean) for name, mean in zip(names, means, strict=True)},
             "grad_norm": finite(grad_norm),
@@ -112,11 +96,10 @@ class MetricsLog(pl.Callback):
             self.halt.append(self.folder / "metrics.jsonl", as_json(record) + "\n")
         if bad:
             self.bad_step = f"step {record['step']}: loss {loss:g}, gradient norm {grad_norm:g}"
-            self._name_bad_step(trainer)
-        self.sums, self.losses, self.n_tokens = {}, [], 0
+            self._name_bad_step(trainer, record["step"] - 1, [metrics["loss"] for metrics in module.metrics])
 
-    def _name_bad_step(self, trainer: pl.Trainer) -> None:
-        samples = name_samples(trainer, trainer.train_dataloader.dataset, self.losses)  # type: ignore[union-attr]
+    def _name_bad_step(self, trainer: pl.Trainer, number: int, losses: list[torch.Tensor]) -> None:
+        samples = name_samples(trainer, trainer.train_dataloader.dataset, number, losses)  # type: ignore[union-attr]
         if trainer.is_global_zero:
             log.warning("%s, skipped; it had %s", self.bad_step, samples)
 
@@ -127,6 +110,16 @@ class MetricsLog(pl.Callback):
             numbers = f"{loss:.6f} {math.exp(min(loss, 700)):.4f} {module.lr:.8f}"
             line = f"{self.length.epoch_begin + epoch} {numbers} {datetime.datetime.now()} {epoch}\n"
             self.halt.append(self.folder / "train_log.txt", line)
+
+
+def weighted_sums(batch: StepBatch, metrics: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+    """fp32 [metrics, 2], of a step's micro-batches: the sum of each metric, weighted, and of its weights."""
+    values = torch.stack([torch.stack([value.float() for value in of_one.values()]) for of_one in metrics])
+    # Losses of pairs have their shares already.
+    own = [{"loss": 1, "loss_dpo": 1, "loss_general": one.step.n_window_rows} for one in batch]
+    of_names = [[weights.get(name, one.step.n_pairs) for name in metrics[0]] for one, weights in zip(batch, own, strict=True)]
+    weights = torch.tensor(of_names, dtype=torch.float32).to(values.device)
+    return torch.stack([(weights * values).sum(0), weights.sum(0)], 1)
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -1,4 +1,5 @@
-"""The Lightning module: hands micro-batches to the objective, sets rates, clips gradients."""
+"""The Lightning module: hands micro-batches to the objective, sets rates, clips gradients. What Lightning takes for a batch is an optimizer
+step; its micro-batches, of which each step may have another number, are its closure's calls."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,8 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor
 from typing_extensions import override
 
-from rwkv_dpo.batches.micro_batch import MicroBatch
+from rwkv_dpo.batches.loader import StepBatch
+from rwkv_dpo.devices.strategy import accumulating
 from rwkv_dpo.model.linear import refresh_casts
 from rwkv_dpo.model.rwkv import RWKV, Block
 from rwkv_dpo.objective.losses import Mixture
@@ -25,8 +27,8 @@ BuildOptimizer = Callable[[list[tuple[str, torch.nn.Parameter]]], torch.optim.Op
 
 
 class DPOModule(pl.LightningModule):
-    """What the callbacks read after a step: `metrics` of the last micro-batch, `grad_norm` before clipping, `lr` and
-    `weight_decay` of the last optimizer step."""
+    """What the callbacks read after an optimizer step: `metrics` of each of its micro-batches, `grad_norm` before clipping, `lr` and
+    `weight_decay`."""
 
     def __init__(
         self, model: RWKV, mixture: Mixture, ratio: float, schedule: Schedule, first_step: int, build_optimizer: BuildOptimizer
@@ -36,8 +38,8 @@ class DPOModule(pl.LightningModule):
         super().__init__()
         self.model, self.mixture, self.ratio, self.schedule, self.first_step = model, mixture, ratio, schedule, first_step
         self.build_optimizer = build_optimizer
-        self.metrics: dict[str, Tensor] = {}
-        self.n_tokens = 0
+        self.metrics: list[dict[str, Tensor]] = []
+        self.n_micro_batches = 0
         self.ref_logps: np.ndarray | None = None  # [pairs, 2] of a reference that moves: micro-batches may have been made before it did
         self.grad_norm = torch.zeros(())
         self.lr = self.weight_decay = 0.0
@@ -51,10 +53,15 @@ class DPOModule(pl.LightningModule):
             set_z3_leaf_modules(self.model, [Block])
 
     @override
-    def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
-        loss, self.metrics = objective(self.model, batch, self.mixture, self.ratio)
-        self.n_tokens = batch.step.forest.tokens.numel()
-        return poisoned(loss)
+    def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
+        self.metrics, self.n_micro_batches = [], len(batch)
+
+    @override
+    def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
+        """The next of the step's micro-batches."""
+        loss, metrics = objective(self.model, batch[len(self.metrics)], self.mixture, self.ratio)
+        self.metrics.append(metrics)
+        return poisoned(loss) / len(batch)
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -63,11 +70,17 @@ class DPOModule(pl.LightningModule):
     @override
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         self.lr, self.weight_decay = set_rates(optimizer, self.schedule, self.first_step, self.trainer.global_step)
+        with accumulating(self.trainer.strategy):
+            for _ in range(self.n_micro_batches - 1):
+                optimizer_closure()
         optimizer.step(closure=optimizer_closure)
         refresh_casts(self.model)
         if not isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            # Lightning would drop the gradients after the next forward pass, whose activations they needn't stand beside.
             optimizer.zero_grad()
+
+    @override
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        """Not now: every call of the closure comes here, after a forward pass whose activations old gradients would have stood beside."""
 
     @override
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
@@ -81,7 +94,7 @@ class DPOModule(pl.LightningModule):
         skip_unless_finite(optimizer, parameters, self.grad_norm)
 
     @override
-    def transfer_batch_to_device(self, batch: MicroBatch, device: torch.device, dataloader_idx: int) -> MicroBatch:
-        if self.ref_logps is not None:
-            batch = replace(batch, ref_logps=torch.from_numpy(self.ref_logps[list(batch.numbers)].astype(np.float32)))
-        return batch.to(device)
+    def transfer_batch_to_device(self, batch: StepBatch, device: torch.device, dataloader_idx: int) -> StepBatch:
+        if (refs := self.ref_logps) is not None:
+            batch = tuple(replace(one, ref_logps=torch.from_numpy(refs[list(one.numbers)].astype(np.float32))) for one in batch)
+        return tuple(one.to(device) for one in batch)
