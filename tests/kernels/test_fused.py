@@ -103,7 +103,8 @@ def parameter_dtype(dtype):
     [
         *((dtype, handed, (), 2, 40) for dtype in DTYPES for handed in (False, True)),
         *((torch.float32, True, lacking, 2, 40) for lacking in ((1,), ("last",), (0, 1))),
-        (torch.float32, True, (), 4, 4), (torch.float32, False, (), 1, 132),
+        *((torch.float32, True, (), n_mixes, 8) for n_mixes in (3, 4, 6)),
+        (torch.float32, False, (), 1, 132),
     ],
 )  # fmt: skip
 def test_mixes(compiled, takes, forest, dtype, handed, lacking, n_mixes, n_channels):
@@ -227,7 +228,8 @@ def test_odd_sizes_are_taken_by_a_cpu(compiled, only_cpu):
 def test_rows_that_the_kernels_have_not_go_to_torch():
     assert not cuda.takes(torch.zeros(1, 8, dtype=torch.float64))
     assert not cuda.takes(torch.zeros(1, 6))
-    assert not cuda.takes(torch.zeros(1, 4100))
+    assert not cuda.takes(torch.zeros(1, 4100, dtype=torch.bfloat16))
+    assert not cuda.takes(torch.zeros(1, 4096))
     assert cuda.takes(torch.zeros(1, 4096, dtype=torch.bfloat16))
 
 
@@ -237,7 +239,7 @@ def test_more_mixes_than_the_kernels_have_are_refused(request):
     functions = cuda.Functions(bind(ctypes.CDLL(str(build(request.config.cache, cuda.SOURCE, "-O1"))), cuda.CUDA_ENTRY_POINTS), 5)
     p = torch.zeros(8)
     with pytest.raises(RuntimeError, match="mixes_forward: invalid configuration"):
-        functions.mixes(rows_of([(3, -1)]), torch.zeros(3, 8), None, p, p, [p] * 3, 1e-5)
+        functions.mixes(rows_of([(3, -1)]), torch.zeros(3, 8), None, p, p, [p] * 5, 1e-5)
 
 
 @pytest.mark.skipif("FUSED_SHIM" in os.environ, reason="is what runs this")

@@ -23,8 +23,9 @@ class Entry:
     def __init__(self, forest: Forest) -> None:
         self.rows = Rows(forest.before, forest.uses_start, forest.uses, forest.last_rows, forest.n_roots)
 
-    def make(self, x: Tensor, handed_in: Tensor | None, weight: Tensor, bias: Tensor, *mixing: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
+    def make(self, *inputs: Any) -> tuple[Any, tuple[Tensor, ...]]:
         """See Preparation."""
+        x, handed_in, weight, bias, *mixing = inputs
         mixed, last = implementation(x).mixes(self.rows, x, handed_in, weight, bias, mixing, NORM_EPS)
         return mixed.unbind(), (last,)
 
@@ -42,9 +43,9 @@ class GatedNorm:
     def __init__(self, eps: float) -> None:
         self.eps = eps
 
-    def make(self, y: Tensor, *others: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
+    def make(self, *inputs: Any) -> tuple[Any, tuple[Tensor, ...]]:
         """See Preparation."""
-        return (implementation(y).gated_norm(y, *others, self.eps),), ()
+        return (implementation(inputs[0]).gated_norm(*inputs, self.eps),), ()
 
     def gradients(self, inputs: Gradients, g_prepared: Gradients, g_others: Gradients) -> Gradients:
         """See Preparation."""
@@ -56,8 +57,9 @@ class GatedNorm:
 class ReluSquared:
     """max(x, 0) ** 2."""
 
-    def make(self, x: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
+    def make(self, *inputs: Any) -> tuple[Any, tuple[Tensor, ...]]:
         """See Preparation."""
+        (x,) = inputs
         return (implementation(x).relu_squared(x),), ()
 
     def gradients(self, inputs: Gradients, g_prepared: Gradients, g_others: Gradients) -> Gradients:

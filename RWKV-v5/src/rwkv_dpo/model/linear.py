@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 class Preparation(Protocol):
     """What stands before one or more products, with a gradient of its own."""
 
-    def make(self, *inputs: Tensor | None) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
+    def make(self, *inputs: Any) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
         """Prepared rows [S, n_in], one for each layer that takes them, and whatever else comes of the inputs."""
 
     def gradients(
@@ -67,8 +67,7 @@ def refresh_casts(model: nn.Module) -> None:
 @contextmanager
 def casting(modules: Sequence[Cast], dtype: torch.dtype) -> Iterator[None]:
     """Within, these modules use their copies in dtype; gradients return to the weights in one cast, when the last of them is there."""
-    copies = [module.cast(dtype) for module in modules]
-    found = [(module, copy) for module, copy in zip(modules, copies, strict=True) if copy is not None]
+    found = [(module, copy) for module in modules if (copy := module.cast(dtype)) is not None]
     if found:
         in_use = _Copies.apply([copy for _, copy in found], *(module.weight for module, _ in found))
         for (module, _), copy in zip(found, in_use, strict=True):
@@ -93,12 +92,11 @@ class _Copies(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         found = [None if grad is None else torch.empty_like(grad, dtype=dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
-        given = [(wide, grad) for wide, grad in zip(found, grads, strict=True) if grad is not None]
-        torch._foreach_copy_([wide for wide, _ in given], [grad for _, grad in given])
+        torch._foreach_copy_([wide for wide in found if wide is not None], [grad for grad in grads if grad is not None])
         return None, *found
 
 
-class Linear(nn.Linear, Cast):
+class Linear(nn.Linear, Cast):  # type: ignore[misc]  # both say that they have a weight
     """prepared @ weight.T in the dtype of the prepared rows."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
@@ -123,9 +121,9 @@ class Linear(nn.Linear, Cast):
 class Given:
     """Nothing to prepare."""
 
-    def make(self, x: Tensor) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
+    def make(self, *inputs: Any) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
         """See Preparation."""
-        return (x,), ()
+        return inputs, ()
 
     def gradients(self, inputs: Sequence[Tensor | None], g_prepared: Sequence[Tensor | None], g_others: Any) -> Sequence[Tensor | None]:
         """See Preparation."""

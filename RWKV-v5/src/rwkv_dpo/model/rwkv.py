@@ -81,7 +81,7 @@ class RWKV(nn.Module):
 
     def first_states(self, n_roots: int) -> list[LayerState] | None:
         """The tuned states (`blocks.N.att.time_state`, [H, value, key] as files have them) that roots begin from; None: zero."""
-        tuned = [block.att.time_state for block in self.blocks if hasattr(block.att, "time_state")]
+        tuned = [state for block in self.blocks if (state := getattr(block.att, "time_state", None)) is not None]
         if not tuned:
             return None
         before = torch.zeros(n_roots, self.shape.n_embd, dtype=self.compute_dtype, device=tuned[0].device)

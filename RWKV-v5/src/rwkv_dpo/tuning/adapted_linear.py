@@ -23,7 +23,7 @@ class AdaptedLinear(lora.Linear):
 
     def factors(self) -> tuple[Tensor | None, ...]:
         """As Linear's: the base's, then A, or with dropout the rows themselves."""
-        base = self.get_base_layer().factors()
+        base: tuple[Tensor | None, ...] = self.get_base_layer().factors()  # type: ignore[operator]  # a Linear
         if self.disable_adapters or self.merged:
             return base
         return (*base, None if self._drops() else self._weight("lora_A"))

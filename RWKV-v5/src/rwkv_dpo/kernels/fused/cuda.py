@@ -19,8 +19,8 @@ CUDA_ENTRY_POINTS = {**ENTRY_POINTS, "fused_usable": EntryPoint(ctypes.c_int, ()
 
 # Rows that a block of threads takes one after the other: 4,096 rows make 512 blocks, four for each multiprocessor of an H100.
 STRIP = 8
-# A thread has four channels, and a block 1,024 threads.
-MAX_CHANNELS = 4096
+# A thread has four channels, and a block 1,024 threads; in fp32 768, which may use more registers.
+MAX_CHANNELS = {torch.float32: 3072, torch.bfloat16: 4096, torch.float16: 4096}
 
 
 def unusable_because(device: torch.device) -> str | None:
@@ -49,7 +49,7 @@ def agreement(device: torch.device, again: bool = False) -> Agreement:
 
 def takes(x: Tensor) -> bool:
     """Whether the kernels have the type and the width of rows x."""
-    return x.dtype != torch.float64 and x.shape[-1] % 4 == 0 and x.shape[-1] <= MAX_CHANNELS
+    return x.shape[-1] % 4 == 0 and x.shape[-1] <= MAX_CHANNELS.get(x.dtype, 0)
 
 
 @cache

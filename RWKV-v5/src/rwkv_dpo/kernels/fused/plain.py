@@ -54,7 +54,7 @@ def gated_norm_gradients(
     y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, g_out: Tensor
 ) -> tuple[Tensor | None, ...]:
     """See rwkv_dpo.kernels.fused: of y, gate, weight and bias."""
-    return _gradients(lambda *inputs: [gated_norm(*inputs, eps)], (y, gate, weight, bias), (g_out,))
+    return _gradients(lambda y, gate, weight, bias: [gated_norm(y, gate, weight, bias, eps)], (y, gate, weight, bias), (g_out,))
 
 
 def relu_squared(x: Tensor) -> Tensor:

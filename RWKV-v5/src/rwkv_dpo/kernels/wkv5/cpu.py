@@ -81,5 +81,5 @@ class _Wkv5(torch.autograd.Function):
             gr=gr, gk=gk, gv=gv, g_time_decay=g_time_decay, gu=gu, sums=u.new_empty(2, *states[:3]), g_start=g_start,
             g_end=None if parents is None else u.new_empty(states),
         )  # fmt: skip
-        g_state0 = g_start[: len(state0)] if ctx.needs_input_grad[7] else None
+        g_state0 = g_start[: len(state0)] if g_start is not None and ctx.needs_input_grad[7] else None
         return gr, gk, gv, g_time_decay.to(ctx.dtypes[0]), gu.to(ctx.dtypes[1]), None, None, g_state0

@@ -39,6 +39,9 @@ namespace {
 constexpr int kMixes = 8;          // at most
 constexpr int kThreads = 256;      // of elementwise functions and sums
 constexpr int kFewThreads = 256;   // rows of up to 1024 channels may use all registers
+// Of wider rows: with more threads, fp32 would spill.
+template <class T>
+constexpr int kManyThreads = sizeof(T) == 4 ? 768 : 1024;
 
 template <class T>
 struct alignas(4 * sizeof(T)) Quad {
@@ -460,7 +463,7 @@ Mixing<T> mixing_of(const Rows& c, const void* x, const void* handed_in, const v
 template <class T, int M>
 cudaError_t mixes_out_of(const Rows& c, const Mixing<T>& t, T* mixed, T* last) {
     const int threads = threads_for(c.n_channels), n_blocks = n_strips(c.n_rows, c.strip) + c.n_segments;
-    const auto kernel = threads <= kFewThreads ? mixes_out<T, M, kFewThreads> : mixes_out<T, M, 1024>;
+    const auto kernel = threads <= kFewThreads ? mixes_out<T, M, kFewThreads> : mixes_out<T, M, kManyThreads<T>>;
     return launch(kernel, n_blocks, threads, c.where.stream, c, t, mixed, last);
 }
 
@@ -468,7 +471,7 @@ template <class T, int M>
 cudaError_t mixes_back_of(const Rows& c, const Mixing<T>& t, const Gradients<T>& grads, T* gx, T* g_handed_in, float* partial,
                           float* g_parameters) {
     const int threads = threads_for(c.n_channels), n_parts = n_strips(c.n_rows, c.strip);
-    const auto kernel = threads <= kFewThreads ? mixes_back<T, M, kFewThreads> : mixes_back<T, M, 1024>;
+    const auto kernel = threads <= kFewThreads ? mixes_back<T, M, kFewThreads> : mixes_back<T, M, kManyThreads<T>>;
     const int n_blocks = n_parts + (g_handed_in == nullptr ? 0 : c.n_roots);
     const cudaError_t error = launch(kernel, n_blocks, threads, c.where.stream, c, t, grads, gx, g_handed_in, partial);
     return error == cudaSuccess ? total(c.where.stream, partial, n_parts, (2 + M) * c.n_channels, g_parameters) : error;
@@ -496,7 +499,9 @@ cudaError_t with_count(int n_mixes, F f) {
     switch (n_mixes) {
         case 1: return f(Count<1>());
         case 2: return f(Count<2>());
+        case 3: return f(Count<3>());
         case 4: return f(Count<4>());
+        case 6: return f(Count<6>());
         default: return cudaErrorInvalidConfiguration;
     }
 }
@@ -506,7 +511,7 @@ int n_blocks_of(const Flat& c) { return int((c.n / 4 + kThreads - 1) / kThreads)
 }  // namespace
 
 // Return a cudaError_t (0: all launches were accepted). Channels, heads' sizes and numbers of elements are multiples of 4, and channels
-// are at most 4096.
+// are at most 4096, in fp32 3072.
 extern "C" int mixes_forward(const Rows* c, const void* x, const void* handed_in, const void* weight, const void* bias,
                              const void* const* mixing, void* mixed, void* last) {
     return with_type(c->where.dtype, [=](auto type) {
