@@ -29,7 +29,6 @@ def child(source: str, precision: str) -> dict[str, Any]:
     import numpy as np
     import torch
     from rwkv_dpo.batches.micro_batch import collate
-    from rwkv_dpo.kernels.backends import choose_backend
     from rwkv_dpo.model.checkpoint import empty_model
     from rwkv_dpo.model.shape import ModelShape
     from rwkv_dpo.objective.losses import dpo
@@ -59,7 +58,14 @@ def child(source: str, precision: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     shape = ModelShape(N_LAYER, WIDTH, WIDTH, int(3.5 * WIDTH), 65)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    model = empty_model(shape, choose_backend(shape.version, "cpu", torch.device("cpu")).wkv, dtype)
+    try:
+        from rwkv_dpo.kernels.backends import choose_backend
+    except ModuleNotFoundError:  # a commit that knows RWKV-5 only
+        from rwkv_dpo.kernels.wkv5 import choose_backend
+
+        model = empty_model(shape, "5", choose_backend("cpu", torch.device("cpu")).wkv5, dtype)
+    else:
+        model = empty_model(shape, choose_backend(shape.version, "cpu", torch.device("cpu")).wkv, dtype)
     rng = np.random.default_rng(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -25,7 +25,7 @@ from rwkv_dpo.batches.settings import BatchSettings
 from rwkv_dpo.data.corpus import Corpus
 from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.devices.device import tune_cpu
-from rwkv_dpo.kernels.wkv5 import choose_backend
+from rwkv_dpo.kernels.backends import choose_backend
 from rwkv_dpo.model.checkpoint import empty_model
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
@@ -38,7 +38,7 @@ LENGTHS, ACCUMULATED, WINDOW, RATIO, BETA = (30, 20, 15), 32, 64, 0.5, 0.1
 
 def build(shape: ModelShape, precision: str, backend: str, device: torch.device) -> RWKV:
     """A model of random weights, all of them alive."""
-    model = empty_model(shape, "5", choose_backend(backend, device).wkv5, DTYPES[precision])
+    model = empty_model(shape, choose_backend(shape.version, backend, device).wkv, DTYPES[precision])
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():

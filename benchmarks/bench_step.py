@@ -35,11 +35,11 @@ from rwkv_dpo.data.trees import grow
 from rwkv_dpo.devices.device import tune_cpu
 from rwkv_dpo.evaluation.scoring import score_pairs
 from rwkv_dpo.kernels.backends import choose_backend
+from rwkv_dpo.model import v5
 from rwkv_dpo.model.checkpoint import empty_model
-from rwkv_dpo.model.linear import Linear
+from rwkv_dpo.model.linear import refresh_casts
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.model.v5 import relu_squared
 from rwkv_dpo.objective.losses import dpo, l2wrap
 from rwkv_dpo.objective.objective import objective
 
@@ -62,16 +62,39 @@ def build(way: str, shape: ModelShape, precision: str, backend: str, device: tor
             elif p.dim() == 2:
                 p.normal_(0, p.shape[1] ** -0.5, generator=generator)
     if way == "original":
-        for module in model.modules():
-            if isinstance(module, Linear):
-                module.forward = types.MethodType(plain_forward, module)  # type: ignore[method-assign]
+        for block in model.blocks:
+            block.att.forward = types.MethodType(original_time_mix, block.att)
+            block.ffn.forward = types.MethodType(original_channel_mix, block.ffn)
     return model.to(device)
 
 
-def plain_forward(module: Linear, *inputs: torch.Tensor, prepare: Callable[..., torch.Tensor] = lambda x: x) -> torch.Tensor:
-    """A linear layer as the original writes it: autograd keeps whatever goes in."""
-    prepared = F.relu(inputs[0]).square() if prepare is relu_squared else prepare(*inputs)
-    return F.linear(prepared, module.weight.to(prepared.dtype))
+def original_time_mix(self: v5.TimeMix, x, norm, forest, before, initial, wkv, v_first):
+    """The half of a block as the original writes it, for one sequence from its beginning: autograd keeps whatever it does by default."""
+    x = norm(x)
+    r, k, v, g = (_plain(getattr(self, name), _mixed(x, mix)) for name, mix in (
+        ("receptance", self.time_mix_r), ("key", self.time_mix_k), ("value", self.time_mix_v), ("gate", self.time_mix_g)
+    ))  # fmt: skip
+    r, k, v = (part.view(-1, self.n_head, self.head_size) for part in (r, k, v))
+    y, ends = wkv(r, k, v, self.time_decay, self.time_faaaa, forest.cu_seqlens, initial)
+    weight, bias = self.ln_x.weight.to(x.dtype), self.ln_x.bias.to(x.dtype)
+    normed = F.group_norm(y.flatten(1), self.n_head, weight, bias, self.norm_eps)
+    return _plain(self.output, normed * F.silu(g)), x[-1:], ends, v_first
+
+
+def original_channel_mix(self: v5.ChannelMix, x, norm, forest, before):
+    """The same of the other half."""
+    x = norm(x)
+    k, r = _plain(self.key, _mixed(x, self.time_mix_k)), _plain(self.receptance, _mixed(x, self.time_mix_r))
+    return torch.sigmoid(r) * _plain(self.value, torch.relu(k) ** 2), x[-1:]
+
+
+def _mixed(x: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
+    before, mix = F.pad(x, (0, 0, 1, -1)), mix.view(-1).to(x.dtype)
+    return x * mix + before * (1 - mix)
+
+
+def _plain(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, layer.weight.to(x.dtype))
 
 
 def original_logits(model: RWKV, tokens: np.ndarray) -> torch.Tensor:
@@ -216,6 +239,7 @@ def time_trees(args: argparse.Namespace, device: torch.device) -> list[dict]:
                     if step:
                         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                         optimizer.step()
+                        refresh_casts(model)
                         optimizer.zero_grad(set_to_none=True)
                 model.zero_grad(set_to_none=True)
 
@@ -252,6 +276,7 @@ def language_model_child(args: argparse.Namespace, model: RWKV, precision: str) 
     def step() -> None:
         objective(model, batch, dpo(BETA), 1.0)[0].backward()
         optimizer.step()
+        refresh_casts(model)
         optimizer.zero_grad(set_to_none=True)
 
     seconds = alternate({"step": step, "gemm": lambda: [square @ square for _ in range(10)]}, 3 * args.repeats, WARMUP)

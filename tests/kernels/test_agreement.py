@@ -9,8 +9,9 @@ import torch
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.kernels import agreement as agreements
 from rwkv_dpo.kernels.agreement import ALLOWED, compared, driver_version
+from rwkv_dpo.kernels.backends import choose_backend
 from rwkv_dpo.kernels.build import SOURCES
-from rwkv_dpo.kernels.wkv5 import choose_backend, chunked, cpu, cuda, parity, reference
+from rwkv_dpo.kernels.wkv5 import chunked, cpu, cuda, parity, reference
 
 CPU = torch.device("cpu")
 # Of csrc/wkv5_cpu.cpp: a line of the forward, and one of the backward pass, with a fault in it.
@@ -56,7 +57,7 @@ class TestAWrongKernel:
     @pytest.mark.parametrize("fault", FAULTS)
     def test_auto_takes_the_next_backend_and_says_how_far_off_it_was(self, tmp_path, monkeypatch, caplog, fault):
         break_kernel(tmp_path, monkeypatch, fault)
-        assert choose_backend("auto", CPU).name == "chunked"
+        assert choose_backend("5", "auto", CPU).name == "chunked"
         assert "WKV backend: chunked" in caplog.text
         assert "off plain PyTorch's on this device, where rounding explains 2e-05" in caplog.text
 
@@ -64,7 +65,7 @@ class TestAWrongKernel:
         break_kernel(tmp_path, monkeypatch, "backward")
         for _ in range(2):
             with pytest.raises(InputError, match=r"cpu can't be used on cpu: its gradient of time_decay in fp32 is \d\.\de-0[34] "):
-                choose_backend("cpu", CPU)
+                choose_backend("5", "cpu", CPU)
         assert len(comparisons) == 2
 
 
