@@ -42,8 +42,8 @@ class ModelSettings:
     head_size_divisor: int = flag(8, "what the group norm divides its input by", AT_LEAST_ONE)
     dropout: float = flag(0.0, "dropout after every half block", BELOW_ONE)
     grad_cp: str = flag(
-        "0", "1: recompute each block in the backward pass (least memory, a third more time); selective: only what is cheap (a quarter "
-        "less memory, a few per cent more time)", choices=("0", "1", "selective"), part=Part.LAYOUT,
+        "0", "1: recompute each block in the backward pass (least memory, a third more time); 0 and selective: norms, mixes and gates "
+        "alone", choices=("0", "1", "selective"), part=Part.LAYOUT,
     )  # fmt: skip
 
     @property
