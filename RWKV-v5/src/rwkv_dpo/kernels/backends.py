@@ -61,8 +61,13 @@ def name_of(wkv: WKV) -> str:
     return wkv.__module__.rpartition(".")[2]
 
 
+def offers(version: str, name: str) -> bool:
+    """Whether a model version has a backend of that name."""
+    return importlib.util.find_spec(_module_name(version, name)) is not None
+
+
 def _unusable_because(version: str, name: str, device: torch.device) -> str | None:
-    if importlib.util.find_spec(_module_name(version, name)) is None:
+    if not offers(version, name):
         return f"RWKV-{version} has none"
     return importlib.import_module(_module_name(version, name)).unusable_because(device)
 

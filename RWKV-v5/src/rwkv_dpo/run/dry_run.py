@@ -11,7 +11,7 @@ from rwkv_dpo.data.pair_files import open_pairs
 from rwkv_dpo.data.pairs import PairSet
 from rwkv_dpo.devices.device import COMPUTE_DTYPES
 from rwkv_dpo.devices.strategy import uses_ddp
-from rwkv_dpo.kernels.backends import choose_backend
+from rwkv_dpo.kernels.backends import choose_backend, offers
 from rwkv_dpo.memory.estimate import PARTS, Plan, alternatives, estimate, total
 from rwkv_dpo.model.checkpoint import empty_model
 from rwkv_dpo.model.linear import Linear
@@ -70,7 +70,7 @@ def plan_of(settings: RunSettings, model: RWKV) -> tuple[Plan, str]:
         n_tokens=windows * ctx_len + int(pair_sizes[:, 0].sum()), n_rows=windows * ctx_len + int(pair_sizes[:, 1].sum()),
         n_segments=windows + int(pair_sizes[:, 2].sum()),
         accumulates=accumulates,
-        on_gpu=on_gpu, wkv_backend=devices.wkv_backend if devices.wkv_backend != "auto" else "cuda" if on_gpu else "cpu",
+        on_gpu=on_gpu, wkv_backend=devices.wkv_backend if devices.wkv_backend != "auto" else _fastest(model.shape.version, on_gpu),
         keeps_heap=not on_gpu and devices.cpu_malloc == 1, trained_bytes=2 if zero_stage and devices.precision == "fp16" else 4,
         ddp=uses_ddp(devices), zero_stage=zero_stage, offload="offload" in strategy, n_bucket=devices.ds_bucket_mb * 1_000_000,
         world_size=devices.world_size, file_bytes=0 if on_gpu else _file_bytes(settings.model.load_model, n_weights),
@@ -121,6 +121,12 @@ def _tuned(settings: TuningSettings, model: RWKV) -> tuple[int, tuple[str, ...]]
     sides = [model.get_parameter(f"{name}.weight").shape for name in plan.modules]
     n_magnitudes = sum(n_out for n_out, _ in sides) if settings.peft == "dora" else 0
     return plan.r * sum(map(sum, sides)) + n_magnitudes, plan.extra
+
+
+def _fastest(version: str, on_gpu: bool) -> str:
+    if not on_gpu:
+        return "cpu"
+    return "cuda" if offers(version, "cuda") else "chunked"
 
 
 def _file_bytes(checkpoint: str, n_weights: int) -> int:
