@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkv_dpo.model.linear import Factor
-
 Function = Callable[..., Sequence[Tensor]]
 
 
@@ -60,9 +58,9 @@ class Matrix:
     def __init__(self, parameter: Tensor) -> None:
         self.weight = parameter.T
 
-    def factors(self, dtype: torch.dtype) -> list[Factor | None]:
+    def factors(self) -> tuple[Tensor | None, ...]:
         """As Linear's."""
-        return [Factor(self.weight, None)]
+        return (self.weight,)
 
     def combine(self, product: Tensor) -> Tensor:
         """As Linear's."""
@@ -72,9 +70,9 @@ class Matrix:
 class Rows:
     """In a layer's place: the prepared rows themselves."""
 
-    def factors(self, dtype: torch.dtype) -> list[Factor | None]:
+    def factors(self) -> tuple[Tensor | None, ...]:
         """As Linear's."""
-        return [None]
+        return (None,)
 
     def combine(self, product: Tensor) -> Tensor:
         """As Linear's."""
@@ -88,11 +86,11 @@ class Both:
         self.first, self.second = first, second
         self._n_first = 0
 
-    def factors(self, dtype: torch.dtype) -> list[Factor | None]:
+    def factors(self) -> tuple[Tensor | None, ...]:
         """As Linear's."""
-        first = self.first.factors(dtype)
+        first = self.first.factors()
         self._n_first = len(first)
-        return [*first, *self.second.factors(dtype)]
+        return (*first, *self.second.factors())
 
     def combine(self, *products: Tensor) -> tuple[Tensor, Tensor]:
         """As Linear's."""

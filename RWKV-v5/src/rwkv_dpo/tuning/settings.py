@@ -23,7 +23,7 @@ class TuningSettings:
     lora_alpha: int = flag(64, "scale of the adapter: it adds alpha / r times its product (rslora: alpha / sqrt(r))", AT_LEAST_ONE)
     lora_dropout: float = flag(0.0, "dropout of the adapter's input", BELOW_ONE)
     lora_targets: str = flag(
-        "receptance,key,value,gate,output", "projections with an adapter, of those that the model has; att.key or ffn.key for one half alone"
+        "receptance,key,value,gate,output", "projections with an adapter, if the model has them; att.key or ffn.key for one half alone"
     )
     lora_layers: str = flag("", "layers with an adapter, such as 0-11 or 0,5-7; empty: all")
     train_extra: str = flag(
