@@ -5,7 +5,10 @@ from rwkv_dpo.model.shape import ModelShape
 
 
 def kept_by_newer_block(shape: ModelShape, compute_bytes: int, wkv_backend: str) -> float:
-    """Without recomputation. Beside rows in the compute dtype there is log w, which is fp32."""
+    """Without recomputation, by the names of rwkv_dpo.model.v6 and v7.
+
+    Beside rows in the compute dtype there is log w, which is fp32.
+    """
     s = shape
     ranks = s.ranks or tuple(rank(s.n_embd) for rank in MIXES[s.version].ranks.values())
     # Of 6: the residual stream twice, the norm's rows and those before them, the channel mix's gate and what it gates; r, k, v, g, y.
