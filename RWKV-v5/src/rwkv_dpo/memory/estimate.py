@@ -81,6 +81,7 @@ def estimate(plan: Plan) -> dict[str, float]:
     embedding = float(plan.trained_bytes * plan.shape.vocab_size * plan.shape.n_embd) if plan.trains_head else 0.0
     # A gradient is made before it is added to one that is there, or copied into a bucket: the largest is the embedding's or the head's.
     adds = plan.accumulates or plan.chunk_ctx > 0
+    own += _returning(plan, adds)
     made, stays = (0.0, embedding) if trained.keeps and not adds else (embedding, 0.0)
     last = made if adds else 0.0
     going_back = {"gradients": trained.forward + stays, "head": head.weight + head.returning, "temporaries": made}
@@ -149,6 +150,14 @@ def _casts(plan: Plan) -> float:
     if not plan.trains_head or plan.compute_bytes == plan.trained_bytes or plan.grad_cp == "1" or plan.zero_stage == 3:
         return 0.0
     return float(plan.compute_bytes * (plan.n_trainable - plan.shape.vocab_size * plan.shape.n_embd))
+
+
+def _returning(plan: Plan, adds: bool) -> float:
+    """A block's gradients on their way: those of the copies until the last is there, then in the weights' type, all at once."""
+    if not _casts(plan):
+        return 0.0
+    n_block = (plan.n_trainable - 2 * plan.shape.vocab_size * plan.shape.n_embd) / plan.shape.n_layer
+    return n_block * (plan.compute_bytes + (plan.trained_bytes if adds else 0))
 
 
 def _live(n: int, plan: Plan) -> int:
