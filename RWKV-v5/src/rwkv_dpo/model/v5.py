@@ -40,7 +40,7 @@ class TimeMix(nn.Module):
         """Rows x [S, C] of the residual stream and the norm that they enter by -> out [S, C], the norm's output at the segments' ends
         [n, C], WKV states there [n, H, N, N], and v_first, which is RWKV-7's, as it came. before, initial: what the roots were handed of
         the second and third."""
-        mixing = (self.get_parameter(f"time_mix_{name}") for name in "rkvg")
+        mixing = (getattr(self, f"time_mix_{name}") for name in "rkvg")
         layers = (self.receptance, self.key, self.value, self.gate)
         (*rkv, g), (last,) = products(Entry(forest), (x, before, norm.weight, norm.bias, *mixing), layers)
         r, k, v = (part.view(-1, self.n_head, self.head_size) for part in rkv)
