@@ -82,6 +82,14 @@ def test_chunks_change_no_gradient(tiny_shape, monkeypatch, case, chunk_ctx, dir
     assert_same(loss_and_gradients(model, case, chunk_ctx), want, 1e-9)
 
 
+@pytest.mark.parametrize("version", ["6", "7"])
+@pytest.mark.parametrize("chunk_ctx", [16, 64])
+def test_chunks_change_no_gradient_of_newer_versions(tiny_shape, version, chunk_ctx):
+    model = random_model(tiny_shape, version=version)
+    want = loss_and_gradients(model, "both", 0)
+    assert_same(loss_and_gradients(model, "both", chunk_ctx), want, 1e-9)
+
+
 @pytest.mark.parametrize("grad_cp", ["0", "1"])
 @pytest.mark.parametrize("backend", ["cpu", "chunked"])
 def test_in_fp32_the_gradients_agree_to_its_rounding(tiny_shape, backend, grad_cp):
