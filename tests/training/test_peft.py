@@ -213,7 +213,7 @@ BAD = [
     ({"peft": "lora", "lora_dropout": 1}, "--lora_dropout 1.0: from 0 up to"),
     ({"peft": "lora", "lora_targets": "att.query"}, "--lora_targets att.query: unknown; accepted are att.gate, att.key"),
     ({"peft": "lora", "lora_layers": "0-2"}, "--lora_layers 0-2: not layers of this model"),
-    ({"peft": "lora", "train_extra": "all"}, "--train_extra all: unknown; accepted are time, ln, emb, head"),
+    ({"peft": "lora", "train_extra": "all"}, "--train_extra all: unknown; accepted are time, lowrank, ln, emb, head"),
     ({"peft": "lora", "load_model": None}, "--peft lora needs --load_model"),
     ({"peft": "lora", "load_partial": 1}, "--load_partial 1: --peft lora trains beside"),
     ({"peft": "pissa", "weight_decay": 0.1}, "--weight_decay with --peft pissa"),
