@@ -42,6 +42,9 @@ constexpr int kFewThreads = 256;   // rows of up to 1024 channels may use all re
 // Of wider rows: with more threads, fp32 would spill.
 template <class T>
 constexpr int kManyThreads = sizeof(T) == 4 ? 768 : 1024;
+// On a multiprocessor at once: what the compiler is told, which would otherwise spill a register for the sake of more.
+template <int THREADS>
+constexpr int kBlocks = THREADS <= kFewThreads ? 2 : 1;
 
 template <class T>
 struct alignas(4 * sizeof(T)) Quad {
@@ -142,7 +145,7 @@ struct Token {
 };
 
 template <class T, int M, int THREADS>
-__global__ void __launch_bounds__(THREADS) mixes_out(Rows c, Mixing<T> t, T* mixed, T* last) {
+__global__ void __launch_bounds__(THREADS, kBlocks<THREADS>) mixes_out(Rows c, Mixing<T> t, T* mixed, T* last) {
     const int column = threadIdx.x * 4, n = c.n_channels;
     const bool in = column < n;
     const int first = blockIdx.x * c.strip, n_strips = (c.n_rows + c.strip - 1) / c.strip;
@@ -223,7 +226,7 @@ struct Sums {
 };
 
 template <class T, int M, int THREADS>
-__global__ void __launch_bounds__(THREADS, THREADS <= kFewThreads ? 2 : 1)  // two blocks a multiprocessor leave 128 registers
+__global__ void __launch_bounds__(THREADS, kBlocks<THREADS>)
     mixes_back(Rows c, Mixing<T> t, Gradients<T> grads, T* gx, T* g_handed_in, float* partial) {
     const int column = threadIdx.x * 4, n = c.n_channels;
     const bool in = column < n;
