@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -150,15 +151,21 @@ def main(folder: Path, numbers: list[int]) -> int:
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
     CPUAdamBuilder().load()
-    for name, shape in (("tiny", runs.TINY), ("sharded", runs.SHARDED), ("world", replace(runs.TINY, vocab_size=65536))):
-        (folder / name).mkdir(parents=True)
-        runs.write_inputs(folder / name, shape, n_pairs=6, longest=24)
+    # The C++ kernels' first use compares gradients, after which autograd's threads don't survive a fork.
+    with get_context("fork").Pool(1) as pool:
+        pool.apply(write_inputs, (folder,))
     # A real CUDA can't be used on both sides of a fork; this one has no state.
     torch.cuda._is_in_bad_fork = lambda: False
     jobs: list[tuple[str, list[Any]]] = [("train", flags_of(changes, folder, n)) for n, changes in enumerate(combinations())]
     jobs += scoring(folder)
     chosen = [(number, *job) for number, job in enumerate(jobs) if not numbers or number in numbers]
     return 1 if sum(not is_well(number, script, list(map(str, flags)), folder) for number, script, flags in chosen) else 0
+
+
+def write_inputs(folder: Path) -> None:
+    for name, shape in (("tiny", runs.TINY), ("sharded", runs.SHARDED), ("world", replace(runs.TINY, vocab_size=65536))):
+        (folder / name).mkdir(parents=True)
+        runs.write_inputs(folder / name, shape, n_pairs=6, longest=24)
 
 
 def is_well(number: int, script: str, flags: list[str], folder: Path) -> bool:

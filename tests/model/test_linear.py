@@ -118,3 +118,9 @@ def test_a_weight_that_has_the_compute_dtype_is_not_copied():
     (layer,) = layers(128)
     assert layer.cast(torch.float32) is None
     assert layer.bfloat16().cast(torch.bfloat16) is None
+
+
+def test_no_wider_copy_of_a_frozen_weight_stays_behind():
+    # The check of the reference computes in fp32, once; the copies would have stayed for the run.
+    (layer,) = layers(128)
+    assert layer.bfloat16().cast(torch.float32) is None

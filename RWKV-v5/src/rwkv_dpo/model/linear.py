@@ -42,8 +42,9 @@ class Cast(nn.Module):
 
     def cast(self, dtype: torch.dtype) -> Tensor | None:
         """The weight in this dtype; None where it has it already, or where nothing is kept."""
-        # ZeRO-3 has a weight for the time of a block only.
-        if self.weight.dtype == dtype or not self.keeps_cast or hasattr(self.weight, "ds_id"):
+        # A wider copy, as the check of the reference asks for, would take twice what the frozen weight takes, for good. ZeRO-3 has a
+        # weight for the time of a block only.
+        if self.weight.dtype.itemsize <= dtype.itemsize or not self.keeps_cast or hasattr(self.weight, "ds_id"):
             return None
         if self._cast_of != self._now(dtype):
             alias = self.weight.detach()

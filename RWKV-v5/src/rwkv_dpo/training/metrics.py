@@ -62,12 +62,14 @@ class MetricsLog(pl.Callback):
         names, sums = list(module.metrics[0]), weighted_sums(batch, module.metrics)
         n_tokens = sum(one.step.forest.tokens.numel() for one in batch)
         shared = torch.tensor([n_tokens, self.halt.signalled, bool(self.halt.fault)], dtype=torch.float32)
-        shared, norm = (x.to(sums.device, torch.float32, non_blocking=True) for x in (shared, module.grad_norm.reshape(1)))
+        norm = module.grad_norm.reshape(1).to(sums.device, torch.float32, non_blocking=True)
         if trainer.world_size > 1:
+            shared = shared.to(sums.device, non_blocking=True)
             sums, shared = (trainer.strategy.reduce(x, reduce_op="sum") for x in (sums, shared))
-        # In one piece: each wait for the device lets it run dry.
-        numbers = torch.cat([sums[:, 0] / sums[:, 1], sums[:, 1], shared, norm]).tolist()
-        means, weights, (tokens, signals, faults, grad_norm) = numbers[: len(names)], numbers[len(names) : -4], numbers[-4:]
+        # In one piece: each wait for the device lets it run dry. The second list finds it at rest.
+        numbers = torch.cat([sums[:, 0] / sums[:, 1], sums[:, 1], norm]).tolist()
+        means, weights, grad_norm = numbers[: len(names)], numbers[len(names) : -1], numbers[-1]
+        tokens, signals, faults = shared.tolist()
         self.halt.check(faults > 0)
         self.stops = signals > 0
         now = time.perf_counter()
@@ -118,7 +120,7 @@ def weighted_sums(batch: StepBatch, metrics: Sequence[Mapping[str, torch.Tensor]
     # Losses of pairs have their shares already.
     own = [{"loss": 1, "loss_dpo": 1, "loss_general": one.step.n_window_rows} for one in batch]
     of_names = [[weights.get(name, one.step.n_pairs) for name in metrics[0]] for one, weights in zip(batch, own, strict=True)]
-    weights = torch.tensor(of_names, dtype=torch.float32).to(values.device)
+    weights = torch.tensor(of_names, dtype=torch.float32).to(values.device, non_blocking=True)
     return torch.stack([(weights * values).sum(0), weights.sum(0)], 1)
 
 
