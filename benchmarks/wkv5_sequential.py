@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from rwkv_dpo.kernels.backends import DTYPES, check_inputs
 from rwkv_dpo.kernels.build import EntryPoint
-from rwkv_dpo.kernels.wkv5.cuda import load_kernels
+from rwkv_dpo.kernels.cuda_library import load_kernels
 from rwkv_dpo.kernels.wkv5.reference import decay_rate
 from torch import Tensor
 

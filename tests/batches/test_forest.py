@@ -20,7 +20,7 @@ def test_rows_know_the_token_before_them_whatever_the_tree(segments):
         full[i] = (full[i], parent, tokens)
     forest, starts = builder.build()
     n_rows = forest.tokens.numel()
-    before = dict(zip(forest.first_rows.tolist(), forest.before_first.tolist(), strict=True))
+    before = forest.before.tolist()
     for handle, (path, _, tokens) in enumerate(full):
         start = starts[handle]
         assert forest.tokens[start : start + len(tokens)].tolist() == list(tokens)
@@ -30,6 +30,19 @@ def test_rows_know_the_token_before_them_whatever_the_tree(segments):
             assert (row >= n_rows) == (not ancestor)
             if ancestor:
                 assert forest.tokens[row] == ancestor[-1]
+
+
+@given(st.lists(st.tuples(token_lists, st.integers(-1, 6)), min_size=1, max_size=8))
+def test_rows_know_who_comes_after_them_and_which_segments_end_with_them(segments):
+    builder = ForestBuilder()
+    for i, (tokens, parent) in enumerate(segments):
+        builder.add(tokens, parent if parent < i else -1)
+    forest, _ = builder.build()
+    n_rows, before, last_rows = forest.tokens.numel(), forest.before.tolist(), forest.last_rows.tolist()
+    for row in range(n_rows + forest.n_roots):
+        after = [i for i in range(n_rows) if before[i] == row] + [n_rows + i for i, last in enumerate(last_rows) if last == row]
+        assert forest.uses[forest.uses_start[row] : forest.uses_start[row + 1]].tolist() == after
+    assert forest.uses_start[-1] == len(forest.uses)
 
 
 def test_levels_stand_one_after_the_other_and_cover_every_row():
@@ -97,8 +110,7 @@ def test_every_answer_token_is_scored_after_its_own_prefix(pairs, windows, trees
 
 def _prefixes(forest) -> list[tuple[int, ...]]:
     """All tokens up to and including each row, found by walking back."""
-    before = {row: row - 1 for row in range(forest.tokens.numel())}
-    before.update(zip(forest.first_rows.tolist(), forest.before_first.tolist(), strict=True))
+    before = forest.before.tolist()
     tokens = forest.tokens.tolist()
     result: list[tuple[int, ...]] = []
     for row in range(len(tokens)):  # a predecessor has a smaller number

@@ -8,10 +8,15 @@ import pytest
 import torch
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.kernels import agreement as agreements
+from rwkv_dpo.kernels import parity
 from rwkv_dpo.kernels.agreement import ALLOWED, compared, driver_version
 from rwkv_dpo.kernels.backends import choose_backend
 from rwkv_dpo.kernels.build import SOURCES
-from rwkv_dpo.kernels.wkv5 import chunked, cpu, cuda, parity, reference
+from rwkv_dpo.kernels.wkv5 import chunked, cpu, cuda, reference
+from rwkv_dpo.kernels.wkv6 import chunked as chunked_6
+from rwkv_dpo.kernels.wkv6 import cpu as cpu_6
+from rwkv_dpo.kernels.wkv7 import chunked as chunked_7
+from rwkv_dpo.kernels.wkv7 import cpu as cpu_7
 
 CPU = torch.device("cpu")
 # Of csrc/wkv5_cpu.cpp: a line of the forward, and one of the backward pass, with a fault in it.
@@ -49,7 +54,8 @@ def break_kernel(folder: Path, monkeypatch, fault: str) -> None:
     text, (right, wrong) = (SOURCES / "wkv5_cpu.cpp").read_text(), FAULTS[fault]
     assert right in text
     (folder / "wkv5_cpu.cpp").write_text(text.replace(right, wrong))
-    shutil.copy(SOURCES / "wkv_cpu.h", folder)
+    for header in SOURCES.glob("*.h"):
+        shutil.copy(header, folder)
     monkeypatch.setattr(cpu.KERNELS, "folder", folder)
 
 
@@ -104,12 +110,19 @@ class TestWhatIsKnown:
 
 class TestComparing:
     def test_chunked_agrees_and_a_twin_of_other_numbers_does_not(self):
-        assert compared(parity.comparison(chunked.wkv5, CPU)).fault is None
+        for version, wkv in (("5", chunked.wkv5), ("6", chunked_6.wkv6), ("7", chunked_7.wkv7)):
+            assert compared(parity.comparison(version, wkv, CPU)).fault is None
 
         def off(r, k, v, time_decay, u, cu_seqlens, state0):
             return reference.wkv5(r, k, v, time_decay + 1e-3, u, cu_seqlens, state0)
 
-        assert "in fp32 is" in (compared(parity.comparison(off, CPU)).fault or "")
+        assert "in fp32 is" in (compared(parity.comparison("5", off, CPU)).fault or "")
+
+    @pytest.mark.parametrize("module", [cpu, cpu_6, cpu_7])
+    def test_the_kernels_of_every_version_are_held_to_it(self, monkeypatch, module):
+        assert module.unusable_because(CPU) is None
+        monkeypatch.setattr(agreements, "ALLOWED", {"fp32": 1e-12})
+        assert "where rounding explains 1e-12" in (module.unusable_because(CPU) or "")
 
     @pytest.mark.parametrize(("dtype", "by"), [("fp32", 4e-5), ("bf16", 2e-2), ("fp16", 2e-3)])
     def test_each_dtype_has_its_own_bound(self, dtype, by):
@@ -130,7 +143,7 @@ class TestComparing:
     def test_no_random_numbers_are_drawn_and_gradients_need_not_be_on(self):
         state = torch.get_rng_state()
         with torch.inference_mode():
-            assert compared(parity.comparison(cpu.wkv5, CPU)).fault is None
+            assert compared(parity.comparison("5", cpu.wkv5, CPU)).fault is None
         assert torch.equal(torch.get_rng_state(), state)
 
     @pytest.mark.gpu

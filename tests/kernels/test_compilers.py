@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from rwkv_dpo.kernels import compilers
+from rwkv_dpo.kernels import compilers, cuda_library
 from rwkv_dpo.kernels.build import BuildError
 from rwkv_dpo.kernels.compilers import Nvcc, cuda_recipe, find_nvcc
-from rwkv_dpo.kernels.wkv5 import cuda
 
 SOURCE = Path("kernels.cu")
 
@@ -81,8 +80,8 @@ class TestCommand:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Nonsense;9.0")
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(8, 9), (7, 5), (8, 9)][i])
-        monkeypatch.setattr(cuda, "load_library", lambda recipe, entry_points: recipe)
-        recipe = cuda.load_kernels(SOURCE, {})
+        monkeypatch.setattr(cuda_library, "load_library", lambda recipe, entry_points: recipe)
+        recipe = cuda_library.load_kernels(SOURCE, {})
         targets = [word for word in recipe.commands[0] if word.startswith("-gencode")]
         assert targets == ["-gencode=arch=compute_75,code=sm_75", "-gencode=arch=compute_89,code=sm_89"]
         assert recipe.variant == "nvcc13.0-sm_75_89"

@@ -42,8 +42,6 @@ class Forest:
 
     tokens: Tensor  # int64 [S]
     levels: tuple[Level, ...]
-    first_rows: Tensor  # int64 [m], the first row of each segment that isn't empty
-    before_first: Tensor  # int64 [m], the row whose token comes before it
     last_rows: Tensor  # int64 [n], the row of each segment's last token (an empty one's: what its parent ended with)
     before: Tensor  # int32 [S], the row whose token comes before each
     uses_start: Tensor  # int32 [S + n_roots + 1], into uses: where those of each row begin
@@ -71,8 +69,6 @@ class Forest:
             self,
             tokens=move(self.tokens),
             levels=levels,
-            first_rows=move(self.first_rows),
-            before_first=move(self.before_first),
             last_rows=move(self.last_rows),
             before=move(self.before),
             uses_start=move(self.uses_start),
@@ -124,8 +120,6 @@ class ForestBuilder:
         forest = Forest(
             tokens=torch.from_numpy(np.concatenate([self._tokens[handle] for handle in order])),
             levels=tuple(self._levels(order, parents, starts)),
-            first_rows=torch.tensor([starts[i] for i in filled], dtype=torch.int64),
-            before_first=torch.tensor([before[i] for i in filled], dtype=torch.int64),
             last_rows=torch.tensor(last_rows, dtype=torch.int64),
             before=torch.from_numpy(before_rows.astype(np.int32)),
             uses_start=torch.from_numpy(np.concatenate([[0], n_uses.cumsum()]).astype(np.int32)),

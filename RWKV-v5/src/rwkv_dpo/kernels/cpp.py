@@ -1,14 +1,18 @@
 """What the C++ backends share: how they are compiled on first use, and called."""
 
 import ctypes
+import importlib
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from rwkv_dpo.kernels.agreement import Agreement
+from rwkv_dpo.kernels.agreement import agreement as agreement_of
 from rwkv_dpo.kernels.backends import DTYPES
 from rwkv_dpo.kernels.build import SOURCES, BuildError, EntryPoint, load_library
 from rwkv_dpo.kernels.compilers import cpp_recipe
+from rwkv_dpo.kernels.parity import comparison
 
 # OpenMP is compiled for but not linked: its symbols resolve to the library that torch has loaded, so there is one thread pool.
 # No -ffast-math: it would switch off subnormal numbers for the whole process and NaN with them.
@@ -33,14 +37,18 @@ class CppKernels:
         return load_library(cpp_recipe(self.folder / f"{self.name}_cpu.cpp", (*CFLAGS, *self.flags)), dict.fromkeys(functions, entry_point))
 
     def unusable_because(self, device: torch.device) -> str | None:
-        """The reason, in one line, or None where the kernels run. Compiles them."""
+        """The reason, in one line, or None where the kernels run. Compiles them, and compares them with the reference."""
         if device.type != "cpu":
             return "it runs on CPUs only"
         try:
-            _ = self.library
+            return self.agreement(device).fault
         except BuildError as error:
             return str(error)
-        return None
+
+    def agreement(self, device: torch.device, again: bool = False) -> Agreement:
+        """With the reference; see rwkv_dpo.kernels.agreement. Raises BuildError."""
+        wkv = getattr(importlib.import_module(f"rwkv_dpo.kernels.{self.name}.cpu"), self.name)
+        return agreement_of(self.library, device, comparison(self.name.removeprefix("wkv"), wkv, device), again)
 
     def forward(self, **tensors: Tensor | None) -> None:
         """Fills the tensors that are outputs. All are contiguous, on the CPU, and of the shapes that the source says."""

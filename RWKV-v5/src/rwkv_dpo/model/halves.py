@@ -4,16 +4,44 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rwkv_dpo.batches.forest import Forest
 from rwkv_dpo.kernels.fused import Rows, implementation
+from rwkv_dpo.model.linear import Linear
+from rwkv_dpo.model.rwkv import LayerNorm
+from rwkv_dpo.model.shape import ModelShape
 
 Gradients = Sequence[Tensor | None]
 
 # Of every norm over channels.
 NORM_EPS = 1e-5
+
+
+class LookingBack(nn.Module):
+    """What the time mixes of all versions have: projections, and a norm of the recurrence's output."""
+
+    receptance: Linear
+    key: Linear
+    value: Linear
+    gate: Linear
+    output: Linear
+    ln_x: LayerNorm
+    norm_eps: float
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.n_head, self.head_size = shape.n_head, shape.head_size
+
+    def add_projections(self, shape: ModelShape, *names: str) -> None:
+        """Those of the input by these names, and of the output."""
+        for name in names:
+            setattr(self, name, Linear(shape.n_embd, shape.dim_att))
+        self.output = Linear(shape.dim_att, shape.n_embd)
+        self.ln_x = LayerNorm(shape.dim_att)
+        # Dividing the norm's input by head_size_divisor, as RWKV-LM does, is the same as multiplying eps by its square.
+        self.norm_eps = NORM_EPS * shape.head_size_divisor**2
 
 
 class Entry:

@@ -8,30 +8,22 @@ from torch import Tensor, nn
 
 from rwkv_dpo.batches.forest import Forest
 from rwkv_dpo.kernels.backends import WKV
-from rwkv_dpo.model.halves import Entry, GatedNorm, ReluSquared, sigmoid_gate
+from rwkv_dpo.model.halves import Entry, GatedNorm, LookingBack, ReluSquared, sigmoid_gate
 from rwkv_dpo.model.linear import Linear, products
 from rwkv_dpo.model.rwkv import LayerNorm, Mixes, run_forest
 from rwkv_dpo.model.shape import ModelShape
 
 
-class TimeMix(nn.Module):
+class TimeMix(LookingBack):
     """The half of a block that looks back: r, k, v and g of each token and the one before it, and the WKV recurrence."""
 
     def __init__(self, shape: ModelShape, layer: int) -> None:
-        super().__init__()
-        self.n_head, self.head_size = shape.n_head, shape.head_size
+        super().__init__(shape)
         for name in ("time_mix_k", "time_mix_v", "time_mix_r", "time_mix_g"):
             self.register_parameter(name, nn.Parameter(torch.empty(1, 1, shape.n_embd)))
         self.time_decay = nn.Parameter(torch.empty(shape.n_head, shape.head_size))
         self.time_faaaa = nn.Parameter(torch.empty(shape.n_head, shape.head_size))
-        self.receptance = Linear(shape.n_embd, shape.dim_att)
-        self.key = Linear(shape.n_embd, shape.dim_att)
-        self.value = Linear(shape.n_embd, shape.dim_att)
-        self.gate = Linear(shape.n_embd, shape.dim_att)
-        self.output = Linear(shape.dim_att, shape.n_embd)
-        self.ln_x = LayerNorm(shape.dim_att)
-        # Dividing the norm's input by head_size_divisor, as RWKV-LM does, is the same as multiplying eps by its square.
-        self.norm_eps = 1e-5 * shape.head_size_divisor**2
+        self.add_projections(shape, "receptance", "key", "value", "gate")
 
     def forward(
         self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None, initial: Tensor | None, wkv: WKV,
@@ -53,10 +45,13 @@ class TimeMix(nn.Module):
 class ChannelMix(nn.Module):
     """The half of a block that looks at each token, and the one before it, alone."""
 
+    # Of key and receptance.
+    mixes = ("time_mix_k", "time_mix_r")
+
     def __init__(self, shape: ModelShape, layer: int) -> None:
         super().__init__()
-        self.time_mix_k = nn.Parameter(torch.empty(1, 1, shape.n_embd))
-        self.time_mix_r = nn.Parameter(torch.empty(1, 1, shape.n_embd))
+        for name in self.mixes:
+            self.register_parameter(name, nn.Parameter(torch.empty(1, 1, shape.n_embd)))
         self.key = Linear(shape.n_embd, shape.dim_ffn)
         self.receptance = Linear(shape.n_embd, shape.n_embd)
         self.value = Linear(shape.dim_ffn, shape.n_embd)
@@ -64,10 +59,14 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows x [S, C] of the residual stream and the norm that they enter by -> out [S, C], the norm's output at the segments' ends
         [n, C]. before: what the roots were handed of it."""
-        inputs = (x, before, norm.weight, norm.bias, self.time_mix_k, self.time_mix_r)
+        inputs = (x, before, norm.weight, norm.bias, *self.mixing())
         (k, r), (last,) = products(Entry(forest), inputs, (self.key, self.receptance))
         (value,), _ = products(ReluSquared(), (k,), [self.value])
         return sigmoid_gate(r, value), last
+
+    def mixing(self) -> list[Tensor]:
+        """How much of the token itself there is in each mix, by channels."""
+        return [getattr(self, name) for name in self.mixes]
 
 
 MIXES = Mixes("5", TimeMix, ChannelMix, "att.time_decay")

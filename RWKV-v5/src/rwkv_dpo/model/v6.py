@@ -10,9 +10,10 @@ from torch.autograd.function import once_differentiable
 from rwkv_dpo.batches.forest import Forest
 from rwkv_dpo.kernels.backends import WKV
 from rwkv_dpo.kernels.wkv5.reference import decay_rate
+from rwkv_dpo.model import v5
 from rwkv_dpo.model.again import Again, Matrix, Rows
-from rwkv_dpo.model.halves import Entry, GatedNorm, ReluSquared, sigmoid_gate
-from rwkv_dpo.model.linear import Linear, products
+from rwkv_dpo.model.halves import Entry, GatedNorm, LookingBack
+from rwkv_dpo.model.linear import products
 from rwkv_dpo.model.rwkv import LayerNorm, Mixes, run_forest
 from rwkv_dpo.model.shape import ModelShape
 
@@ -20,14 +21,13 @@ from rwkv_dpo.model.shape import ModelShape
 _MIXES = "wkvrg"
 
 
-class TimeMix(nn.Module):
+class TimeMix(LookingBack):
     """The half of a block that looks back: r, k, v, g and w of each token and the one before it, and the WKV recurrence."""
 
     time_maa_x: nn.Parameter
 
     def __init__(self, shape: ModelShape, layer: int) -> None:
-        super().__init__()
-        self.n_head, self.head_size = shape.n_head, shape.head_size
+        super().__init__(shape)
         all_mixes, decay_rank = shape.ranks
         for name in "xwkvrg":
             self.register_parameter(f"time_maa_{name}", nn.Parameter(torch.empty(1, 1, shape.n_embd)))
@@ -37,14 +37,7 @@ class TimeMix(nn.Module):
         self.time_decay_w1 = nn.Parameter(torch.empty(shape.n_embd, decay_rank))
         self.time_decay_w2 = nn.Parameter(torch.empty(decay_rank, shape.dim_att))
         self.time_faaaa = nn.Parameter(torch.empty(shape.n_head, shape.head_size))
-        self.receptance = Linear(shape.n_embd, shape.dim_att)
-        self.key = Linear(shape.n_embd, shape.dim_att)
-        self.value = Linear(shape.n_embd, shape.dim_att)
-        self.gate = Linear(shape.n_embd, shape.dim_att)
-        self.output = Linear(shape.dim_att, shape.n_embd)
-        self.ln_x = LayerNorm(shape.dim_att)
-        # Dividing the norm's input by head_size_divisor, as RWKV-LM does, is the same as multiplying eps by its square.
-        self.norm_eps = 1e-5 * shape.head_size_divisor**2
+        self.add_projections(shape, "receptance", "key", "value", "gate")
 
     def forward(
         self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None, initial: Tensor | None, wkv: WKV,
@@ -66,23 +59,14 @@ class TimeMix(nn.Module):
         return out, last, ends, v_first
 
 
-class ChannelMix(nn.Module):
-    """The half of a block that looks at each token, and the one before it, alone."""
+class ChannelMix(v5.ChannelMix):
+    """RWKV-5's, whose mixes are told by the token before."""
 
-    def __init__(self, shape: ModelShape, layer: int) -> None:
-        super().__init__()
-        self.time_maa_k = nn.Parameter(torch.empty(1, 1, shape.n_embd))
-        self.time_maa_r = nn.Parameter(torch.empty(1, 1, shape.n_embd))
-        self.key = Linear(shape.n_embd, shape.dim_ffn)
-        self.receptance = Linear(shape.n_embd, shape.n_embd)
-        self.value = Linear(shape.dim_ffn, shape.n_embd)
+    mixes = ("time_maa_k", "time_maa_r")
 
-    def forward(self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    def mixing(self) -> list[Tensor]:
         """As RWKV-5's."""
-        inputs = (x, before, norm.weight, norm.bias, 1 - self.time_maa_k, 1 - self.time_maa_r)
-        (k, r), (last,) = products(Entry(forest), inputs, (self.key, self.receptance))
-        (value,), _ = products(ReluSquared(), (k,), [self.value])
-        return sigmoid_gate(r, value), last
+        return [1 - mix for mix in super().mixing()]
 
 
 def token_mixes(own: Tensor, before: Tensor, depths: Tensor, matrices: Tensor, *mixing: Tensor) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from rwkv_dpo.batches.forest import Forest
 from rwkv_dpo.kernels.backends import WKV
 from rwkv_dpo.model.again import Again, Both, Matrix, made_twice
-from rwkv_dpo.model.halves import Entry, ReluSquared
+from rwkv_dpo.model.halves import Entry, LookingBack, ReluSquared
 from rwkv_dpo.model.linear import Linear, products
 from rwkv_dpo.model.rwkv import LayerNorm, Mixes, run_forest
 from rwkv_dpo.model.shape import ModelShape
@@ -24,7 +24,7 @@ from rwkv_dpo.model.shape import ModelShape
 _LEAST_LOG_W = -math.exp(-0.5)
 
 
-class TimeMix(nn.Module):
+class TimeMix(LookingBack):
     """The half of a block that looks back, and the WKV recurrence. The first layer's values, v_first, go along to the others, which
     mix them into their own."""
 
@@ -37,8 +37,7 @@ class TimeMix(nn.Module):
     g1: nn.Parameter
 
     def __init__(self, shape: ModelShape, layer: int) -> None:
-        super().__init__()
-        self.n_head, self.head_size = shape.n_head, shape.head_size
+        super().__init__(shape)
         for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g"):
             self.register_parameter(name, nn.Parameter(torch.empty(1, 1, shape.n_embd)))
         # Nothing would read v0, v1 and v2 of the first layer.
@@ -52,13 +51,7 @@ class TimeMix(nn.Module):
         self.k_k = nn.Parameter(torch.empty(1, 1, shape.dim_att))
         self.k_a = nn.Parameter(torch.empty(1, 1, shape.dim_att))
         self.r_k = nn.Parameter(torch.empty(shape.n_head, shape.head_size))
-        self.receptance = Linear(shape.n_embd, shape.dim_att)
-        self.key = Linear(shape.n_embd, shape.dim_att)
-        self.value = Linear(shape.n_embd, shape.dim_att)
-        self.output = Linear(shape.dim_att, shape.n_embd)
-        self.ln_x = LayerNorm(shape.dim_att)
-        # Dividing the norm's input by head_size_divisor, as RWKV-LM does, is the same as multiplying eps by its square.
-        self.norm_eps = 1e-5 * shape.head_size_divisor**2
+        self.add_projections(shape, "receptance", "key", "value")
 
     def forward(
         self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None, initial: Tensor | None, wkv: WKV,

@@ -38,16 +38,6 @@ struct Layout {
 
 namespace {
 
-// Never called with an empty grid, which CUDA takes for an error.
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream, Arguments... arguments) {
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = dim3(threads);
-    config.stream = stream;
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
 cudaError_t scan(const Layout& layout, const float* initial, bool reverse, float* states, float* last) {
     if (layout.n_sequences == 0) return cudaSuccess;
     const int slices = (layout.head_size * layout.head_size + kScanThreads - 1) / kScanThreads;

@@ -2,9 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+
+#include "quads.cuh"
 
 namespace {
 
@@ -33,32 +32,6 @@ struct Tiling {
     static constexpr int kGradientTokens = NP <= 64 ? 8 : NP == 96 ? 4 : 2;
     static_assert(kThreads * 4 % NP == 0, "a thread must keep its channels from token to token");
 };
-
-// Four neighbours, moved by one instruction.
-template <class T>
-struct alignas(4 * sizeof(T)) Quad {
-    T at[4];
-};
-
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline void from_float(float& to, float x) { to = x; }
-__device__ inline void from_float(__half& to, float x) { to = __float2half(x); }
-__device__ inline void from_float(__nv_bfloat16& to, float x) { to = __float2bfloat16(x); }
-
-template <class T>
-__device__ inline Quad<float> load(const T* from) {
-    const Quad<T> packed = *reinterpret_cast<const Quad<T>*>(from);
-    return {to_float(packed.at[0]), to_float(packed.at[1]), to_float(packed.at[2]), to_float(packed.at[3])};
-}
-
-template <class T>
-__device__ inline void store(T* to, Quad<float> x) {
-    Quad<T> packed;
-    for (int q = 0; q < 4; ++q) from_float(packed.at[q], x.at[q]);
-    *reinterpret_cast<Quad<T>*>(to) = packed;
-}
 
 // -log2 w: w^n is exp2f(-n * rate), which doesn't compound the rounding of a w near 1. The bound changes nothing in fp32, where
 // 2^-200 is 0, and keeps 0 * rate a number. Not fminf, which would take the bound for NaN.

@@ -1,21 +1,18 @@
 """The functions of a block on CPUs, in C++ and OpenMP: csrc/fused_cpu.cpp."""
 
 from functools import cache
-from pathlib import Path
 
 import torch
 
 from rwkv_dpo.kernels.agreement import Agreement
 from rwkv_dpo.kernels.agreement import agreement as agreement_of
-from rwkv_dpo.kernels.build import BuildError, load_library
+from rwkv_dpo.kernels.build import SOURCES, BuildError, load_library
 from rwkv_dpo.kernels.compilers import cpp_recipe
+from rwkv_dpo.kernels.cpp import CFLAGS
 from rwkv_dpo.kernels.fused.compiled import ENTRY_POINTS, Functions
 from rwkv_dpo.kernels.fused.parity import comparison
 
-SOURCE = Path(__file__).parent / "csrc" / "fused_cpu.cpp"
-
-# As for the recurrence (kernels/wkv5/cpu.py), whose thread pool is torch's too.
-CFLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+SOURCE = SOURCES / "fused_cpu.cpp"
 STRIP = 64
 
 

@@ -2,19 +2,18 @@
 
 import ctypes
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rwkv_dpo.kernels.agreement import Agreement
 from rwkv_dpo.kernels.agreement import agreement as agreement_of
-from rwkv_dpo.kernels.build import BuildError, EntryPoint
+from rwkv_dpo.kernels.build import SOURCES, EntryPoint
+from rwkv_dpo.kernels.cuda_library import cannot_run_because, load_kernels
 from rwkv_dpo.kernels.fused.compiled import ENTRY_POINTS, Functions
 from rwkv_dpo.kernels.fused.parity import comparison
-from rwkv_dpo.kernels.wkv5.cuda import load_kernels
 
-SOURCE = Path(__file__).parent / "csrc" / "fused_cuda.cu"
+SOURCE = SOURCES / "fused_cuda.cu"
 CUDA_ENTRY_POINTS = {**ENTRY_POINTS, "fused_usable": EntryPoint(ctypes.c_int, ())}
 
 # Rows that a block of threads takes one after the other: 4,096 rows make 512 blocks, four for each multiprocessor of an H100.
@@ -25,21 +24,7 @@ MAX_CHANNELS = {torch.float32: 3072, torch.bfloat16: 4096, torch.float16: 4096}
 
 def unusable_because(device: torch.device) -> str | None:
     """See rwkv_dpo.kernels.wkv5. Compiles the kernels, and compares them with `plain`."""
-    if device.type != "cuda":
-        return f"the device is {device.type}"
-    if torch.version.hip is not None:
-        return "this torch is built for AMD's GPUs (ROCm), and the kernels are CUDA"
-    if torch.version.cuda is None:
-        return "this torch is built without CUDA"
-    if not torch.cuda.is_available():
-        return "no CUDA device is available"
-    try:
-        library = _library()
-    except BuildError as error:
-        return str(error)
-    if code := library.fused_usable():
-        return f"the kernels can't run with this driver: {library.fused_error(code).decode()} (CUDA error {code})"
-    return agreement(device).fault
+    return cannot_run_because(device, _library, "fused") or agreement(device).fault
 
 
 def agreement(device: torch.device, again: bool = False) -> Agreement:

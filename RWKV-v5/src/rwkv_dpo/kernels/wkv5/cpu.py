@@ -3,11 +3,8 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from rwkv_dpo.kernels.agreement import Agreement
-from rwkv_dpo.kernels.agreement import agreement as agreement_of
 from rwkv_dpo.kernels.backends import check_inputs, check_types
 from rwkv_dpo.kernels.cpp import CppKernels
-from rwkv_dpo.kernels.wkv5.parity import comparison
 
 # Tokens that advance the state together. 4 keeps the sums in registers; 8 was no faster.
 BLOCK = 4
@@ -20,16 +17,7 @@ KERNELS = CppKernels(
     ),
     f"-DBLOCK={BLOCK}",
 )
-
-
-def unusable_because(device: torch.device) -> str | None:
-    """See rwkv_dpo.kernels.wkv5. Compiles the kernel, and compares it with the reference."""
-    return KERNELS.unusable_because(device) or agreement(device).fault
-
-
-def agreement(device: torch.device, again: bool = False) -> Agreement:
-    """With the reference; see rwkv_dpo.kernels.agreement. Raises BuildError."""
-    return agreement_of(KERNELS.library, device, comparison(wkv5, device), again)
+unusable_because, agreement = KERNELS.unusable_because, KERNELS.agreement
 
 
 def wkv5(r, k, v, time_decay, u, cu_seqlens, state0=None):

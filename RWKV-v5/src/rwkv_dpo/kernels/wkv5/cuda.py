@@ -6,10 +6,8 @@ the three forward launches, roughly a tenth of the time of forward and backward.
 """
 
 import ctypes
-from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,9 +16,9 @@ from torch import Tensor
 from rwkv_dpo.kernels.agreement import Agreement
 from rwkv_dpo.kernels.agreement import agreement as agreement_of
 from rwkv_dpo.kernels.backends import DTYPES, bytes_of, check_inputs
-from rwkv_dpo.kernels.build import SOURCES, BuildError, EntryPoint, load_library
-from rwkv_dpo.kernels.compilers import cuda_recipe
-from rwkv_dpo.kernels.wkv5.parity import comparison
+from rwkv_dpo.kernels.build import SOURCES, EntryPoint
+from rwkv_dpo.kernels.cuda_library import cannot_run_because, load_kernels
+from rwkv_dpo.kernels.parity import comparison
 from rwkv_dpo.kernels.wkv5.reference import decay_rate
 
 # Tokens per segment. Half as many would double the parallelism and, with it, the 0.18 GB of states that 4096 tokens of 16 heads of
@@ -59,26 +57,12 @@ class Segments(NamedTuple):
 
 def unusable_because(device: torch.device) -> str | None:
     """See rwkv_dpo.kernels.wkv5. Compiles the kernels, and compares them with the reference."""
-    if device.type != "cuda":
-        return f"the device is {device.type}"
-    if torch.version.hip is not None:
-        return "this torch is built for AMD's GPUs (ROCm), and the kernels are CUDA"
-    if torch.version.cuda is None:
-        return "this torch is built without CUDA"
-    if not torch.cuda.is_available():
-        return "no CUDA device is available"
-    try:
-        library = _library()
-    except BuildError as error:
-        return str(error)
-    if code := library.wkv5_usable():
-        return f"the kernels can't run with this driver: {library.wkv5_error(code).decode()} (CUDA error {code})"
-    return agreement(device).fault
+    return cannot_run_because(device, _library, "wkv5") or agreement(device).fault
 
 
 def agreement(device: torch.device, again: bool = False) -> Agreement:
     """With the reference; see rwkv_dpo.kernels.agreement. Raises BuildError."""
-    return agreement_of(_library(), device, comparison(wkv5, device), again)
+    return agreement_of(_library(), device, comparison("5", wkv5, device), again)
 
 
 def wkv5(
@@ -171,12 +155,6 @@ def _segments(cu_seqlens: bytes, device: torch.device) -> Segments:
     # Together, and without waiting: a blocking copy would wait for all that the device has been given to do.
     both = torch.cat([table.flatten(), first]).int().to(device, non_blocking=True)
     return Segments(both[: table.numel()].view(-1, 2), both[table.numel() :])
-
-
-def load_kernels(source: Path, entry_points: Mapping[str, EntryPoint]) -> ctypes.CDLL:
-    """A library of CUDA kernels for the devices of this machine, whatever each of them is. BuildError."""
-    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return load_library(cuda_recipe(source, capabilities), entry_points)
 
 
 @cache

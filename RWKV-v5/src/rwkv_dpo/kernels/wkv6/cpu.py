@@ -10,7 +10,7 @@ KERNELS = CppKernels(
     "wkv6",
     ("cu_seqlens", "r", "k", "v", "w", "u", "state0", "y", "state_end", "gy", "g_state_end", "gr", "gk", "gv", "g_log_w", "gu", "g_state0"),
 )
-unusable_because = KERNELS.unusable_because
+unusable_because, agreement = KERNELS.unusable_because, KERNELS.agreement
 
 
 def wkv6(r, k, v, log_w, u, cu_seqlens, state0=None):

@@ -13,7 +13,7 @@ KERNELS = CppKernels(
         *("gy", "g_state_end", "gr", "gk", "gv", "ga", "gb", "g_log_w", "g_state0"),
     ),
 )
-unusable_because = KERNELS.unusable_because
+unusable_because, agreement = KERNELS.unusable_because, KERNELS.agreement
 
 
 def wkv7(r, k, v, a, b, log_w, cu_seqlens, state0=None):

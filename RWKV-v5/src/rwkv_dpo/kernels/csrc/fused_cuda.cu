@@ -4,35 +4,8 @@
 // A thread block takes a strip of rows, one after the other, and a thread four neighbouring channels of each: norms of a row are sums over
 // the block, and what parameters gather over rows stays in registers until the strip ends. Strips add up in their order: no atomics, so
 // that a run repeats bit by bit. Everything is bound by memory; a row is read again where that is the neighbours' business only.
-#include <cstdint>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-// Mirrored field by field in compiled.py. In no anonymous namespace: nvcc hides every function with a parameter of such a type.
-struct Where {
-    cudaStream_t stream;
-    int32_t n_threads, dtype;
-};
-
-struct Rows {
-    Where where;
-    int32_t n_rows, n_channels, n_roots, n_segments, n_mixes, strip;
-    double eps;
-    const int32_t *before, *uses_start, *uses;
-    const int64_t* last_rows;
-};
-
-struct Heads {
-    Where where;
-    int32_t n_rows, n_heads, head_size, strip;
-    double eps;
-};
-
-struct Flat {
-    Where where;
-    int64_t n;
-};
+#include "fused_calls.h"
+#include "quads.cuh"
 
 namespace {
 
@@ -47,35 +20,10 @@ template <int THREADS>
 constexpr int kBlocks = THREADS <= kFewThreads ? 2 : 1;
 
 template <class T>
-struct alignas(4 * sizeof(T)) Quad {
-    T at[4];
-};
-
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline void from_float(float& to, float x) { to = x; }
-__device__ inline void from_float(__half& to, float x) { to = __float2half(x); }
-__device__ inline void from_float(__nv_bfloat16& to, float x) { to = __float2bfloat16(x); }
-
-template <class T>
 __device__ inline float rounded(float x) {
     T narrow;
     from_float(narrow, x);
     return to_float(narrow);
-}
-
-template <class T>
-__device__ inline Quad<float> load(const T* from) {
-    const Quad<T> packed = *reinterpret_cast<const Quad<T>*>(from);
-    return {to_float(packed.at[0]), to_float(packed.at[1]), to_float(packed.at[2]), to_float(packed.at[3])};
-}
-
-template <class T>
-__device__ inline void store(T* to, const Quad<float>& x) {
-    Quad<T> packed;
-    for (int q = 0; q < 4; ++q) from_float(packed.at[q], x.at[q]);
-    *reinterpret_cast<Quad<T>*>(to) = packed;
 }
 
 // The division is inexact in its last place, and 0 where the divisor is beyond 2^126, as it ought to be. An exact one would be a call.
@@ -307,8 +255,22 @@ __device__ inline float head_sum(float value, int first, int n_threads) {
 // Which threads share this one's head.
 struct HeadOf {
     int first, n_threads;
-    __device__ explicit HeadOf(int head_size) : first(threadIdx.x * 4 / head_size * (head_size / 4)), n_threads(head_size / 4) {}
-    __device__ float sum(float value) const { return head_sum(value, first, n_threads); }
+    float share;  // of a channel in a mean over the head
+    __device__ explicit HeadOf(int head_size) : first(threadIdx.x * 4 / head_size * (head_size / 4)), n_threads(head_size / 4) {
+        share = __fdividef(1.f, float(head_size));
+    }
+    __device__ float mean(float value) const { return head_sum(value, first, n_threads) * share; }
+};
+
+// Of a head's channels, four of which this thread has in x.
+struct HeadMoments {
+    float mean, rstd;
+    __device__ HeadMoments(const HeadOf& head, const Quad<float>& x, float eps) {
+        mean = head.mean(x.at[0] + x.at[1] + x.at[2] + x.at[3]);
+        float squares = 0.f;
+        for (int q = 0; q < 4; ++q) squares += (x.at[q] - mean) * (x.at[q] - mean);
+        rstd = rsqrtf(head.mean(squares) + eps);
+    }
 };
 
 template <class T>
@@ -316,19 +278,15 @@ __global__ void __launch_bounds__(1024) gated_norm_out(Heads c, const T* y, cons
     const int column = threadIdx.x * 4, n = c.n_heads * c.head_size;
     const bool in = column < n;
     const HeadOf head(c.head_size);
-    const float share = __fdividef(1.f, float(c.head_size));
     const int first = blockIdx.x * c.strip;
     for (int row = first; row < min(c.n_rows, first + c.strip); ++row) {
         const int64_t at = int64_t(row) * n + column;
         const Quad<float> x = in ? load(y + at) : Quad<float>{};
-        const float mean = head.sum(x.at[0] + x.at[1] + x.at[2] + x.at[3]) * share;
-        float squares = 0.f;
-        for (int q = 0; q < 4; ++q) squares += (x.at[q] - mean) * (x.at[q] - mean);
-        const float rstd = rsqrtf(head.sum(squares) * share + float(c.eps));
+        const HeadMoments m(head, x, float(c.eps));
         if (!in) continue;
         const Quad<float> w = load(weight + column), b = load(bias + column), z = load(gate + at);
         Quad<float> result;
-        for (int q = 0; q < 4; ++q) result.at[q] = ((x.at[q] - mean) * rstd * w.at[q] + b.at[q]) * z.at[q] * sigmoid(z.at[q]);
+        for (int q = 0; q < 4; ++q) result.at[q] = ((x.at[q] - m.mean) * m.rstd * w.at[q] + b.at[q]) * z.at[q] * sigmoid(z.at[q]);
         store(out + at, result);
     }
 }
@@ -339,22 +297,18 @@ __global__ void __launch_bounds__(1024) gated_norm_back(Heads c, const T* y, con
     const int column = threadIdx.x * 4, n = c.n_heads * c.head_size;
     const bool in = column < n;
     const HeadOf head(c.head_size);
-    const float share = __fdividef(1.f, float(c.head_size));
     Quad<float> g_weight{}, g_bias{};
     const int first = blockIdx.x * c.strip;
     for (int row = first; row < min(c.n_rows, first + c.strip); ++row) {
         const int64_t at = int64_t(row) * n + column;
         const Quad<float> x = in ? load(y + at) : Quad<float>{};
-        const float mean = head.sum(x.at[0] + x.at[1] + x.at[2] + x.at[3]) * share;
-        float squares = 0.f;
-        for (int q = 0; q < 4; ++q) squares += (x.at[q] - mean) * (x.at[q] - mean);
-        const float rstd = rsqrtf(head.sum(squares) * share + float(c.eps));
+        const HeadMoments m(head, x, float(c.eps));
         Quad<float> g{}, to_gate{};
         float sum = 0.f, along = 0.f;
         if (in) {
             const Quad<float> w = load(weight + column), b = load(bias + column), z = load(gate + at), grad = load(g_out + at);
             for (int q = 0; q < 4; ++q) {
-                const float s = sigmoid(z.at[q]), normed = (x.at[q] - mean) * rstd, value = grad.at[q] * z.at[q] * s;
+                const float s = sigmoid(z.at[q]), normed = (x.at[q] - m.mean) * m.rstd, value = grad.at[q] * z.at[q] * s;
                 to_gate.at[q] = grad.at[q] * (normed * w.at[q] + b.at[q]) * s * (1.f + z.at[q] * (1.f - s));
                 g_weight.at[q] += value * normed;
                 g_bias.at[q] += value;
@@ -364,10 +318,10 @@ __global__ void __launch_bounds__(1024) gated_norm_back(Heads c, const T* y, con
             }
             store(g_gate + at, to_gate);
         }
-        sum = head.sum(sum) * share;
-        along = head.sum(along) * share;
+        sum = head.mean(sum);
+        along = head.mean(along);
         if (!in) continue;
-        for (int q = 0; q < 4; ++q) g.at[q] = rstd * (g.at[q] - sum - (x.at[q] - mean) * rstd * along);
+        for (int q = 0; q < 4; ++q) g.at[q] = m.rstd * (g.at[q] - sum - (x.at[q] - m.mean) * m.rstd * along);
         store(gy + at, g);
     }
     if (!in) return;
@@ -437,20 +391,12 @@ __global__ void __launch_bounds__(kThreads) sigmoid_gate_back(int64_t n, const T
     store(g_value + at, to_value);
 }
 
-// Never with an empty grid, which CUDA takes for an error.
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t n_blocks, int threads, cudaStream_t stream, Arguments... arguments) {
-    if (n_blocks == 0) return cudaSuccess;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(n_blocks));
-    config.blockDim = dim3(threads);
-    config.stream = stream;
-    return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+template <class Call>
+cudaStream_t stream_of(const Call& c) {
+    return static_cast<cudaStream_t>(c.where.stream);
 }
 
 int threads_for(int n_channels) { return (n_channels / 4 + 31) / 32 * 32; }
-int n_strips(int n_rows, int strip) { return (n_rows + strip - 1) / strip; }
-
 cudaError_t total(cudaStream_t stream, const float* partial, int n_parts, int width, float* out) {
     return launch(add_up, (width + 31) / 32, kThreads, stream, partial, n_parts, width, out);
 }
@@ -467,7 +413,7 @@ template <class T, int M>
 cudaError_t mixes_out_of(const Rows& c, const Mixing<T>& t, T* mixed, T* last) {
     const int threads = threads_for(c.n_channels), n_blocks = n_strips(c.n_rows, c.strip) + c.n_segments;
     const auto kernel = threads <= kFewThreads ? mixes_out<T, M, kFewThreads> : mixes_out<T, M, kManyThreads<T>>;
-    return launch(kernel, n_blocks, threads, c.where.stream, c, t, mixed, last);
+    return launch(kernel, n_blocks, threads, stream_of(c), c, t, mixed, last);
 }
 
 template <class T, int M>
@@ -476,8 +422,8 @@ cudaError_t mixes_back_of(const Rows& c, const Mixing<T>& t, const Gradients<T>&
     const int threads = threads_for(c.n_channels), n_parts = n_strips(c.n_rows, c.strip);
     const auto kernel = threads <= kFewThreads ? mixes_back<T, M, kFewThreads> : mixes_back<T, M, kManyThreads<T>>;
     const int n_blocks = n_parts + (g_handed_in == nullptr ? 0 : c.n_roots);
-    const cudaError_t error = launch(kernel, n_blocks, threads, c.where.stream, c, t, grads, gx, g_handed_in, partial);
-    return error == cudaSuccess ? total(c.where.stream, partial, n_parts, (2 + M) * c.n_channels, g_parameters) : error;
+    const cudaError_t error = launch(kernel, n_blocks, threads, stream_of(c), c, t, grads, gx, g_handed_in, partial);
+    return error == cudaSuccess ? total(stream_of(c), partial, n_parts, (2 + M) * c.n_channels, g_parameters) : error;
 }
 
 // f with the type that a call's dtype stands for; the numbers are those of compiled.py.
@@ -544,7 +490,7 @@ extern "C" int mixes_backward(const Rows* c, const void* x, const void* handed_i
 extern "C" int gated_norm_forward(const Heads* c, const void* y, const void* gate, const void* weight, const void* bias, void* out) {
     return with_type(c->where.dtype, [=](auto type) {
         using T = decltype(type);
-        return launch(gated_norm_out<T>, n_strips(c->n_rows, c->strip), threads_for(c->n_heads * c->head_size), c->where.stream, *c,
+        return launch(gated_norm_out<T>, n_strips(c->n_rows, c->strip), threads_for(c->n_heads * c->head_size), stream_of(*c), *c,
                       static_cast<const T*>(y), static_cast<const T*>(gate), static_cast<const float*>(weight),
                       static_cast<const float*>(bias), static_cast<T*>(out));
     });
@@ -556,25 +502,25 @@ extern "C" int gated_norm_backward(const Heads* c, const void* y, const void* ga
         using T = decltype(type);
         const int n = c->n_heads * c->head_size, n_parts = n_strips(c->n_rows, c->strip);
         const cudaError_t error =
-            launch(gated_norm_back<T>, n_parts, threads_for(n), c->where.stream, *c, static_cast<const T*>(y), static_cast<const T*>(gate),
+            launch(gated_norm_back<T>, n_parts, threads_for(n), stream_of(*c), *c, static_cast<const T*>(y), static_cast<const T*>(gate),
                    static_cast<const float*>(weight), static_cast<const float*>(bias), static_cast<const T*>(g_out), static_cast<T*>(gy),
                    static_cast<T*>(g_gate), static_cast<float*>(partial));
         if (error != cudaSuccess) return error;
-        return total(c->where.stream, static_cast<const float*>(partial), n_parts, 2 * n, static_cast<float*>(g_parameters));
+        return total(stream_of(*c), static_cast<const float*>(partial), n_parts, 2 * n, static_cast<float*>(g_parameters));
     });
 }
 
 extern "C" int relu_squared_forward(const Flat* c, const void* x, void* out) {
     return with_type(c->where.dtype, [=](auto type) {
         using T = decltype(type);
-        return launch(relu_squared_out<T>, n_blocks_of(*c), kThreads, c->where.stream, c->n, static_cast<const T*>(x), static_cast<T*>(out));
+        return launch(relu_squared_out<T>, n_blocks_of(*c), kThreads, stream_of(*c), c->n, static_cast<const T*>(x), static_cast<T*>(out));
     });
 }
 
 extern "C" int relu_squared_backward(const Flat* c, const void* x, const void* g, void* gx) {
     return with_type(c->where.dtype, [=](auto type) {
         using T = decltype(type);
-        return launch(relu_squared_back<T>, n_blocks_of(*c), kThreads, c->where.stream, c->n, static_cast<const T*>(x),
+        return launch(relu_squared_back<T>, n_blocks_of(*c), kThreads, stream_of(*c), c->n, static_cast<const T*>(x),
                       static_cast<const T*>(g), static_cast<T*>(gx));
     });
 }
@@ -582,7 +528,7 @@ extern "C" int relu_squared_backward(const Flat* c, const void* x, const void* g
 extern "C" int sigmoid_gate_forward(const Flat* c, const void* gate, const void* value, void* out) {
     return with_type(c->where.dtype, [=](auto type) {
         using T = decltype(type);
-        return launch(sigmoid_gate_out<T>, n_blocks_of(*c), kThreads, c->where.stream, c->n, static_cast<const T*>(gate),
+        return launch(sigmoid_gate_out<T>, n_blocks_of(*c), kThreads, stream_of(*c), c->n, static_cast<const T*>(gate),
                       static_cast<const T*>(value), static_cast<T*>(out));
     });
 }
@@ -590,7 +536,7 @@ extern "C" int sigmoid_gate_forward(const Flat* c, const void* gate, const void*
 extern "C" int sigmoid_gate_backward(const Flat* c, const void* gate, const void* value, const void* g, void* g_gate, void* g_value) {
     return with_type(c->where.dtype, [=](auto type) {
         using T = decltype(type);
-        return launch(sigmoid_gate_back<T>, n_blocks_of(*c), kThreads, c->where.stream, c->n, static_cast<const T*>(gate),
+        return launch(sigmoid_gate_back<T>, n_blocks_of(*c), kThreads, stream_of(*c), c->n, static_cast<const T*>(gate),
                       static_cast<const T*>(value), static_cast<const T*>(g), static_cast<T*>(g_gate), static_cast<T*>(g_value));
     });
 }

@@ -13,32 +13,8 @@
 #include <utility>
 #include <vector>
 
-// In no anonymous namespace, as in the CUDA source. Mirrored field by field in compiled.py.
-struct Where {
-    void* stream;
-    int32_t n_threads, dtype;
-};
-
-struct Rows {
-    Where where;
-    int32_t n_rows, n_channels, n_roots, n_segments, n_mixes, strip;
-    double eps;
-    const int32_t *before;       // [n_rows] the row before each; n_rows + i: what root i was handed
-    const int32_t *uses_start;   // [n_rows + n_roots + 1] into uses
-    const int32_t *uses;         // rows that have this one before them; n_rows + i: segment i ends with it
-    const int64_t *last_rows;    // [n_segments]
-};
-
-struct Heads {
-    Where where;
-    int32_t n_rows, n_heads, head_size, strip;
-    double eps;
-};
-
-struct Flat {
-    Where where;
-    int64_t n;
-};
+#include "floats.h"
+#include "fused_calls.h"
 
 namespace {
 
@@ -47,34 +23,17 @@ constexpr int64_t PART = 1 << 15;  // numbers of an elementwise function that a 
 struct Bf16 { uint16_t bits; };
 struct Fp16 { uint16_t bits; };
 
-inline uint32_t bits_of(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
-inline float float_of(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
-
 // Read as a number to calculate with, and back.
 inline float wide(float x) { return x; }
 inline double wide(double x) { return x; }
-inline float wide(Bf16 x) { return float_of(uint32_t(x.bits) << 16); }
-inline float wide(Fp16 x) {
-    const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = uint32_t(x.bits & 0x7fff) << 13;
-    const uint32_t scaled = bits_of(float_of(magnitude) * 0x1p112f);  // moves the exponent bias from 15 to 127
-    return float_of(sign | (magnitude >= 0x0f800000 ? scaled | 0x7f800000 : scaled));
-}
+inline float wide(Bf16 x) { return from_bf16(x.bits); }
+inline float wide(Fp16 x) { return from_fp16(x.bits); }
 
 template <class T> T narrow(typename std::conditional<std::is_same<T, double>::value, double, float>::type x);
 template <> inline float narrow<float>(float x) { return x; }
 template <> inline double narrow<double>(double x) { return x; }
-template <> inline Bf16 narrow<Bf16>(float x) {
-    const uint32_t bits = bits_of(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-    return {uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
-}
-template <> inline Fp16 narrow<Fp16>(float x) {
-    const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-    // Adding 0.5 leaves a subnormal half in the last bits of the sum, rounded by the adder.
-    const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
-    const uint32_t normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
-    const uint32_t infinite_or_nan = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
-    return {uint16_t(sign | (magnitude >= 0x47800000 ? infinite_or_nan : magnitude < 0x38800000 ? subnormal : normal))};
-}
+template <> inline Bf16 narrow<Bf16>(float x) { return {to_bf16(x)}; }
+template <> inline Fp16 narrow<Fp16>(float x) { return {to_fp16(x)}; }
 
 template <class T> using Real = decltype(wide(T()));
 
@@ -130,8 +89,6 @@ void norm_backward(const R* x, Moments<R> m, const R* weight, int n, R* g, R* g_
 #pragma omp simd
     for (int i = 0; i < n; i++) g[i] = m.rstd * (g[i] - sum - (x[i] - m.mean) * m.rstd * along);
 }
-
-inline int n_strips(int n_rows, int strip) { return (n_rows + strip - 1) / strip; }
 
 // out [width] is the sum of partial [n_parts, width], in their order.
 template <class R> void add_up(const R* partial, int n_parts, int width, R* out) {
