@@ -116,6 +116,7 @@ def test_mixes(compiled, takes, forest, dtype, handed, lacking, n_mixes, n_chann
              random(n_channels, seed=3), [random(1, 1, n_channels, seed=4 + m) for m in range(n_mixes)]]  # fmt: skip
     grads = [None if m in lacking else random(n_rows, n_channels, seed=10 + m) for m in range(n_mixes)]
     g_last = None if "last" in lacking else random(n_segments, n_channels, seed=20)
+    g_past = random(n_rows, n_channels, seed=21) if handed else None
 
     def to(x):
         return None if x is None else x.to(dtype)
@@ -126,9 +127,9 @@ def test_mixes(compiled, takes, forest, dtype, handed, lacking, n_mixes, n_chann
     want_mixed, want_last = plain.mixes(rows, *exact, 1e-5)
     close([*mixed, last], [*want_mixed, want_last], dtype)
     assert mixed.dtype == last.dtype == dtype
-    got = compiled.mixes_gradients(*given, [to(g) for g in grads], to(g_last))
+    got = compiled.mixes_gradients(*given, [to(g) for g in grads], to(g_last), to(g_past))
     if any(g is not None for g in (*grads, g_last)):
-        close(got, plain.mixes_gradients(rows, *exact, 1e-5, grads, g_last), dtype)
+        close(got, plain.mixes_gradients(rows, *exact, 1e-5, grads, g_last, g_past), dtype)
     assert [g.shape for g in got if g is not None] == [x.shape for x in (given[1], given[2], *parameters) if x is not None]
 
 
@@ -195,7 +196,7 @@ def test_any_number_of_threads_gives_the_same_bits(compiled, only_cpu):
     before, found = torch.get_num_threads(), []
     for n_threads in (1, 2, 3):
         torch.set_num_threads(n_threads)
-        found.append([g for g in compiled.mixes_gradients(*given, [x], None) if g is not None])
+        found.append([g for g in compiled.mixes_gradients(*given, [x], None, None) if g is not None])
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(found[0], others, strict=True))
 
@@ -221,8 +222,8 @@ def test_odd_sizes_are_taken_by_a_cpu(compiled, only_cpu):
     rows, x = rows_of([(70, -1)]), random(70, 37, dtype=torch.float32)
     parameters = [random(37, dtype=torch.float32, seed=s) for s in (1, 2, 3)]
     wide = [p.double() for p in parameters]
-    got = compiled.mixes_gradients(rows, x, None, *parameters[:2], parameters[2:], 1e-5, [x], None)
-    close(got, plain.mixes_gradients(rows, x.double(), None, *wide[:2], wide[2:], 1e-5, [x.double()], None), torch.float32)
+    got = compiled.mixes_gradients(rows, x, None, *parameters[:2], parameters[2:], 1e-5, [x], None, None)
+    close(got, plain.mixes_gradients(rows, x.double(), None, *wide[:2], wide[2:], 1e-5, [x.double()], None, None), torch.float32)
     close([compiled.relu_squared(x)], [F.relu(x.double()) ** 2], torch.float32)
 
 

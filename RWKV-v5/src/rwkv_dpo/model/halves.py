@@ -46,7 +46,8 @@ class LookingBack(nn.Module):
 
 class Entry:
     """A half's entry: the norm of the rows, and mixes of each with the one before it. Inputs: x [S, C], handed_in [n_roots, C] or None, the
-    norm's weight and bias, and a vector a mix; the other result is the n of segments' last rows [n, C]."""
+    norm's weight and bias, and a vector a mix; the other results are the n of segments' last rows [n, C], and x for the way past the half,
+    whose gradient is added in the same pass."""
 
     def __init__(self, forest: Forest) -> None:
         self.rows = Rows(forest.before, forest.uses_start, forest.uses, forest.last_rows, forest.n_roots)
@@ -55,7 +56,7 @@ class Entry:
         """See Preparation."""
         x, handed_in, weight, bias, *mixing = inputs
         mixed, last = implementation(x).mixes(self.rows, x, handed_in, weight, bias, mixing, NORM_EPS)
-        return mixed.unbind(), (last,)
+        return mixed.unbind(), (last, x)
 
     def gradients(self, inputs: Gradients, g_prepared: Gradients, g_others: Gradients) -> Gradients:
         """See Preparation."""

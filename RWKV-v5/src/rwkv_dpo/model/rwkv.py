@@ -136,10 +136,9 @@ class Block(nn.Module):
         self, x: Tensor, forest: Forest, initial: LayerState | None, wkv: WKV, v_first: Tensor | None
     ) -> tuple[Tensor, LayerState, Tensor | None]:
         att_shift, wkv_start, ffn_shift = initial or (None, None, None)
-        out, att_last, wkv_ends, v_first = self.att(x, self.ln1, forest, _as(x, att_shift), wkv_start, wkv, v_first)
-        x = self._drop(x + out)
-        out, ffn_last = self.ffn(x, self.ln2, forest, _as(x, ffn_shift))
-        return self._drop(x + out), LayerState(att_last, wkv_ends, ffn_last), v_first
+        x, att_last, wkv_ends, v_first = self.att(x, self.ln1, forest, _as(x, att_shift), wkv_start, wkv, v_first)
+        x, ffn_last = self.ffn(self._drop(x), self.ln2, forest, _as(x, ffn_shift))
+        return self._drop(x), LayerState(att_last, wkv_ends, ffn_last), v_first
 
     def _cast_modules(self) -> tuple[Cast, ...]:
         """Found once: adapters come before the first call, and leave their base layers in place."""

@@ -29,17 +29,17 @@ class TimeMix(LookingBack):
         self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None, initial: Tensor | None, wkv: WKV,
         v_first: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """Rows x [S, C] of the residual stream and the norm that they enter by -> out [S, C], the norm's output at the segments' ends
-        [n, C], WKV states there [n, H, N, N], and v_first, which is RWKV-7's, as it came. before, initial: what the roots were handed of
-        the second and third."""
+        """Rows x [S, C] of the residual stream and the norm that they enter by -> the stream after the half [S, C], the norm's output at
+        the segments' ends [n, C], WKV states there [n, H, N, N], and v_first, which is RWKV-7's, as it came. before, initial: what the
+        roots were handed of the second and third."""
         mixing = (getattr(self, f"time_mix_{name}") for name in "rkvg")
         layers = (self.receptance, self.key, self.value, self.gate)
-        (*rkv, g), (last,) = products(Entry(forest), (x, before, norm.weight, norm.bias, *mixing), layers)
+        (*rkv, g), (last, x) = products(Entry(forest), (x, before, norm.weight, norm.bias, *mixing), layers)
         r, k, v = (part.view(-1, self.n_head, self.head_size) for part in rkv)
 
         y, ends = run_forest(wkv, forest, initial, (r, k, v), (self.time_decay, self.time_faaaa))
         (out,), _ = products(GatedNorm(self.norm_eps), (y, g, self.ln_x.weight, self.ln_x.bias), [self.output])
-        return out, last, ends, v_first
+        return x + out, last, ends, v_first
 
 
 class ChannelMix(nn.Module):
@@ -57,12 +57,12 @@ class ChannelMix(nn.Module):
         self.value = Linear(shape.dim_ffn, shape.n_embd)
 
     def forward(self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Rows x [S, C] of the residual stream and the norm that they enter by -> out [S, C], the norm's output at the segments' ends
-        [n, C]. before: what the roots were handed of it."""
+        """Rows x [S, C] of the residual stream and the norm that they enter by -> the stream after the half [S, C], the norm's output at
+        the segments' ends [n, C]. before: what the roots were handed of it."""
         inputs = (x, before, norm.weight, norm.bias, *self.mixing())
-        (k, r), (last,) = products(Entry(forest), inputs, (self.key, self.receptance))
+        (k, r), (last, x) = products(Entry(forest), inputs, (self.key, self.receptance))
         (value,), _ = products(ReluSquared(), (k,), [self.value])
-        return sigmoid_gate(r, value), last
+        return x + sigmoid_gate(r, value), last
 
     def mixing(self) -> list[Tensor]:
         """How much of the token itself there is in each mix, by channels."""

@@ -47,7 +47,7 @@ class TimeMix(LookingBack):
         # Rows, the rows before them, and what decides how far each token mixes the two.
         zero = torch.zeros_like(norm.bias)
         inputs = (x, before, norm.weight, norm.bias, zero + 1, zero, 1 - self.time_maa_x)
-        (own, of_before, depths), (last,) = products(Entry(forest), inputs, (Rows(), Rows(), Matrix(self.time_maa_w1)))
+        (own, of_before, depths), (last, x) = products(Entry(forest), inputs, (Rows(), Rows(), Matrix(self.time_maa_w1)))
         mixing = tuple(getattr(self, f"time_maa_{name}") for name in _MIXES)
         layers = (Matrix(self.time_decay_w1), self.key, self.value, self.receptance, self.gate)
         (w, k, v, r, g), _ = products(Again(token_mixes), (own, of_before, depths, self.time_maa_w2, *mixing), layers)
@@ -56,7 +56,7 @@ class TimeMix(LookingBack):
         rows = tuple(part.view(-1, self.n_head, self.head_size) for part in (r, k, v, log_decay(w, self.time_decay)))
         y, ends = run_forest(wkv, forest, initial, rows, (self.time_faaaa,))
         (out,), _ = products(GatedNorm(self.norm_eps), (y, g, self.ln_x.weight, self.ln_x.bias), [self.output])
-        return out, last, ends, v_first
+        return x + out, last, ends, v_first
 
 
 class ChannelMix(v5.ChannelMix):

@@ -61,7 +61,7 @@ class TimeMix(LookingBack):
         mixing = (1 - getattr(self, f"x_{name}") for name in "rwkvag")
         value = self.value if v_first is None else Both(self.value, Matrix(self.v1))
         layers = (self.receptance, Matrix(self.w1), self.key, value, Matrix(self.a1), Matrix(self.g1))
-        (r, w, k, v, a, g), (last,) = products(Entry(forest), (x, before, norm.weight, norm.bias, *mixing), layers)
+        (r, w, k, v, a, g), (last, x) = products(Entry(forest), (x, before, norm.weight, norm.bias, *mixing), layers)
         w = self._second("w", w, torch.tanh)
         a = self._second("a", a)
         g = self._second("g", g, torch.sigmoid)
@@ -76,7 +76,7 @@ class TimeMix(LookingBack):
         inputs = tuple(part.view(-1, self.n_head, self.head_size) for part in (r, k, v, taken, put_back, log_w))
         y, ends = run_forest(wkv, forest, initial, inputs, ())
         (out,), _ = products(Again(self.gated_norm), (y, g, *inputs[:3], self.r_k, self.ln_x.weight, self.ln_x.bias), [self.output])
-        return out, last, ends, v_first
+        return x + out, last, ends, v_first
 
     def _second(self, name: str, x: Tensor, between: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
         """The second product of a low-rank part."""
@@ -109,9 +109,9 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """As RWKV-5's."""
-        (k,), (last,) = products(Entry(forest), (x, before, norm.weight, norm.bias, 1 - self.x_k), [self.key])
+        (k,), (last, x) = products(Entry(forest), (x, before, norm.weight, norm.bias, 1 - self.x_k), [self.key])
         (value,), _ = products(ReluSquared(), (k,), [self.value])
-        return value, last
+        return x + value, last
 
 
 def _mix_first(v: Tensor, v_first: Tensor, own: Tensor, v0: Tensor) -> tuple[Tensor]:

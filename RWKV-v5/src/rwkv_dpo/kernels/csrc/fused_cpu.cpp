@@ -179,7 +179,7 @@ template <class T> struct Mixes {
     }
 
     static void backward(const Rows& c, const void* x, const void* handed_in, const R* weight, const R* bias, const R* const* mixing,
-                         const void* const* g_mixed, const void* g_last, void* gx, void* g_handed_in,
+                         const void* const* g_mixed, const void* g_last, const void* g_past, void* gx, void* g_handed_in,
                          R* partial, R* g_parameters) {
         const int n = c.n_channels, width = (2 + c.n_mixes) * n;  // weight, bias, mixes
 #pragma omp parallel num_threads(c.where.n_threads)
@@ -214,6 +214,10 @@ template <class T> struct Mixes {
                     }
                     known_row = row;
                     norm_backward(token.x.data(), token.moments, weight, n, g.data(), sum, sum + n);
+                    if (g_past) {
+                        const T* past = row_of<T>(g_past, row, n);
+                        for (int i = 0; i < n; i++) g[i] += wide(past[i]);
+                    }
                     T* out = row_of<T>(gx, row, n);
                     for (int i = 0; i < n; i++) out[i] = narrow<T>(g[i]);
                 }
@@ -363,14 +367,14 @@ extern "C" int mixes_forward(const Rows* c, const void* x, const void* handed_in
 }
 
 extern "C" int mixes_backward(const Rows* c, const void* x, const void* handed_in, const void* weight, const void* bias,
-                               const void* const* mixing, const void* const* g_mixed, const void* g_last, void* gx, void* g_handed_in,
-                               void* partial, void* g_parameters) {
+                               const void* const* mixing, const void* const* g_mixed, const void* g_last, const void* g_past, void* gx,
+                               void* g_handed_in, void* partial, void* g_parameters) {
     with_type(c->where.dtype, [=](auto type) {
         using T = decltype(type);
         using R = Real<T>;
         Mixes<T>::backward(*c, x, handed_in, static_cast<const R*>(weight), static_cast<const R*>(bias),
-                           reinterpret_cast<const R* const*>(mixing), g_mixed, g_last, gx, g_handed_in, static_cast<R*>(partial),
-                           static_cast<R*>(g_parameters));
+                           reinterpret_cast<const R* const*>(mixing), g_mixed, g_last, g_past, gx, g_handed_in,
+                           static_cast<R*>(partial), static_cast<R*>(g_parameters));
     });
     return 0;
 }

@@ -58,6 +58,7 @@ template <class T>
 struct Gradients {
     const T* mixed[kMixes];
     const T* last;
+    const T* past;
 };
 
 // Four channels of a token as its neighbours see it: its row after the norm, or what was handed in.
@@ -234,7 +235,9 @@ __global__ void __launch_bounds__(THREADS, kBlocks<THREADS>)
         sum = block_sum(sum) * share;
         along = block_sum(along) * share;
         if (in) {
-            for (int q = 0; q < 4; ++q) g.at[q] = token.rstd * (g.at[q] - sum - (x.at[q] - token.mean) * token.rstd * along);
+            const Quad<float> past = grads.past == nullptr ? Quad<float>{} : load(grads.past + int64_t(row) * n + column);
+            for (int q = 0; q < 4; ++q)
+                g.at[q] = token.rstd * (g.at[q] - sum - (x.at[q] - token.mean) * token.rstd * along) + past.at[q];
             store(gx + int64_t(row) * n + column, g);
         }
     }
@@ -473,12 +476,12 @@ extern "C" int mixes_forward(const Rows* c, const void* x, const void* handed_in
 }
 
 extern "C" int mixes_backward(const Rows* c, const void* x, const void* handed_in, const void* weight, const void* bias,
-                              const void* const* mixing, const void* const* g_mixed, const void* g_last, void* gx, void* g_handed_in,
-                              void* partial, void* g_parameters) {
+                              const void* const* mixing, const void* const* g_mixed, const void* g_last, const void* g_past, void* gx,
+                              void* g_handed_in, void* partial, void* g_parameters) {
     return with_type(c->where.dtype, [=](auto type) {
         using T = decltype(type);
         const auto t = mixing_of<T>(*c, x, handed_in, weight, bias, mixing);
-        Gradients<T> grads{{}, static_cast<const T*>(g_last)};
+        Gradients<T> grads{{}, static_cast<const T*>(g_last), static_cast<const T*>(g_past)};
         for (int m = 0; m < c->n_mixes; ++m) grads.mixed[m] = static_cast<const T*>(g_mixed[m]);
         return with_count(c->n_mixes, [=](auto count) {
             return mixes_back_of<T, decltype(count)::value>(*c, t, grads, static_cast<T*>(gx), static_cast<T*>(g_handed_in),

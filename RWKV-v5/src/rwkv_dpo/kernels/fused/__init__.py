@@ -14,7 +14,8 @@ An implementation has these functions:
     sigmoid_gate(gate, value) -> sigmoid(gate) * value
 
 and for each one NAME_gradients(..., output gradients) -> a gradient for every input tensor, in their order. An output's gradient may be
-None where `mixes` has it; handed_in's is None when handed_in is.
+None where `mixes` has it; handed_in's is None when handed_in is. mixes_gradients also takes g_past [S, C] or None, what x has as its
+gradient by the way past the half, and adds it.
 
 `plain` is the definition, in torch's operations for any device and dtype; `cpu` and `cuda` are compiled.
 """

@@ -53,7 +53,7 @@ def _takes(structure: type[ctypes.Structure], n_tensors: int) -> EntryPoint:
 
 
 ENTRY_POINTS = {
-    "mixes_forward": _takes(RowsCall, 7), "mixes_backward": _takes(RowsCall, 11),
+    "mixes_forward": _takes(RowsCall, 7), "mixes_backward": _takes(RowsCall, 12),
     "gated_norm_forward": _takes(HeadsCall, 5), "gated_norm_backward": _takes(HeadsCall, 9),
     "relu_squared_forward": _takes(FlatCall, 2), "relu_squared_backward": _takes(FlatCall, 3),
     "sigmoid_gate_forward": _takes(FlatCall, 3), "sigmoid_gate_backward": _takes(FlatCall, 5),
@@ -81,17 +81,17 @@ class Functions:
 
     def mixes_gradients(
         self, rows: "Rows", x: Tensor, handed_in: Tensor | None, weight: Tensor, bias: Tensor, mixing: Sequence[Tensor], eps: float,
-        g_mixed: Sequence[Tensor | None], g_last: Tensor | None,
+        g_mixed: Sequence[Tensor | None], g_last: Tensor | None, g_past: Tensor | None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """See rwkv_dpo.kernels.fused: of x, handed_in, weight, bias, and of each of mixing."""
         shapes = [mix.shape for mix in mixing]
         x, handed_in, weight, bias, mixing = _fit(rows, x, handed_in, weight, bias, mixing)
         g_x, g_handed_in = torch.empty_like(x), None if handed_in is None else torch.empty_like(handed_in)
         g_parameters, partial = self._sums(weight, len(x), (2 + len(mixing)) * x.shape[1])
-        g_mixed, g_last = [_dense(g) for g in g_mixed], _dense(g_last)
+        g_mixed, g_last, g_past = [_dense(g) for g in g_mixed], _dense(g_last), _dense(g_past)
         self._run(
             "mixes_backward", self._rows(rows, x, mixing, eps), x, handed_in, weight, bias, _pointers(mixing), _pointers(g_mixed), g_last,
-            g_x, g_handed_in, partial, g_parameters,
+            g_past, g_x, g_handed_in, partial, g_parameters,
         )
         g_weight, g_bias, *g_mixing = g_parameters.view(-1, x.shape[1]).unbind()
         return g_x, g_handed_in, g_weight, g_bias, *(g.view(shape) for g, shape in zip(g_mixing, shapes, strict=True))

@@ -42,7 +42,7 @@ def _results(functions: Any, dtype: torch.dtype, device: torch.device) -> dict[s
     gated = (rows(n_rows, _HEADS, _HEAD_SIZE), rows(n_rows, width), parameter(), parameter(), _EPS)
     x, value, grad = rows(n_rows, width), rows(n_rows, width), rows(n_rows, width)
     results = {
-        "mixes": [mixed, last], "gradients of mixes": functions.mixes_gradients(*entry, list(rows(_MIXES, n_rows, width)), rows(3, width)),
+        "mixes": [mixed, last], "gradients of mixes": functions.mixes_gradients(*entry, [*rows(_MIXES, n_rows, width)], rows(3, width), x),
         "gated_norm": [functions.gated_norm(*gated)], "gradients of gated_norm": functions.gated_norm_gradients(*gated, grad),
         "relu_squared": [functions.relu_squared(x)], "gradient of relu_squared": functions.relu_squared_gradients(x, grad),
         "sigmoid_gate": [functions.sigmoid_gate(x, value)], "gradients of sigmoid_gate": functions.sigmoid_gate_gradients(x, value, grad),

@@ -30,7 +30,7 @@ def mixes(
 
 def mixes_gradients(
     rows: "Rows", x: Tensor, handed_in: Tensor | None, weight: Tensor, bias: Tensor, mixing: Sequence[Tensor], eps: float,
-    g_mixed: Sequence[Tensor | None], g_last: Tensor | None,
+    g_mixed: Sequence[Tensor | None], g_last: Tensor | None, g_past: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """See rwkv_dpo.kernels.fused: of x, handed_in, weight, bias, and of each of mixing."""
 
@@ -41,6 +41,8 @@ def mixes_gradients(
 
     handed = () if handed_in is None else (handed_in,)
     g_x, g_weight, g_bias, *others = _gradients(run, (x, weight, bias, *handed, *mixing), (*g_mixed, g_last))
+    assert g_x is not None
+    g_x = g_x if g_past is None else g_x + g_past
     return (g_x, None, g_weight, g_bias, *others) if handed_in is None else (g_x, others[0], g_weight, g_bias, *others[1:])
 
 
