@@ -12,6 +12,7 @@ if [ $# -eq 0 ]; then
     ruff check .
     mypy
     mypy RWKV-v5/*.py
+    mypy benchmarks/*.py
     step "CUDA kernels"
     python tests/kernels/compile_cuda.py
     step "Tests"

@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT / "RWKV-v5" / "src"))
 import bench_step  # noqa: E402 (the path above makes the package importable without installing it)
 import measure  # noqa: E402 (as above)
 import numpy as np  # noqa: E402 (as above)
+import original_way  # noqa: E402 (as above)
 import pyrwkv_tokenizer  # noqa: E402 (as above)
 import torch  # noqa: E402 (as above)
 from rwkv.rwkv_tokenizer import TRIE_TOKENIZER  # noqa: E402 (as above)
@@ -39,7 +40,7 @@ from rwkv_dpo.batches.sampling import item_at  # noqa: E402 (as above)
 from rwkv_dpo.data.binidx import write_binidx  # noqa: E402 (as above)
 from rwkv_dpo.data.documents import open_documents  # noqa: E402 (as above)
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs  # noqa: E402 (as above)
-from rwkv_dpo.data.pairs import pack_pairs  # noqa: E402 (as above)
+from rwkv_dpo.data.pairs import Pair, pack_pairs  # noqa: E402 (as above)
 from rwkv_dpo.data.prepare import prepare  # noqa: E402 (as above)
 from rwkv_dpo.data.sources import read_preferences  # noqa: E402 (as above)
 from rwkv_dpo.data.splits import split_rows  # noqa: E402 (as above)
@@ -95,7 +96,7 @@ def time_make_data(folder: Path, flags: argparse.Namespace) -> dict[str, object]
         write_binidx(folder / "loop", (encoded[item_at(i, len(encoded), 0)] for i in range(len(encoded))))
 
     def make_data() -> None:
-        command = [sys.executable, ROOT / "RWKV-v5" / "make_data.py", source, "1", "--out", folder / "command"]
+        command: list[str | Path] = [sys.executable, ROOT / "RWKV-v5" / "make_data.py", source, "1", "--out", folder / "command"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
     loop()
@@ -116,7 +117,7 @@ def time_pairs(folder: Path, flags: argparse.Namespace) -> dict[str, object]:
     rows, pairs = folder / "rows.jsonl", folder / "pairs.save"
     with open(rows, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in ultrafeedback_rows(flags.rows))
-    command = [sys.executable, __file__, "--prepare", rows, pairs]
+    command: list[str | Path] = [sys.executable, __file__, "--prepare", rows, pairs]
     child = subprocess.run(command, check=True, capture_output=True, text=True)
     medians = measure.alternate({"load": lambda: load_pairs(pairs, VOCAB_SIZE)}, max(3, flags.repeats))
     sizes = {"rows_file": f"{rows.stat().st_size} bytes of .jsonl", "pairs_file": f"{pairs.stat().st_size} bytes"}
@@ -170,24 +171,25 @@ def time_scoring_of(lengths: str, flags: argparse.Namespace) -> dict[str, object
 
 def check_scoring_parity() -> None:
     """Both ways on a small model in fp32, to 1e-3 nats in sums of some 100; some pairs share their prompt."""
-    model = bench_step.build("original", ModelShape(2, 128, 128, 448, 512), "fp32", "auto", torch.device("cpu"))
-    pairs = bench_step.make_pairs((20, 17, 9), 5, 512)
+    model = original_way.build("original", ModelShape(2, 128, 128, 448, 512), "fp32", "auto", torch.device("cpu"))
+    pairs = measure.make_pairs((20, 17, 9), 5, 512)
     pairs += [(pairs[0][0], *pair[1:]) for pair in pairs[1:3]]
     with torch.no_grad():
-        original = [[bench_step.original_answer_logp(model, prompt, answer).item() for answer in answers] for prompt, *answers in pairs]
+        original = [[original_way.original_answer_logp(model, prompt, answer).item() for answer in answers] for prompt, *answers in pairs]
     worst = np.abs(score_pairs(model, pack_pairs(pairs), 60) - np.array(original)).max()
     if not worst < 1e-3:
         sys.exit(f"the two ways of scoring differ by {worst:.1e} nats, so nothing is measured")
 
 
-def scored_pairs(lengths: str, n: int) -> list[tuple[np.ndarray, ...]]:
+def scored_pairs(lengths: str, n: int) -> list[Pair]:
     """Random tokens in the lengths asked for; UltraFeedback's are those of ultrafeedback_rows: exponential, with means of 175 tokens
     for prompts and 350, 300 for answers."""
     if lengths in bench_step.CASES:
-        return bench_step.make_pairs(bench_step.CASES[lengths], n, VOCAB_SIZE)
+        return measure.make_pairs(bench_step.CASES[lengths], n, VOCAB_SIZE)
     draw = np.random.default_rng(0)
     drawn = (20 + draw.exponential((155, 330, 280), (n, 3))).astype(int).clip(max=1500)
-    return [tuple(draw.integers(1, VOCAB_SIZE, n) for n in row) for row in drawn]
+    prompt, chosen, rejected = ([draw.integers(1, VOCAB_SIZE, length) for length in column] for column in drawn.T)
+    return list(zip(prompt, chosen, rejected, strict=True))
 
 
 def scoring_seconds(flags: argparse.Namespace) -> float:
@@ -196,12 +198,12 @@ def scoring_seconds(flags: argparse.Namespace) -> float:
     if settings == "tuned":
         tune_cpu(keep_memory=True)
     shape = ModelShape(flags.n_layer, flags.n_embd, flags.n_embd, int(flags.n_embd * 3.5) // 32 * 32, VOCAB_SIZE)
-    model = bench_step.build("original" if way == "original" else "forest", shape, precision, "auto", torch.device("cpu"))
+    model = original_way.build("original" if way == "original" else "forest", shape, precision, "auto", torch.device("cpu"))
     pairs = scored_pairs(lengths, flags.scored_pairs)
 
-    def run(pairs: list[tuple[np.ndarray, ...]]) -> None:
+    def run(pairs: list[Pair]) -> None:
         if way == "original":
-            bench_step.score_original(model, pairs)
+            original_way.score_original(model, pairs)
         else:
             score_pairs(model, pack_pairs(pairs), 8192)
 

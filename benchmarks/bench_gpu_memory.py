@@ -32,9 +32,12 @@ from rwkv_dpo.model.checkpoint import save_weights  # noqa: E402
 from rwkv_dpo.model.shape import ModelShape  # noqa: E402
 
 LENGTHS, CTX, VOCAB = (256, 200, 150), 4096, 65536
-CP, LORA, STATE = {"grad_cp": 1}, {"grad_cp": 1, "peft": "lora"}, {"chunk_ctx": 512, "peft": "state"}
-STAGE_2 = {"strategy": "deepspeed_stage_2"}
-CONFIGURATIONS: dict[str, dict[str, object]] = {
+Flags = dict[str, object]
+CP: Flags = {"grad_cp": 1}
+LORA: Flags = {"grad_cp": 1, "peft": "lora"}
+STATE: Flags = {"chunk_ctx": 512, "peft": "state"}
+STAGE_2: Flags = {"strategy": "deepspeed_stage_2"}
+CONFIGURATIONS: dict[str, Flags] = {
     "no flag": {}, "grad_cp": CP, "LoRA r=32, grad_cp": LORA, "state tuning, chunk_ctx 512": STATE,
     "stage 1, grad_cp": {"strategy": "deepspeed_stage_1", **CP},
     "stage 2": STAGE_2, "stage 2, grad_cp": {**STAGE_2, **CP}, "stage 2, grad_cp, accumulated": {

@@ -71,8 +71,8 @@ def measure(backend: str, n_layer: int, n_embd: int) -> dict[str, object]:
     shape = ModelShape(n_layer, n_embd, n_embd, int(n_embd * 3.5) // 32 * 32, VOCAB)
     device = torch.device("cuda")
     with device:
-        model = empty_model(shape, "5", BACKENDS[backend].wkv5, torch.bfloat16)
-    module = DPOModule(model, dpo(0.1), 0.5, None, 0, lambda _: None)  # type: ignore[arg-type]  # no optimizer step follows
+        model = empty_model(shape, BACKENDS[backend].wkv5, torch.bfloat16)
+    module = DPOModule(model, dpo(0.1), 0.5, None, 0, lambda _: None)  # type: ignore[arg-type, return-value]  # no optimizer step follows
     batches = [micro_batch(seed) for seed in range(4)]
     runs = [one(module, batch, device) for batch in batches][1:]
     counts = {name: median(run[name] for run in runs) for name in (*COUNTS, "host s")}
@@ -92,7 +92,9 @@ def one(module: DPOModule, batch: MicroBatch, device: torch.device) -> dict[str,
     for parameter in module.model.parameters():
         parameter.grad = None
     before, begin = counted(), time.perf_counter()
-    module.training_step(module.transfer_batch_to_device(batch, device, 0), 0).backward()
+    step = module.transfer_batch_to_device((batch,), device, 0)
+    module.on_train_batch_start(step, 0)
+    module.training_step(step, 0).backward()
     return dict(zip((*COUNTS, "host s"), [*(now - then for now, then in zip(counted(), before, strict=True)), time.perf_counter() - begin],
                     strict=True))  # fmt: skip
 

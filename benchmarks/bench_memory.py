@@ -26,8 +26,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_step import BETA, RATIO, build, check_parity, make_pairs, original_loss, report
-from measure import RESULTS, save
+from bench_step import check_parity, report
+from measure import RESULTS, make_pairs, save
+from original_way import BETA, RATIO, build, original_loss
 from rwkv_dpo.data.pair_files import save_pairs
 from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.devices.device import tune_cpu

@@ -61,16 +61,16 @@ def child(source: str, precision: str) -> dict[str, Any]:
     try:
         from rwkv_dpo.kernels.backends import choose_backend
     except ModuleNotFoundError:  # a commit that knows RWKV-5 only
-        from rwkv_dpo.kernels.wkv5 import choose_backend
+        from rwkv_dpo.kernels import wkv5
 
-        model = empty_model(shape, "5", choose_backend("cpu", torch.device("cpu")).wkv5, dtype)
+        model = empty_model(shape, "5", wkv5.choose_backend("cpu", torch.device("cpu")).wkv5, dtype)  # type: ignore
     else:
         model = empty_model(shape, choose_backend(shape.version, "cpu", torch.device("cpu")).wkv, dtype)
     rng = np.random.default_rng(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.uniform_(0, 0.1)
-    pair = tuple(rng.integers(1, 65, n) for n in (8, 6, 5))
+    pair = rng.integers(1, 65, 8), rng.integers(1, 65, 6), rng.integers(1, 65, 5)
     batch = collate([rng.integers(1, 65, 33)], [pair], np.full((1, 2), -20.0))
 
     def micro_batch() -> None:

@@ -23,8 +23,9 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "RWKV-v5" / "src"), str(Path(__file__).parent)]
 
 import numpy as np  # noqa: E402 (the path above makes the package importable without installing it)
-from bench_step import build, make_pairs, report  # noqa: E402 (as above)
-from measure import save  # noqa: E402 (as above)
+from bench_step import report  # noqa: E402 (as above)
+from measure import make_pairs, save  # noqa: E402 (as above)
+from original_way import build  # noqa: E402 (as above)
 from rwkv_dpo.batches.sampling import LengthOrder, global_index, item_at  # noqa: E402 (as above)
 from rwkv_dpo.data.pair_files import save_pairs  # noqa: E402 (as above)
 from rwkv_dpo.data.pairs import pack_pairs  # noqa: E402 (as above)

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Speed and memory of a training step: ours against the original's way, written out here.
 
-The original's way: a batch-1 forward of prompt + answer for the chosen and for the rejected answer of every pair, full
-[T, vocabulary] logits and cross-entropy each, one backward, every activation kept by autograd. The WKV backend is the same.
+The original's way (original_way.py): a batch-1 forward of prompt + answer for each answer, full logits, every activation kept by
+autograd. The WKV backend is the same.
 
     python benchmarks/bench_step.py        everything, about twenty minutes on 2 cores; writes benchmarks/results/step_*.json
+    python benchmarks/bench_step.py --version 7 --parts pairs memory
     python benchmarks/bench_step.py --n_layer 24 --n_embd 1024 --device cuda
 
 Parity comes first: losses and gradients of both ways have to agree, or nothing is timed. "tuned" is a process with the memory
@@ -15,128 +16,39 @@ import argparse
 import json
 import subprocess
 import sys
-import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-v5" / "src"))
 
 from measure import alternate, machine, make_pairs, save
+from original_way import BETA, DTYPES, RATIO, build, original_loss, score_original
 from rwkv_dpo.batches.micro_batch import MicroBatch, collate
-from rwkv_dpo.batches.step import build_step
 from rwkv_dpo.data.pairs import Pair, PairSet, pack_pairs
 from rwkv_dpo.data.trees import grow
 from rwkv_dpo.devices.device import tune_cpu
 from rwkv_dpo.evaluation.scoring import score_pairs
-from rwkv_dpo.kernels.backends import choose_backend
-from rwkv_dpo.model import v5
-from rwkv_dpo.model.checkpoint import empty_model
 from rwkv_dpo.model.linear import refresh_casts
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
-from rwkv_dpo.objective.losses import dpo, l2wrap
+from rwkv_dpo.objective.losses import dpo
 from rwkv_dpo.objective.objective import objective
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BETA, RATIO, MICRO_BSZ, WINDOW = 0.1, 0.5, 4, 1024
+MICRO_BSZ, WINDOW = 4, 1024
 # The heap settles after a few steps; what a run of thousands sees is what comes after.
 WARMUP = 4
 CASES = {"256/200/150": (256, 200, 150), "512/128/128": (512, 128, 128)}
 
 
-def build(way: str, shape: ModelShape, precision: str, backend: str, device: torch.device, grad_cp: str = "0") -> RWKV:
-    model = empty_model(shape, choose_backend(shape.version, backend, device).wkv, DTYPES[precision], grad_cp)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "time_decay" in name:
-                p.uniform_(-6, 1, generator=generator)
-            elif "time_" in name:
-                p.uniform_(0, 1, generator=generator)
-            elif p.dim() == 2:
-                p.normal_(0, p.shape[1] ** -0.5, generator=generator)
-    if way == "original":
-        for block in model.blocks:
-            block.att.forward = types.MethodType(original_time_mix, block.att)
-            block.ffn.forward = types.MethodType(original_channel_mix, block.ffn)
-    return model.to(device)
-
-
-def original_time_mix(self: v5.TimeMix, x, norm, forest, before, initial, wkv, v_first):
-    """The half of a block as the original writes it, for one sequence from its beginning: autograd keeps whatever it does by default."""
-    x = norm(x)
-    r, k, v, g = (_plain(getattr(self, name), _mixed(x, mix)) for name, mix in (
-        ("receptance", self.time_mix_r), ("key", self.time_mix_k), ("value", self.time_mix_v), ("gate", self.time_mix_g)
-    ))  # fmt: skip
-    r, k, v = (part.view(-1, self.n_head, self.head_size) for part in (r, k, v))
-    y, ends = wkv(r, k, v, self.time_decay, self.time_faaaa, forest.cu_seqlens, initial)
-    weight, bias = self.ln_x.weight.to(x.dtype), self.ln_x.bias.to(x.dtype)
-    normed = F.group_norm(y.flatten(1), self.n_head, weight, bias, self.norm_eps)
-    return _plain(self.output, normed * F.silu(g)), x[-1:], ends, v_first
-
-
-def original_channel_mix(self: v5.ChannelMix, x, norm, forest, before):
-    """The same of the other half."""
-    x = norm(x)
-    k, r = _plain(self.key, _mixed(x, self.time_mix_k)), _plain(self.receptance, _mixed(x, self.time_mix_r))
-    return torch.sigmoid(r) * _plain(self.value, torch.relu(k) ** 2), x[-1:]
-
-
-def _mixed(x: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
-    before, mix = F.pad(x, (0, 0, 1, -1)), mix.view(-1).to(x.dtype)
-    return x * mix + before * (1 - mix)
-
-
-def _plain(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, layer.weight.to(x.dtype))
-
-
-def original_logits(model: RWKV, tokens: np.ndarray) -> torch.Tensor:
-    """Full logits [T, V] of one sequence, batch 1."""
-    forest = build_step([np.append(tokens, 0)], []).forest.to(model.head.weight.device)
-    return model.head(model(forest)[0])
-
-
-def original_answer_logp(model: RWKV, prompt: np.ndarray, answer: np.ndarray) -> torch.Tensor:
-    sequence = np.concatenate([prompt, answer])
-    logits = original_logits(model, sequence[:-1])
-    targets = torch.from_numpy(sequence[1:]).to(logits.device)
-    return -F.cross_entropy(logits, targets, reduction="none")[-len(answer) :].sum()
-
-
-def sigmoid_loss(logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
-    ratios = logps - ref_logps
-    return -F.logsigmoid(BETA * (ratios[:, 0] - ratios[:, 1])).mean()
-
-
-def original_loss(model: RWKV, windows: list[np.ndarray], pairs: list[Pair], refs: np.ndarray) -> torch.Tensor:
-    loss = torch.zeros((), device=model.head.weight.device)
-    for (prompt, chosen, rejected), ref in zip(pairs, refs, strict=True):
-        logps = torch.stack([original_answer_logp(model, prompt, answer).float() for answer in (chosen, rejected)])[None]
-        loss = loss + sigmoid_loss(logps, torch.from_numpy(ref).float().to(loss.device)[None]) / len(pairs)
-    for window in windows:
-        logits = original_logits(model, window[:-1])
-        general = F.cross_entropy(logits, torch.from_numpy(window[1:]).to(logits.device))
-        loss = (1 - RATIO) * loss + RATIO * l2wrap(general, logits.amax(1))
-    return loss
-
-
-@torch.no_grad()
-def score_original(model: RWKV, pairs: list[Pair]) -> None:
-    for prompt, *answers in pairs:
-        for answer in answers:
-            original_answer_logp(model, prompt, answer)
-
-
-def check_parity(backend: str, device: torch.device) -> None:
+def check_parity(backend: str, device: torch.device, version: str = "5") -> None:
     """Both ways on a small model in fp32: the loss to 1e-5, every gradient to 1e-3 (fp32 rounding over two layers)."""
-    shape = ModelShape(2, 128, 128, 448, 512)
+    shape = ModelShape(2, 128, 128, 448, 512, version=version)
     pairs, windows, refs = make_pairs((20, 17, 9), 3, 512), [make_pairs((65, 1, 1), 1, 512)[0][0]], np.full((3, 2), -50.0)
     original, forest = build("original", shape, "fp32", backend, device), build("forest", shape, "fp32", backend, device)
     losses, grads = [], []
@@ -145,7 +57,7 @@ def check_parity(backend: str, device: torch.device) -> None:
         (forest, objective(forest, collate(windows, pairs, refs).to(device), dpo(BETA), RATIO)[0]),
     ):
         losses.append(loss.item())
-        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+        grads.append(torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True, allow_unused=True))
     worst = max(float((a - b).norm() / a.norm().clamp(min=1e-6)) for a, b in zip(*grads, strict=True))
     if abs(losses[0] / losses[1] - 1) > 1e-5 or worst > 1e-3:
         sys.exit(f"the two ways disagree: losses {losses}, worst gradient {worst:.1e}; nothing was timed")
@@ -196,11 +108,11 @@ def time_scoring(args: argparse.Namespace, device: torch.device) -> dict:
     """Reference log-probabilities of a pair file: packed by tokens, against two full forwards a pair."""
     pairs = make_pairs(CASES["256/200/150"], 2 * MICRO_BSZ, args.shape.vocab_size)
     packed = pack_pairs(pairs)
-    runs = {}
+    runs: dict[str, Callable[[], object]] = {}
     for p in DTYPES:
         model = build("forest", args.shape, p, args.wkv_backend, device)
-        runs[f"original {p}"] = lambda m=model: score_original(m, pairs)
-        runs[f"forest {p}"] = lambda m=model: score_pairs(m, packed, 4096)
+        runs[f"original {p}"] = partial(score_original, model, pairs)
+        runs[f"forest {p}"] = partial(score_pairs, model, packed, 4096)
     seconds = alternate(runs, args.repeats, WARMUP)
     return report({
         **{f"{name} ms/pair": 1000 * s / len(pairs) for name, s in seconds.items()},
@@ -245,9 +157,9 @@ def time_trees(args: argparse.Namespace, device: torch.device) -> list[dict]:
 
             return run
 
-        def score(samples: list[range], model: RWKV = model) -> Callable[[], None]:
+        def score(samples: list[range], model: RWKV = model) -> Callable[[], object]:
             sets = [pairs.select(numbers) for numbers in samples]
-            return lambda: [score_pairs(model, each, 4096) for each in sets] and None
+            return lambda: [score_pairs(model, each, 4096) for each in sets]
 
         jobs = {"gradients": (train(tree, False), train(single, False)), "steps": (train(tree, True), train(single, True)),
                 "scoring": (score(tree), score(single))}  # fmt: skip
@@ -404,23 +316,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--n_layer", type=int, default=12)
     parser.add_argument("--n_embd", type=int, default=768)
+    parser.add_argument("--version", choices=["5", "6", "7"], default="5", help="of RWKV")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--wkv_backend", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.shape = ModelShape(args.n_layer, args.n_embd, args.n_embd, int(args.n_embd * 3.5) // 32 * 32, 65536)
+    dim_ffn = 4 * args.n_embd if args.version == "7" else int(args.n_embd * 3.5) // 32 * 32
+    args.shape = ModelShape(args.n_layer, args.n_embd, args.n_embd, dim_ffn, 65536, version=args.version)
     device = torch.device(args.device)
     if args.child:
         print(json.dumps(child(args, device)))
         return
-    check_parity(args.wkv_backend, device)
+    check_parity(args.wkv_backend, device, args.version)
     if device.type == "cpu":
         tune_cpu(keep_memory=True)
     print(machine())
     for name in args.parts:
-        save(f"step_{device.type}_L{args.n_layer}_D{args.n_embd}", {name: PARTS[name](args, device)})
+        of_version = "" if args.version == "5" else f"_v{args.version}"
+        save(f"step_{device.type}_L{args.n_layer}_D{args.n_embd}{of_version}", {name: PARTS[name](args, device)})
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def main() -> None:
             copies.put(copy_checkout(Path(folder, str(i))))
         bad = fail_unbroken(promises, copies)
         sound = {name: promise for name, promise in promises.items() if name not in bad}
-        for name, row in zip(sound, pool.map(lambda item: try_break(*item, copies), sound.items()), strict=True):
+        for name, row in zip(sound, pool.map(lambda name: try_break(name, sound[name], copies), sound), strict=True):
             save("promises", {name: row})
             bad |= set() if row["outcome"] in ("red", "hung") else {name}
     sys.exit(f"not noticed, or red unbroken: {', '.join(sorted(bad))}" if bad else 0)

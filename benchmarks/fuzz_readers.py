@@ -56,7 +56,7 @@ def main() -> None:
     results = {
         "seed": flags.seed,
         "inputs_over_file_readers": sum(int(report["inputs"]) for report in files),  # type: ignore[call-overload]
-        "findings": sum(len(report["findings"]) for report in reports.values()),  # type: ignore[arg-type]
+        "findings": sum(len(report["findings"]) for report in reports.values()),  # type: ignore[arg-type, misc]
         "seconds": round(time.perf_counter() - start),
         "limits": {
             "cpu_s_an_input": SECONDS,

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -112,7 +113,7 @@ def step(check: Check) -> Any:
 def runs(check: Check) -> Any:
     """By name: throughput after the first step, the share of the matrix products' rate, and memory; or what went wrong."""
     rates = {precision: matrix_rate(check, precision) for precision in (torch.bfloat16, torch.float32)}
-    return {name: attempt(lambda changes=changes, name=name: of_a_run(check, name, changes, rates)) for name, changes in RUNS.items()}
+    return {name: attempt(partial(of_a_run, check, name, changes, rates)) for name, changes in RUNS.items()}
 
 
 def of_a_run(check: Check, name: str, changes: dict[str, object], rates: dict[torch.dtype, float]) -> dict[str, Any]:

@@ -71,7 +71,8 @@ def campaign(folder: Path, layout: dict, args: argparse.Namespace) -> list[dict]
 
 def live(folder: Path, name: str, changes: dict, chance: random.Random, n_kills: int) -> list[dict]:
     """Lives until the run's end; each of the first n_kills is killed some steps after its start, every other one in a save."""
-    out, kills = folder / name, []
+    out: Path = folder / name
+    kills: list[dict] = []
     while not (out / "rwkv-final.pth").exists():
         process, begin = start(folder, name, changes), None
         n_steps, wants_save = chance.randint(1, 5), len(kills) % 2 == 1

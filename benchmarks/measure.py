@@ -5,19 +5,23 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from rwkv_dpo.data.pairs import Pair
 
 # gpu_check.py gathers what its parts write.
 RESULTS = Path(os.environ.get("BENCH_RESULTS") or Path(__file__).parent / "results")
 ROOT = Path(__file__).parent.parent
 
 
-def alternate(candidates: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, float]:
+def alternate(candidates: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, float]:
     """Median seconds of each candidate. They take turns, so that a machine that slows down slows all of them."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for i in range(warmup + repeats):
@@ -41,10 +45,14 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def make_pairs(lengths: tuple[int, int, int], n: int, vocab_size: int, seed: int = 0) -> list[tuple[np.ndarray, ...]]:
+def make_pairs(lengths: tuple[int, int, int], n: int, vocab_size: int, seed: int = 0) -> "list[Pair]":
     """Prompt, chosen and rejected answer of these lengths, n times."""
-    rng = np.random.default_rng(seed)
-    return [tuple(rng.integers(1, vocab_size, length) for length in lengths) for _ in range(n)]
+    rng, (prompt, chosen, rejected) = np.random.default_rng(seed), lengths
+
+    def drawn(length: int) -> np.ndarray:
+        return rng.integers(1, vocab_size, length)
+
+    return [(drawn(prompt), drawn(chosen), drawn(rejected)) for _ in range(n)]
 
 
 def machine() -> dict[str, object]:
@@ -60,7 +68,7 @@ def machine() -> dict[str, object]:
     }
 
 
-def save(name: str, results: dict[str, object]) -> None:
+def save(name: str, results: Mapping[str, object]) -> None:
     """Writes the parts of `results` into results/NAME.json, each with what it was measured on; other parts stay as they are."""
     path = RESULTS / f"{name}.json"
     parts = json.loads(path.read_text()) if path.exists() else {}

@@ -29,13 +29,13 @@ from rwkv_dpo.run_folder.contents import saved_name  # noqa: E402 (as above)
 from rwkv_dpo.tuning.tuning import load_tuned  # noqa: E402 (as above)
 
 CORPUS = ROOT / "default_text_document"
-SHARED = {
+SHARED: dict[str, Any] = {
     "vocab_size": 65536, "ctx_len": 256, "accelerator": "cpu", "precision": "fp32", "random_seed": 1, "epoch_save": 0, "micro_bsz": 4,
     "enable_progress_bar": False,
 }  # fmt: skip
 SHAPE = {"n_layer": 4, "n_embd": 128}
 PASSES = 3  # over the pairs, each evaluated: 336 pairs are 84 micro-batches
-PREFERENCE = {
+PREFERENCE: dict[str, Any] = {
     "data_file": CORPUS, "dpo_beta": 0.1, "dpo_general_corpus_ratio": 0.8, "epoch_steps": 84, "epoch_count": PASSES, "warmup_steps": 10,
     "valid_data_file": CORPUS, "eval_windows": 64, "eval_every": 42,
 }  # fmt: skip
@@ -117,7 +117,8 @@ def divergence(folder: Path, trained: Path) -> float:
 
 def run(script: str, **flags: Any) -> None:
     """A script of ours; a finished run of train.py ends at once."""
-    command = [sys.executable, ROOT / "RWKV-v5" / script, *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    command: list[str | Path] = [sys.executable, ROOT / "RWKV-v5" / script, *arguments]
     subprocess.run(command, check=True, env={**os.environ, "OMP_WAIT_POLICY": "passive"})
 
 
