@@ -65,6 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Here, not above: --help and a mistyped flag need no PyTorch.
     from rwkv_dpo.base.progress import Progress
     from rwkv_dpo.evaluation.reference import discard_journal, score_with_checkpoint
+    from rwkv_dpo.model.checkpoint import read_checkpoint, version_of
 
     for line in looked["warnings"] if looked else lost_shares(counts, args.ctx_len):
         warn(line)
@@ -73,6 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name, ratio in (("train", 1), ("valid", args.valid_ratio), ("test", args.test_ratio)):
         if ratio and not rows[name]:
             warn(f"{file_of(args.out_dir, name)} will hold no pair: none of the {len(set(prepared.prompt_keys))} prompts falls into it")
+    if load_templates(args.templates).is_g1 and (version := version_of(read_checkpoint(args.load_model), args.load_model)) != "7":
+        warn(f"--templates {args.templates} writes as RWKV-7 G1 models were trained; {args.load_model} is an RWKV-{version} checkpoint")
     unscored = identified(prepared.pairs, rows, args.load_model, args.precision)
     if not args.overwrite and is_prepared(args.out_dir, unscored, rows, not args.original_format):
         discard_journal(args.out_dir)
@@ -117,8 +120,9 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=0, help="read only this many rows of a source (0: all)")
     parser.add_argument("--ctx_len", type=int, default=4096, help="tokens of prompt + answer that are kept (4096)")
     parser.add_argument(
-        "--templates", default="mix", help="mix: the original's three for single turns; chat: one; or your .txt or .json file (mix)"
-    )
+        "--templates", default="mix", help="mix: the original's three for single turns; chat: one; g1, g1-think: of RWKV-7 G1 models, "
+        "without and with thinking where the data have none; or your .txt or .json file (mix)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of template and split draws (0)")
     parser.add_argument("--valid_ratio", type=float, default=0.1, help="share of prompts in validset.save (0.1)")
     parser.add_argument("--test_ratio", type=float, default=0.1, help="share of prompts in testset.save (0.1)")

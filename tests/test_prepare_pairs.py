@@ -52,6 +52,17 @@ def load_splits(folder):
     return [load_pairs(folder / f"{name}set.save", VOCAB_SIZE) for name in ("train", "valid", "test")]
 
 
+def test_the_form_of_g1_models_warns_of_a_checkpoint_of_another_version(prepare_pairs, source):
+    model = save_tiny_model(source.parent / "tiny.pth")
+    common = ("--source", source, "--load_model", model, "--device", "cpu", "--wkv_backend", "reference", "--out_dir", "out")
+    run = prepare_pairs(source.parent, *common, "--templates", "g1-think")
+    assert run.returncode == 0, run.stderr
+    assert f"writes as RWKV-7 G1 models were trained; {model} is an RWKV-5 checkpoint" in run.stderr
+    prompt, chosen, _ = load_splits(source.parent / "out")[0].pair(0)
+    assert WorldTokenizer().decode(prompt.tolist()).endswith("Assistant: <think>\n</think")
+    assert WorldTokenizer().decode(chosen.tolist()).startswith(">\nAnswer")
+
+
 def test_splits_and_report_tell_what_was_done(prepare_pairs, source):
     folder = source.parent
     model = save_tiny_model(folder / "tiny.pth")

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.data.preference import Preference
+from rwkv_dpo.data.prepare import prepare
 from rwkv_dpo.data.prompts import MODES, clean, load_templates, render, seeded_fraction
+from rwkv_dpo.data.tokenizer import WorldTokenizer
 
 MIX, CHAT = MODES["mix"], MODES["chat"]
 
@@ -41,6 +43,40 @@ def test_dialogues_and_system_messages_are_written_as_chat_in_both_modes():
 
 def test_chat_mode_writes_every_single_turn_the_same_way():
     assert {render(single(), CHAT, seed).prompt for seed in range(50)} == {"User: Why?\n\nAssistant:"}
+
+
+# By the names of a template and of the answers' form: the end of the prompt, and both answers. The forms are those that the G1 models'
+# own page gives for prompts: "Assistant:", "Assistant: <think", and "Assistant: <think>\n</think" for none.
+G1 = {
+    ("g1", "plain"): ("Assistant:", " Yes.\n\nIndeed.\n\n", " No.\n\n"),
+    ("g1", "thinking"): ("Assistant: <think", ">Hm.\n\nSo.</think>\nYes.\n\n", "></think>No.\n\n"),
+    ("g1", "mixed"): ("Assistant:", " <think>Hm.</think>Yes.\n\n", " No.\n\n"),
+    ("g1-think", "plain"): ("Assistant: <think>\n</think", ">\nYes.\n\nIndeed.\n\n", ">\nNo.\n\n"),
+    ("g1-think", "thinking"): ("Assistant: <think", ">Hm.\n\nSo.</think>\nYes.\n\n", "></think>No.\n\n"),
+    ("g1-think", "mixed"): ("Assistant: <think", ">Hm.</think>Yes.\n\n", ">\n</think>\nNo.\n\n"),
+}
+G1_ANSWERS = {
+    "plain": ("Yes.\r\n\r\nIndeed. ", "No."), "thinking": ("<think>Hm.\n\nSo.</think>\nYes.", "<think></think>No."),
+    "mixed": ("<think>Hm.</think>Yes.", "No."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "answers"), G1)
+def test_g1_models_are_asked_and_answer_in_the_form_they_were_trained_in(name, answers):
+    preference = Preference("row 1", "", ("Why?\n\n\nTell.",), *G1_ANSWERS[answers])
+    end, *texts = G1[name, answers]
+    assert render(preference, MODES[name], 0) == (f"User: Why?\nTell.\n\n{end}", *texts, f"\n\n{end}")
+    assert render(single(chosen=" "), MODES[name], 0).chosen == ""
+
+
+def test_answers_of_a_ranking_that_think_and_others_have_prompts_of_their_own():
+    rows = [Preference("row 1", "", ("Why?",), "<think>a</think>b", "<think>c</think>d", ranking="1"),
+            Preference("row 2", "", ("Why?",), "<think>a</think>b", "e", ranking="1")]  # fmt: skip
+    pairs = prepare(rows, WorldTokenizer(), 100, "g1", 0).pairs
+    assert [WorldTokenizer().decode(part.tolist()) for i in range(2) for part in pairs.pair(i)] == [
+        "User: Why?\n\nAssistant: <think", ">a</think>b\n\n", ">c</think>d\n\n",
+        "User: Why?\n\nAssistant:", " <think>a</think>b\n\n", " e\n\n",
+    ]  # fmt: skip
 
 
 def test_braces_in_a_prompt_are_text():
@@ -95,7 +131,7 @@ def test_a_json_file_sets_weights_names_and_answers(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "content", "fault"), [
-    ("mixed", None, "accepted are mix, chat, and a .txt or .json file"),
+    ("mixed", None, "accepted are mix, chat, g1, g1-think, and a .txt or .json file"),
     ("none.txt", None, "cannot be read: No such file"),
     ("a.txt", b"User: {promt}", r"'User: \{promt\}' has \{prompt\} 0 times"),
     ("a.txt", b"{prompt}{prompt}", r"has \{prompt\} 2 times"),

@@ -203,10 +203,12 @@ def _tokenized(
             yield from ((one, None) for one in together)
             continue
         texts = [render(one, templates, seed) for one in together if isinstance(one, Preference)]
-        prompt, n_cue = encoded(texts[0].prompt), len(encoded(texts[0].cue))
+        # More than one where some of the answers think.
+        prompts = {(text.prompt, text.cue): (encoded(text.prompt), len(encoded(text.cue))) for text in texts}
         answers = {text: encoded(text) for both in texts for text in (both.chosen, both.rejected)}
         longest = max(map(len, answers.values()))
         for one, both in zip(together, texts, strict=True):
+            prompt, n_cue = prompts[both.prompt, both.cue]
             yield one, _Tokens((prompt, answers[both.chosen], answers[both.rejected]), longest, n_cue)
 
 

@@ -25,6 +25,11 @@ class Templates:
     assistant: str = "Assistant"
     answer: str = " {answer}\n\n"
 
+    @property
+    def is_g1(self) -> bool:
+        """The form of G1 models, whose answers may begin with a span of <think>."""
+        return self.name in ("g1", "g1-think")
+
 
 MODES = {
     # The original's three.
@@ -32,7 +37,13 @@ MODES = {
         "mix", {"User: {prompt}\n\nAssistant:": 0.8, "Question: {prompt}\n\nAnswer:": 0.1, "Input: {prompt}\n\nResponse:": 0.1}
     ),
     "chat": Templates("chat"),
+    # As RWKV-7 G1 models were trained.
+    "g1": Templates("g1"),
+    "g1-think": Templates("g1-think"),
 }
+
+# A span of thinking in G1's form, and an empty one. The model itself writes the last ">" of what a prompt ends with.
+_THINK, _NO_THOUGHT = "<think>", "<think>\n</think>"
 
 
 class Rendered(NamedTuple):
@@ -84,6 +95,8 @@ def render(preference: Preference, templates: Templates, seed: int) -> Rendered:
         lines += [f"{names[i % 2]}: {turn}" for i, turn in enumerate(turns)]
         cue = f"\n\n{templates.assistant}:"
         prompt = "\n\n".join(lines) + cue
+    if templates.is_g1:
+        return _thinking(prompt, cue, (preference.chosen, preference.rejected), templates)
     return Rendered(prompt, _answer(preference.chosen, templates), _answer(preference.rejected, templates), cue)
 
 
@@ -107,6 +120,20 @@ def _draw(single: Mapping[str, float], prompt: str, seed: int) -> str:
 def _answer(text: str, templates: Templates) -> str:
     cleaned = clean(text)
     return templates.answer.replace("{answer}", cleaned) if cleaned else ""
+
+
+def _thinking(prompt: str, cue: str, answers: tuple[str, str], templates: Templates) -> Rendered:
+    """Answers, which keep their blank lines, with spans of thinking: those that they have, and empty ones where all are to have one. What
+    both begin with ends the prompt."""
+    texts = [re.sub(r"\r\n?", "\n", text).strip() for text in answers]
+    found = [text.startswith(_THINK) for text in texts if text]
+    if templates.name == "g1-think" or (found and all(found)):
+        opening = _THINK[:-1] if any(found) else _NO_THOUGHT[:-1]
+        whole = [text if text.startswith(_THINK) else f"{_NO_THOUGHT}\n{text}" for text in texts]
+        chosen, rejected = (f"{begun.removeprefix(opening)}\n\n" if text else "" for begun, text in zip(whole, texts, strict=True))
+        return Rendered(f"{prompt} {opening}", chosen, rejected, f"{cue} {opening}")
+    chosen, rejected = (templates.answer.replace("{answer}", text) if text else "" for text in texts)
+    return Rendered(prompt, chosen, rejected, cue)
 
 
 def _parsed(text: str, name: str) -> dict[str, Any]:
