@@ -84,7 +84,7 @@ def test_the_documentation_holds_the_flag_table():
 
 def test_the_parser_and_the_settings_have_the_same_names():
     options = {option[2:] for action in build_parser()._actions for option in action.option_strings if option.startswith("--")}
-    assert options - {"help"} == set(FLAGS) | set(NEUTRAL)
+    assert options - {"help", "config"} == set(FLAGS) | set(NEUTRAL)
 
 
 @pytest.mark.parametrize(("given", "devices", "gpu_ids"), [

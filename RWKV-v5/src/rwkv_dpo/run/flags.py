@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.base.errors import InputError, refuse
 from rwkv_dpo.base.parser import HelpFormatter, OneLineParser
 from rwkv_dpo.devices.settings import DeviceSettings
+from rwkv_dpo.run.config_file import ENDINGS, arguments_of
 from rwkv_dpo.run.foreign_flags import translate
 from rwkv_dpo.run.rules import check, check_trains
 from rwkv_dpo.run.settings import FLAGS, ROOMS, RunSettings, settings_of
@@ -22,7 +23,7 @@ NEUTRAL: dict[str, tuple[int, ...]] = {
 
 def parse_flags(arguments: Sequence[str]) -> tuple[RunSettings, frozenset[str]]:
     """The checked settings, and the names of the flags that were given. Raises InputError."""
-    values = vars(build_parser().parse_args(translate(arguments, FLAGS.keys() | NEUTRAL.keys())))
+    values = _values_of(arguments)
     if values.keys() & {"devices", "gpu_ids"}:
         _resolve_devices(values)
     for name, accepted in NEUTRAL.items():
@@ -36,6 +37,20 @@ def parse_flags(arguments: Sequence[str]) -> tuple[RunSettings, frozenset[str]]:
     if not settings.general.my_pile_stage:
         check_trains(settings)
     return settings, frozenset(values)
+
+
+def _values_of(arguments: Sequence[str]) -> dict[str, Any]:
+    """By flag; what is typed comes before what --config says."""
+    own = OneLineParser(add_help=False, argument_default=argparse.SUPPRESS)
+    own.add_argument("--config")
+    files, typed = own.parse_known_args(arguments)
+    known, parser, values = FLAGS.keys() | NEUTRAL.keys(), build_parser(), {}
+    if path := getattr(files, "config", ""):
+        try:
+            values = vars(parser.parse_args(translate(arguments_of(path), known)))
+        except InputError as error:
+            refuse(str(error) if str(error).startswith("--config") else f"--config {path}: {error}")
+    return values | vars(parser.parse_args(translate(typed, known)))
 
 
 def _resolve_devices(values: dict[str, Any]) -> None:
@@ -78,6 +93,7 @@ def build_parser() -> OneLineParser:
         prog="train.py", argument_default=argparse.SUPPRESS, formatter_class=HelpFormatter,
         description="Trains an RWKV model (versions 5, 6 and 7): ratio * language model + (1 - ratio) * Direct Preference Optimization.",
     )  # fmt: skip
+    parser.add_argument("--config", metavar="FILE", help=f"a file of flags ({', '.join(ENDINGS)}), or a run's config.json; typed flags win")
     for room in ROOMS.values():
         group = parser.add_argument_group(room.TITLE)  # type: ignore[attr-defined]  # every room has one
         for f in fields(room):
