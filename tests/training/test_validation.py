@@ -88,3 +88,4 @@ def test_some_pairs_are_drawn_by_the_seed(data, tmp_path):
 def test_the_interval_is_wilsons(k, n):
     wanted = binomtest(k, n).proportion_ci(0.95, "wilson")
     assert interval(k / n, n) == pytest.approx([wanted.low, wanted.high], abs=1e-6)
+    assert all(math.copysign(1, bound) == 1 and bound <= 1 for bound in interval(k / n, n))

@@ -172,4 +172,5 @@ def interval(share: float, n: int) -> list[float]:
     """
     z = 1.959964
     middle, width = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    return [(middle - width) / (1 + z * z / n), (middle + width) / (1 + z * z / n)]
+    # Rounding would print -0.000 for a share of 0.
+    return [max((middle - width) / (1 + z * z / n), 0.0), min((middle + width) / (1 + z * z / n), 1.0)]
