@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     mixtures = [replace(own, options=replace(own.options, beta=args.dpo_beta or own.options.beta)) for own in objectives(runs)]
     found, first = [], None
     for path, tuned in columns:
-        held = "" if tuned else args.quant  # PiSSA takes its start out of matrices as they are
+        held = "none" if tuned else args.quant  # PiSSA takes its start out of matrices as they are
         dtype = COMPUTE_DTYPES[args.precision]
         model = load_model(path, device=device, compute_dtype=dtype, wkv_backend=args.wkv_backend, quant=held)
         if tuned:

@@ -82,7 +82,7 @@ def test_zeros_stay_zeros_and_what_is_not_finite_is_not_hidden(form):
 
 
 def tuned(method, form, version="5", **options):
-    """A model with an adapter or states that have moved, beside matrices in that form; "" as they are."""
+    """A model with an adapter or states that have moved, beside matrices in that form."""
     model = random_model(SHAPE, torch.float32, version=version, grad_cp=options.pop("grad_cp", "0"))
     torch.manual_seed(1)
     if method == "state":
@@ -104,7 +104,7 @@ def trained(model):
 
 def dense_twin(model, method, **options):
     """A model of plain matrices: those that `model` holds in fewer bits, and its trained weights."""
-    twin = tuned(method, "", **options)
+    twin = tuned(method, "none", **options)
     own = dict(twin.named_parameters())
     with torch.no_grad():
         for name, value in {**dict(model.named_parameters()), **quantized(model)}.items():

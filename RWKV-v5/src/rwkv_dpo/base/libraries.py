@@ -24,6 +24,7 @@ def quiet_bitsandbytes() -> None:
 
 
 def bitsandbytes(module: str) -> Any:
-    """One of its modules."""
+    """One of its modules, by its name within the package."""
+    # Python's own table finds one that is imported already, so that this may stand in a product.
     quiet_bitsandbytes()
     return importlib.import_module(f"bitsandbytes.{module}")

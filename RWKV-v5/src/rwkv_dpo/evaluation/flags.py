@@ -31,8 +31,8 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_quant_flag(parser: argparse.ArgumentParser) -> None:
     """In which form the model's matrices are held."""
-    text = "hold the projections of --load_model in fewer bits, as train.py does (as they are)"
-    parser.add_argument("--quant", choices=("int8", "nf4"), default="", help=text)
+    text = "hold the projections of --load_model in 8 or 4 bits, as train.py does (none)"
+    parser.add_argument("--quant", choices=("none", "int8", "nf4"), default="none", help=text)
 
 
 def check_sampling(args: argparse.Namespace) -> None:

@@ -64,7 +64,7 @@ class Plan:
     offload: bool = False
     n_bucket: int = 0  # numbers in a bucket of DeepSpeed's, with a zero_stage
     world_size: int = 1
-    quant: str = ""  # as --quant
+    quant: str = "none"  # as --quant
     n_projections: int = 0  # numbers in what --quant is of
     file_bytes: int = 0  # of the checkpoint, which counts as memory of a CPU process while it is mapped
 
@@ -75,8 +75,9 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "head", "states", "
 def estimate(plan: Plan) -> dict[str, float]:
     """Bytes by part at the moment of the peak; their sum is the peak."""
     trained = _trained(plan)
+    frozen = held_frozen(plan.shape, plan.n_parameters - plan.n_trainable, plan.n_projections, plan.frozen_bytes, plan.quant)
     lasting = {
-        "weights": trained.weights + _frozen(plan) + _casts(plan), "optimizer": trained.optimizer, "states": _states(plan),
+        "weights": trained.weights + frozen + _casts(plan), "optimizer": trained.optimizer, "states": _states(plan),
         "temporaries": float(WORKSPACES) if plan.on_gpu else 0.0,
     }  # fmt: skip
     saved, own, head = _saved(plan), _block_temporaries(plan), _head(plan)
@@ -102,8 +103,9 @@ def estimate(plan: Plan) -> dict[str, float]:
     if plan.keeps_heap:
         parts["temporaries"] += HEAP_SHARE * (parts["activations"] + parts["head"])
     nothing = dict.fromkeys(PARTS, 0.0)
-    loading = nothing | {"weights": lasting["weights"] - _casts(plan), "temporaries": plan.file_bytes + while_quantizing(plan.shape, plan.quant)}
-    setting_up = nothing | {"weights": trained.setup + _frozen(plan)}
+    reading = plan.file_bytes + (0.0 if plan.on_gpu else while_quantizing(plan.shape, plan.quant))
+    loading = nothing | {"weights": lasting["weights"] - _casts(plan), "temporaries": reading}
+    setting_up = nothing | {"weights": trained.setup + frozen}
     return max(parts, loading, setting_up, key=lambda moment: sum(moment.values()))
 
 
@@ -142,10 +144,6 @@ def _trained(plan: Plan) -> Held:
         n=p.n_trainable, n_largest=largest, weight_bytes=p.trained_bytes, moment_bytes=MOMENT_BYTES[p.optim], accumulates=p.accumulates,
         at_once=p.chunk_ctx > 0, ddp=p.ddp, zero_stage=p.zero_stage, offload=p.offload, world_size=p.world_size, n_bucket=p.n_bucket,
     ))  # fmt: skip
-
-
-def _frozen(plan: Plan) -> float:
-    return held_frozen(plan.shape, plan.n_parameters - plan.n_trainable, plan.n_projections, plan.frozen_bytes, plan.quant)
 
 
 def _casts(plan: Plan) -> float:

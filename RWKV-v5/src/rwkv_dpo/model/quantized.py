@@ -122,7 +122,8 @@ class QuantizedLinear(Linear):
 
     def __init__(self, form: str, n_in: int, n_out: int) -> None:
         nn.Module.__init__(self)  # nn.Linear would make a weight
-        self.in_features, self.out_features, self.bias = n_in, n_out, None
+        self.in_features, self.out_features = n_in, n_out
+        self.register_parameter("bias", None)
         self.matrix = FORMS[form]((n_out, n_in))
 
     @property
@@ -148,8 +149,11 @@ class QuantizedLinear(Linear):
 
 
 def quantize(model: nn.Module, form: str, but: Collection[str] = (), has_values: bool = True) -> None:
-    """Holds the model's projections in a form of FORMS from here on, all but those whose weights' names are given. has_values: the model's
-    weights are set; else they are taken in as they come, from `checkpoint.load_into`. Raises InputError without bitsandbytes."""
+    """Holds the model's projections in a form of FORMS from here on, all but those whose weights' names are given; form "none" leaves all
+    as they are. has_values: the model's weights are set; else they are taken in as they come, from `checkpoint.load_into`. Raises
+    InputError without bitsandbytes."""
+    if form == "none":
+        return
     check_bitsandbytes(f"--quant {form}", "without it matrices are held in the compute dtype")
     for prefix, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):

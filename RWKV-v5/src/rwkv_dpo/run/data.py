@@ -151,9 +151,8 @@ def tell_differences(settings: RunSettings, pair_files: dict[str, PairSet], load
                 "%s was scored by another file (sha256 %.12s...) than training starts from, %s; --dpo_ref recompute takes the starting "
                 "model as the reference", name, scored_by, start,
             )  # fmt: skip
-        elif (scored_in := pairs.header.get("reference_quant", "")) != settings.tuning.quant:
-            as_was, as_now = (f"with --quant {form}" if form else "without --quant" for form in (scored_in, settings.tuning.quant))
+        elif (scored_in := pairs.header.get("reference_quant", "none")) != settings.tuning.quant:
             log.warning(
-                "%s was scored %s, training is %s: the reference is another model; --dpo_ref recompute, or prepare_pairs.py %s, makes it "
-                "this one", name, as_was, as_now, as_now,
+                "%s was scored with --quant %s, training has --quant %s, which is another model; --dpo_ref recompute takes the starting "
+                "model as the reference, and prepare_pairs.py scores with --quant too", name, scored_in, settings.tuning.quant,
             )  # fmt: skip

@@ -118,17 +118,16 @@ def extra_names(model: RWKV, words: list[str]) -> tuple[str, ...]:
     return tuple(name for name in own if any(re.fullmatch(EXTRAS[word], name) for word in words))
 
 
-def keep_frozen(model: RWKV, but: tuple[str, ...] = (), quant: str = "") -> None:
+def keep_frozen(model: RWKV, but: tuple[str, ...] = (), quant: str = "none") -> None:
     """Keeps matrices that don't train in the compute dtype, to which each product would round them, or those of the blocks in fewer bits
     (quant: as --quant); all but those named."""
-    if quant:
-        quantize(model, quant, but)
+    quantize(model, quant, but)
     for prefix, module in model.named_modules():
         if f"{prefix}.weight" not in but and isinstance(module, Linear | Head | nn.Embedding) and not isinstance(module, QuantizedLinear):
             module.weight.data = module.weight.data.to(model.compute_dtype)
 
 
-def add_adapter(model: RWKV, plan: AdapterPlan, saved: SavedAdapter | None = None, quant: str = "") -> Adapter:
+def add_adapter(model: RWKV, plan: AdapterPlan, saved: SavedAdapter | None = None, quant: str = "none") -> Adapter:
     """Puts an adapter into the model, at its start (which changes nothing the model computes) or as it was saved. quant: the form of the
     matrices that stay as they are, as --quant; with PiSSA, of what it leaves of them (QPiSSA: arXiv:2404.02948)."""
     peft = peft_library()

@@ -28,7 +28,7 @@ class States:
         save_states(trained, folder / f"state-{label}.pth", self.base_sha256)
 
 
-def add_states(model: RWKV, saved: Weights | None = None, quant: str = "") -> States:
+def add_states(model: RWKV, saved: Weights | None = None, quant: str = "none") -> States:
     """Gives the model trainable first states, as saved, as its checkpoint had them or zero, and freezes everything else. quant: the form
     of its matrices, as --quant."""
     keep_frozen(model.requires_grad_(False), quant=quant)

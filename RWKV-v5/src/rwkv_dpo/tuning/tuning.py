@@ -57,13 +57,12 @@ def keep_small(model: RWKV, settings: TuningSettings) -> None:
     in fp32 beside the file they are loaded from. PiSSA takes its start from fp32 matrices; which of embedding and head a folder trains
     shows later."""
     if settings.peft not in ("none", "pissa"):
-        if settings.quant:
-            quantize(model, settings.quant, has_values=False)
+        quantize(model, settings.quant, has_values=False)
         may_train = settings.peft != "state" and (settings.train_extra or settings.peft_load)
         keep_frozen(model, ("emb.weight", "head.weight") if may_train else ())
 
 
-def load_tuned(model: RWKV, path: str | Path, base: str | Path = "", any_base: bool = False, quant: str = "") -> RWKV:
+def load_tuned(model: RWKV, path: str | Path, base: str | Path = "", any_base: bool = False, quant: str = "none") -> RWKV:
     """Adds an adapter folder or a state file to a model that is to be run, and puts its matrices into the form of --quant. Refuses one of
     another base model than the file `base`, from which the model comes, unless any_base."""
     if Path(path).is_dir():
