@@ -37,7 +37,9 @@ def bytes_of(model) -> int:
 
 
 @pytest.mark.parametrize("quant", ["none", *FORMS])
-@pytest.mark.parametrize(("version", "grad_cp", "window"), [("5", "0", 300), ("5", "1", 300), ("5", "1", 40), ("6", "1", 100), ("7", "0", 100)])
+@pytest.mark.parametrize(("version", "grad_cp", "window"), [
+    ("5", "0", 300), ("5", "1", 300), ("5", "1", 40), ("6", "1", 100), ("7", "0", 100),
+])  # fmt: skip
 def test_the_estimate_is_within_15_percent_of_what_a_step_takes(quant, version, grad_cp, window):
     model, n_projections = adapted(SHAPES[version], quant, grad_cp=grad_cp)
     trained = [p for p in model.parameters() if p.requires_grad]

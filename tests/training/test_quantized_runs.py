@@ -15,7 +15,7 @@ from rwkv_dpo.evaluation.reference import score_with_checkpoint
 from rwkv_dpo.evaluation.scoring import score_pairs
 from rwkv_dpo.files.tensor_files import read_safetensors
 from rwkv_dpo.model.checkpoint import load_model, read_weights
-from rwkv_dpo.tuning.adapter_files import METHODS, WEIGHTS, read_adapter
+from rwkv_dpo.tuning.adapter_files import WEIGHTS, read_adapter
 from rwkv_dpo.tuning.tuning import load_tuned
 from test_train import run
 
