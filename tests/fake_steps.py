@@ -63,14 +63,14 @@ CHUNKS: tuple[dict[str, Any], ...] = ({}, {"chunk_ctx": 16}, {"chunk_ctx": 16, "
 ARITHMETIC: tuple[dict[str, Any], ...] = (
     *({"precision": name} for name in ("fp32", "fp16", "bf16")),
     *({"precision": "bf16", "peft": name} for name in ("lora", "dora", "state")),
-    {"precision": "bf16", "peft": "lora", "quant": "nf4"}, {"precision": "fp16", "peft": "dora", "quant": "int8"},
 )
-# What changes the loss alone, each in its own step.
+# What changes the loss alone, and --quant, each in its own step.
 OBJECTIVES: tuple[dict[str, Any], ...] = (
     *({"dpo_loss": name} for name in LOSSES if name != "exo_pair"), {"dpo_loss": "exo_pair", "dpo_label_smoothing": 0.001},
     *({"dpo_f_divergence": name} for name in ("forward_kl", "js", "alpha")),
     {"dpo_wpo": 1}, {"dpo_ref": "recompute", "dpo_ld_alpha": 0.5}, {"dpo_general_corpus_ratio": 0}, {"dpo_general_corpus_ratio": 1},
     {"dpo": 0}, {"dropout": 0.1}, {"dpo_wpo": 1, "chunk_ctx": 16},
+    {"peft": "lora", "quant": "nf4", "chunk_ctx": 16}, {"peft": "dora", "quant": "int8", "grad_cp": "1"},
 )  # fmt: skip
 
 aten = torch.ops.aten
