@@ -1,6 +1,7 @@
 """Matrices in 8 and 4 bits against bitsandbytes' own, and models that hold them against models whose weights are what they hold."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from rwkv_dpo.objective.losses import dpo
 from rwkv_dpo.objective.objective import objective
 from rwkv_dpo.tuning.adapter_files import METHODS
 from rwkv_dpo.tuning.adapters import add_adapter, merged_weights, plan_adapter
+from rwkv_dpo.tuning.settings import TuningSettings
 from rwkv_dpo.tuning.states import add_states
+from rwkv_dpo.tuning.tuning import begin_tuning
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import bitsandbytes  # noqa: E402 (quietly)
@@ -197,6 +200,18 @@ def test_scales_stay_fp32_and_the_fingerprint_of_weights_sees_every_part(form):
     assert {part.device.type for part in meta.to("meta").matrix.parts.values()} == {"meta"}
 
 
+@pytest.mark.parametrize(("method", "most"), [("lora", 0), ("dora", 2)])
+def test_an_adapter_begins_without_making_matrices_time_and_again(method, most, monkeypatch):
+    """peft asks for weights where it needs a device or a size. DoRA begins with the norms of their rows."""
+    made = []
+    whole = QuantizedLinear.weight.fget
+    monkeypatch.setattr(QuantizedLinear, "weight", property(lambda self: (made.append(self), whole(self))[1]))
+    model = random_model(SHAPE, torch.float32)
+    quantize(model, "int8")
+    add_adapter(model, plan_adapter(model, method, 4, 6, 0.0, "key,value", "", ""), quant="int8")
+    assert len(made) == most * 4 * SHAPE.n_layer
+
+
 def test_nothing_is_kept_of_a_matrix_that_a_product_has_made():
     model = tuned("lora", "nf4")
     sizes = {}
@@ -217,6 +232,20 @@ def test_without_bitsandbytes_it_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="--quant nf4 needs the package bitsandbytes"):
         quantize(model, "nf4")
+
+
+def test_a_folder_that_trains_a_projection_as_a_whole_is_refused(tmp_path):
+    model = random_model(SHAPE, torch.float32)
+    plan = plan_adapter(model, "lora", 4, 6, 0.0, "att.key", "", "")
+    whole = {"blocks.0.ffn.value.weight": model.blocks[0].ffn.value.weight.detach().clone()}
+    adapter = add_adapter(model, plan)
+    replace(adapter, plan=replace(plan, extra=tuple(whole))).save({**trained(model), **whole}, tmp_path, "final")
+    settings = TuningSettings(peft="lora", quant="int8", peft_load=str(tmp_path / "adapter-final"))
+    base = random_model(SHAPE, torch.float32)
+    quantize(base, "int8")
+    with pytest.raises(InputError, match=r"adapter-final: trains blocks.0.ffn.value.weight as a whole, which --quant holds in fewer bits"):
+        begin_tuning(base, settings, frozenset())
+    begin_tuning(random_model(SHAPE, torch.float32), replace(settings, quant="none"), frozenset())
 
 
 def test_weights_are_merged_into_files_and_not_into_what_is_held():

@@ -131,6 +131,11 @@ class QuantizedLinear(Linear):
         """The matrix in fp32, made anew each time."""
         return self.matrix.to(torch.float32)
 
+    @property
+    def qweight(self) -> Tensor:
+        """Where peft looks for a layer's device first, many times over, before it asks for the weight."""
+        return self.matrix.parts["codes"]
+
     def cast(self, dtype: torch.dtype) -> None:
         """Nothing is kept: see Cast."""
 

@@ -58,6 +58,10 @@ class AdaptedLinear(lora.Linear):
         # A matrix of fewer bits has no dtype.
         return weight.device, torch.promote_types(weight.dtype or torch.float32, torch.float32)
 
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        """Peft's own looks at the weight, which would be made for that where it is held in fewer bits."""
+        return module.in_features, module.out_features  # type: ignore[return-value]  # a Linear's
+
     def _weight(self, part: str) -> Tensor:
         # Not get_parameter, which insists on a Parameter: --chunk_ctx has plain tensors stand in for them.
         return getattr(self, part)[NAME].weight

@@ -170,6 +170,8 @@ def _restore(model: RWKV, plan: AdapterPlan, saved: SavedAdapter) -> dict[str, T
     peft_library().set_peft_model_state_dict(model, now)
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
     for name, value in saved.extra.items():
+        if name in quantized(model):
+            refuse(f"{saved.path}: trains {name} as a whole, which --quant holds in fewer bits; --quant none is accepted")
         if name not in parameters or parameters[name].shape != value.shape:
             refuse(f"{saved.path}: {name} {tuple(value.shape)} is not a weight of this model")
         parameters[name].copy_(value)
