@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--n_layer", type=int, default=24)
     parser.add_argument("--n_embd", type=int, default=2048)
     parser.add_argument("--ctx_len", type=int, default=1024)
-    parser.add_argument("--time_shape", type=int, nargs=2, default=(6, 1024))
+    parser.add_argument("--time_shape", type=int, nargs=2, default=(4, 1024))
     parser.add_argument("--parts", nargs="+", choices=("memory", "time"), default=("memory", "time"))
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/memory.md and measure nothing")
     parser.add_argument("--dont_save", action="store_true")
