@@ -26,7 +26,7 @@ from rwkv_dpo.files.json_text import as_json
 try:
     from rwkv_dpo.data.prompt_files import read_prompts
     from rwkv_dpo.data.tokenizer import WorldTokenizer
-    from rwkv_dpo.evaluation.flags import add_device_flags, add_sampling_flags, check_sampling, sampling_of
+    from rwkv_dpo.evaluation.flags import add_device_flags, add_quant_flag, add_sampling_flags, check_sampling, sampling_of
 except ModuleNotFoundError as error:
     leave_without(error)
 
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     device = pick_device(args.device, "--device")
     set_up(device, args.precision)
-    model = load_speaker(args.load_model, args.peft_load, args.any_base == 1, device, args.precision, args.wkv_backend)
+    model = load_speaker(args.load_model, args.peft_load, args.any_base == 1, device, args.precision, args.wkv_backend, args.quant)
     if prompts:
         answer_all(args, model, prompts)
     else:
@@ -135,6 +135,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write prompts and answers to this file, a JSON line each")
     add_sampling_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="of sampling (0)")
+    add_quant_flag(parser)
     add_device_flags(parser)
     args = parser.parse_args(arguments)
     if args.n < 1:

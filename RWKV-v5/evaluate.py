@@ -28,7 +28,7 @@ try:
     from rwkv_dpo.data.pairs import PairSet
     from rwkv_dpo.data.prompt_files import as_question
     from rwkv_dpo.data.tokenizer import WorldTokenizer, check_reads_text
-    from rwkv_dpo.evaluation.flags import add_device_flags
+    from rwkv_dpo.evaluation.flags import add_device_flags, add_quant_flag
 except ModuleNotFoundError as error:
     leave_without(error)
 
@@ -63,9 +63,11 @@ def main(arguments: list[str] | None = None) -> None:
     mixtures = [replace(own, options=replace(own.options, beta=args.dpo_beta or own.options.beta)) for own in objectives(runs)]
     found, first = [], None
     for path, tuned in columns:
-        model = load_model(path, device=device, compute_dtype=COMPUTE_DTYPES[args.precision], wkv_backend=args.wkv_backend)
+        held = "none" if tuned else args.quant  # PiSSA takes its start out of matrices as they are
+        dtype = COMPUTE_DTYPES[args.precision]
+        model = load_model(path, device=device, compute_dtype=dtype, wkv_backend=args.wkv_backend, quant=held)
         if tuned:
-            load_tuned(model, tuned, path, args.any_base == 1)
+            load_tuned(model, tuned, path, args.any_base == 1, args.quant)
         found.append(scores_of(model, tuned or path, pairs, corpora[path], first, args))
         # The divergence of the others is measured from it.
         first = first or (model if with_kl and args.data_file else None)
@@ -127,6 +129,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top_p", type=float, default=0.9, help="nucleus of sampling (0.9)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of the bootstrap (0)")
     parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens scored at once (8192)")
+    add_quant_flag(parser)
     add_device_flags(parser)
     parser.add_argument("--out", type=Path, help="also write the report as JSON")
     parser.add_argument("--plot", type=Path, help="also draw accuracy, calibration and margins of --pairs into this .png file")

@@ -34,6 +34,7 @@ try:
     from rwkv_dpo.data.splits import PAGE, file_of, identified, is_prepared, split_rows, write_splits
     from rwkv_dpo.data.text_files import ROW_ENDINGS, check_encoding
     from rwkv_dpo.data.tokenizer import WorldTokenizer
+    from rwkv_dpo.evaluation.flags import add_quant_flag
     from rwkv_dpo.report.figures import lost_shares
     from rwkv_dpo.report.look import look, whole_report
     from rwkv_dpo.report.page import as_page
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
             warn(f"{file_of(args.out_dir, name)} will hold no pair: none of the {len(set(prepared.prompt_keys))} prompts falls into it")
     if load_templates(args.templates).is_g1 and (version := version_of(read_checkpoint(args.load_model), args.load_model)) != "7":
         warn(f"--templates {args.templates} writes as RWKV-7 G1 models were trained; {args.load_model} is an RWKV-{version} checkpoint")
-    unscored = identified(prepared.pairs, rows, args.load_model, args.precision)
+    unscored = identified(prepared.pairs, rows, args.load_model, args.precision, args.quant)
     if not args.overwrite and is_prepared(args.out_dir, unscored, rows, not args.original_format):
         discard_journal(args.out_dir)
         print(f"{args.out_dir} holds the pair files that these flags make; --overwrite 1 makes them anew")
@@ -84,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     with Progress(len(prepared.pairs), "pair", "reference", leave=True) as progress:
         pairs = score_with_checkpoint(
             unscored, args.load_model, args.out_dir, device=args.device, precision=args.precision, batch_tokens=args.batch_tokens,
-            wkv_backend=args.wkv_backend, progress=progress.update,
+            wkv_backend=args.wkv_backend, quant=args.quant, progress=progress.update,
         )  # fmt: skip
     report = whole_report(looked, prepared, notes, by_source, pairs)
     files = write_splits(args.out_dir, pairs, rows, report, as_page, write_as_original if args.original_format else write_packed)
@@ -130,6 +131,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
         "--original_format", type=int, choices=(0, 1), default=0, help="1: the original's form, a list for torch.load, without a header (0)"
     )
     parser.add_argument("--precision", choices=("fp32", "tf32", "fp16", "bf16"), default="fp32", help="of the reference (fp32)")
+    add_quant_flag(parser)
     parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens scored at once (8192)")
     parser.add_argument("--wkv_backend", default="auto", help="auto, reference, chunked, cpu or cuda (auto)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU when there is one (auto)")

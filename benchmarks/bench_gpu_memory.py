@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "RWKV-v5" / "src"), str(ROOT / "tests"), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT / "RWKV-v5"), str(ROOT / "RWKV-v5" / "src"), str(ROOT / "tests"), str(Path(__file__).parent)]
 
 from conftest import random_model  # noqa: E402 (the path above holds what follows)
 from fake_gpu import run_on_fake_gpu, unusable_because  # noqa: E402

@@ -52,6 +52,7 @@ TURNS: tuple[tuple[dict[str, Any], ...], ...] = (
      {"epoch_steps": 3, "accumulate_grad_batches": 3, "batch_tokens": 90}),
     ({}, {"weight_decay": 0.01}, {"enable_progress_bar": True, "log_every_s": 0}, {"save_every": 1, "tensorboard": 1},
      {"accelerator": "auto"}, {"wkv_backend": "cuda"}),
+    ({"quant": "nf4"}, {"quant": "int8"}, {"quant": "none"}),
 )
 
 

@@ -43,6 +43,7 @@ import runs  # noqa: E402 (the path above holds it)
 import torch  # noqa: E402 (after pretend_cuda)
 from rwkv_dpo.batches.micro_batch import MicroBatch  # noqa: E402 (as above)
 from rwkv_dpo.kernels import fused  # noqa: E402 (as above)
+from rwkv_dpo.model.quantized import quantized  # noqa: E402 (as above)
 from rwkv_dpo.objective import chunked_step  # noqa: E402 (as above)
 from rwkv_dpo.objective.losses import LOSSES, mixture_of  # noqa: E402 (as above)
 from rwkv_dpo.run import trainer  # noqa: E402 (as above)
@@ -63,12 +64,13 @@ ARITHMETIC: tuple[dict[str, Any], ...] = (
     *({"precision": name} for name in ("fp32", "fp16", "bf16")),
     *({"precision": "bf16", "peft": name} for name in ("lora", "dora", "state")),
 )
-# What changes the loss alone, each in its own step.
+# What changes the loss alone, and --quant, each in its own step.
 OBJECTIVES: tuple[dict[str, Any], ...] = (
     *({"dpo_loss": name} for name in LOSSES if name != "exo_pair"), {"dpo_loss": "exo_pair", "dpo_label_smoothing": 0.001},
     *({"dpo_f_divergence": name} for name in ("forward_kl", "js", "alpha")),
     {"dpo_wpo": 1}, {"dpo_ref": "recompute", "dpo_ld_alpha": 0.5}, {"dpo_general_corpus_ratio": 0}, {"dpo_general_corpus_ratio": 1},
     {"dpo": 0}, {"dropout": 0.1}, {"dpo_wpo": 1, "chunk_ctx": 16},
+    {"peft": "lora", "quant": "nf4", "chunk_ctx": 16}, {"peft": "dora", "quant": "int8", "grad_cp": "1"},
 )  # fmt: skip
 
 aten = torch.ops.aten
@@ -166,6 +168,8 @@ def places_of(flags: list[str]) -> list[str]:
             for name, p in part._parameters.items():
                 if p is not None:
                     part._parameters[name] = torch.nn.Parameter(torch.empty_like(p, device=GPU), p.requires_grad)
+        for matrix in quantized(module.model).values():
+            matrix.move(lambda x: torch.empty_like(x, device=GPU))
         batch = module.transfer_batch_to_device(batch, GPU, 0)
         watch.is_transfer = False
         loss = module.training_step(batch, 0)

@@ -42,8 +42,10 @@ BASE = ["--load_model", "m.pth"]
      {"peft": "lora", "lora_r": 64, "lora_alpha": 128, "lora_dropout": 0.01}),
     ("--PISSA --lora_r 8", {"peft": "pissa", "lora_r": 8}),
     ("--train_type state", {"peft": "state"}), ("--train_type states", {"peft": "state"}), ("--state_tune", {"peft": "state"}),
-    ("--train_type none --quant none --loss_mask none --dataload get --data_shuffle 1 --avg_loss 0", {}),
-    ("--quant 0 --lisa 0 --orpo 0 --simpo 0 --sft 0 --infctx 0 --state 0 --gpu_arch cuda", {}),
+    ("--train_type none --quant none --loss_mask none --dataload get --data_shuffle 1 --avg_loss 0", {"quant": "none"}),
+    ("--peft lora --quant 4bit", {"peft": "lora", "quant": "nf4"}), ("--lora --load_in_8bit", {"peft": "lora", "quant": "int8"}),
+    ("--lora --quantization_bit 4", {"peft": "lora", "quant": "nf4"}), ("--quant False --load_in_4bit False", {"quant": "none"}),
+    ("--lisa 0 --orpo 0 --simpo 0 --sft 0 --infctx 0 --state 0 --gpu_arch cuda", {}),
     ("--rlhf_train_file t.save --grad_cp True", {"dpo_train_file": "t.save", "grad_cp": "1"}),
     ("--grad_cp False --dpo True --overwrite false", {"grad_cp": "0", "dpo": 1, "overwrite": 0}),
     # by hand
@@ -58,7 +60,8 @@ def test_what_means_the_same_is_taken(typed, expected):
 @pytest.mark.parametrize(("typed", "message"), [
     ("--max_epochs 3", "--max_epochs 3: not a flag of train.py: --epochs N takes N passes over the pairs; --epoch_count counts"),
     ("--loss_mask qa", r"--loss_mask qa: .*pairs are scored on their answers, the corpus on every token \(none is accepted\)"),
-    ("--quant nf4", "--quant nf4: .*not quantized"),
+    ("--quantization_bit 2", r"--quantization_bit 2: .*--quant nf4 or int8 .*in fewer bits, through bitsandbytes \(none is accepted\)"),
+    ("--quant fp4", "--quant 'fp4': accepted are 'none', 'int8', 'nf4'"),
     ("--train_type infctx", "--chunk_ctx N trains long contexts"),
     ("--lora_config {\"lora_r\":8}", "--lora_config .*--lora_r, --lora_alpha, --lora_dropout and --peft_load are flags of their own"),
     ("--lora_parts=att,ffn,time,ln", "--lora_parts att,ffn,time,ln: .*--train_extra"),
@@ -134,8 +137,9 @@ def test_the_table_names_flags_and_values_that_there_are():
         assert here.same in OURS | {""}
         for meaning in here.values.values():
             flag, _, value = meaning.removeprefix("--").partition(" ")
-            check(settings_of({"load_model": "m.pth", "data_file": "x", flag: type(DEFAULTS[flag])(value)}))
+            check(settings_of({"load_model": "m.pth", "data_file": "x", "peft": "lora", flag: type(DEFAULTS[flag])(value)}))
     for flag, spelled in VALUES.items():
         for value in spelled.values():
-            check(settings_of({"data_file": "x", "chunk_ctx": 16, flag: type(DEFAULTS[flag])(value)}))
+            needs = {"load_model": "m.pth", "peft": "lora"} if flag == "quant" else {}
+            check(settings_of({"data_file": "x", "chunk_ctx": 16, **needs, flag: type(DEFAULTS[flag])(value)}))
     assert REFUSED.keys() <= OURS

@@ -34,6 +34,7 @@ BROKEN = [
     ({"batch_tokens": 99, "dpo_loss": "sigmoid,aot"}, "--batch_tokens 99: --dpo_loss sigmoid,aot sorts all pairs of a micro-batch, "),
     ({"batch_tokens": 99, "dpo": 0, "data_file": "x", "ctx_len": 100}, "--batch_tokens 99: a corpus window has the 100 tokens of"),
     ({"peft_load": "adapter-3"}, "--peft_load adapter-3 needs the --peft that it was trained with"),
+    ({"quant": "nf4"}, "--quant nf4: --peft none trains every weight"),
     ({"peft": "lora"}, "--peft lora needs --load_model"),
     ({**LORA, "load_partial": 1}, "--load_partial 1: --peft lora trains beside the weights of a whole checkpoint"),
     ({**LORA, "peft": "pissa", "weight_decay_final": 0.1}, "--weight_decay with --peft pissa would shrink"),

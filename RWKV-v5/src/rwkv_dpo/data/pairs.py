@@ -98,12 +98,14 @@ class PairSet:
         are_alone = n == self.n_trees and np.array_equal(self.rows.ravel(), np.arange(3 * n))
         return are_alone and bool(np.isnan(self.scores).all())
 
-    def with_ref_logps(self, ref_logps: np.ndarray, reference_sha256: str, reference_precision: str) -> "PairSet":
-        """The same pairs, scored [n, 2] by the checkpoint with that fingerprint. InputError when a score is not finite."""
+    def with_ref_logps(self, ref_logps: np.ndarray, reference_sha256: str, reference_precision: str, quant: str = "none") -> "PairSet":
+        """The same pairs, scored [n, 2] by the checkpoint with that fingerprint, held as --quant says. InputError when a score is not
+        finite."""
+        scored_by = {"reference_sha256": reference_sha256, "reference_precision": reference_precision}
         scored = replace(
             self,
             ref_logps=np.asarray(ref_logps, dtype=np.float64).reshape(len(self), 2),
-            header={**self.header, "reference_sha256": reference_sha256, "reference_precision": reference_precision},
+            header={**self.header, **scored_by, **({"reference_quant": quant} if quant != "none" else {})},
         )
         if len(scored) and np.isnan(scored.ref_logps).all():
             refuse("reference scoring: the model gives NaN for every pair")

@@ -36,10 +36,12 @@ def split_rows(prompt_keys: Sequence[str], valid_ratio: float, test_ratio: float
     return rows
 
 
-def identified(pairs: PairSet, rows: Rows, reference: str | Path, precision: str) -> PairSet:
+def identified(pairs: PairSet, rows: Rows, reference: str | Path, precision: str, quant: str = "none") -> PairSet:
     """The pairs with their preparation's id in the header, that of all that they are made of: tokens, settings, splits, and the
-    checkpoint that is going to score them."""
+    checkpoint that is going to score them, held as --quant says."""
     header = {**pairs.header, "reference_sha256": file_sha256(reference), "reference_precision": precision}
+    if quant != "none":
+        header["reference_quant"] = quant
     made_of = [pairs_sha256(pairs), header, {name: list(rows[name]) for name in SPLITS}]
     return replace(pairs, header={**header, "preparation_id": hashlib.sha256(as_json(made_of, sort_keys=True).encode()).hexdigest()})
 

@@ -18,14 +18,16 @@ BATCH = 16
 
 
 def load_speaker(
-    checkpoint: str | Path, tuned: str | Path, any_base: bool, device: torch.device, precision: str, wkv_backend: str
+    checkpoint: str | Path, tuned: str | Path, any_base: bool, device: torch.device, precision: str, wkv_backend: str,
+    quant: str = "none",
 ) -> RWKV:  # fmt: skip
-    """The model of a checkpoint, with the adapter or state `tuned` on it where one is named. InputError for a vocabulary that is smaller
-    than the World tokenizer's."""
-    model = load_model(checkpoint, device=device, compute_dtype=COMPUTE_DTYPES[precision], wkv_backend=wkv_backend)
+    """The model of a checkpoint, with the adapter or state `tuned` on it where one is named. quant: as --quant. InputError for a
+    vocabulary that is smaller than the World tokenizer's."""
+    held = "none" if tuned else quant  # PiSSA takes its start out of matrices as they are
+    model = load_model(checkpoint, device=device, compute_dtype=COMPUTE_DTYPES[precision], wkv_backend=wkv_backend, quant=held)
     check_reads_text(model.shape.vocab_size, f"--load_model {checkpoint}")
     if tuned:
-        load_tuned(model, tuned, checkpoint, any_base)
+        load_tuned(model, tuned, checkpoint, any_base, quant)
     return model.eval()
 
 

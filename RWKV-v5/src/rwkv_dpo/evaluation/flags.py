@@ -29,6 +29,12 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU when there is one (auto)")
 
 
+def add_quant_flag(parser: argparse.ArgumentParser) -> None:
+    """In which form the model's matrices are held."""
+    text = "hold the projections of --load_model in 8 or 4 bits, as train.py does (none)"
+    parser.add_argument("--quant", choices=("none", "int8", "nf4"), default="none", help=text)
+
+
 def check_sampling(args: argparse.Namespace) -> None:
     """InputError for a value that is none of sampling; --seed, which each script words itself, too."""
     for name, is_good, accepted in (

@@ -27,6 +27,7 @@ def score_with_checkpoint(
     precision: str,
     batch_tokens: int,
     wkv_backend: str = "auto",
+    quant: str = "none",
     progress: Callable[[int], None] = lambda n: None,
 ) -> PairSet:
     """The pairs with the log-probabilities of their answers under a .pth file, and its fingerprint in their header.
@@ -34,13 +35,14 @@ def score_with_checkpoint(
     Every batch is put into the folder's journal as soon as it is scored. Called again with the same pairs, checkpoint and settings,
     whether it was killed or not, it takes from there what is done, and returns the same numbers; discard_journal ends that.
     `progress` is told how many pairs each batch held. device: auto, cpu or cuda; precision: fp32, tf32, fp16 or bf16.
+    quant: the form of the model's projections, as --quant.
     """
     on = pick_device(device, "--device")
     set_up(on, precision)
-    model = load_model(checkpoint, device=on, compute_dtype=COMPUTE_DTYPES[precision], wkv_backend=wkv_backend)
+    model = load_model(checkpoint, device=on, compute_dtype=COMPUTE_DTYPES[precision], wkv_backend=wkv_backend, quant=quant)
     check_pairs(pairs, str(checkpoint), model.shape.vocab_size)
     checkpoint_sha256 = file_sha256(checkpoint)
-    settings = [pairs_sha256(pairs), checkpoint_sha256, on.type, precision, batch_tokens, name_of(model.wkv)]
+    settings = [pairs_sha256(pairs), checkpoint_sha256, on.type, precision, batch_tokens, name_of(model.wkv), quant]
     fingerprint = hashlib.sha256(as_json(settings).encode()).digest()
     ref_logps = np.full((len(pairs), 2), np.nan)
     with open_journal(folder / JOURNAL, fingerprint) as journal:
@@ -49,7 +51,7 @@ def score_with_checkpoint(
                 journal.append(score_batch(model, pairs, rows, batch_tokens).astype("<f8").tobytes())
             ref_logps[rows] = np.frombuffer(journal.records[i], "<f8").reshape(-1, 2)
             progress(len(rows))
-    return pairs.with_ref_logps(ref_logps, checkpoint_sha256, precision)
+    return pairs.with_ref_logps(ref_logps, checkpoint_sha256, precision, quant)
 
 
 def discard_journal(folder: Path) -> None:

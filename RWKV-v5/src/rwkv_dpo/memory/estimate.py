@@ -10,10 +10,9 @@ The peak is the largest of a few moments of a step:
     update  the optimizer works: all gradients, and its temporaries
 
 or, where little is trained, a moment before the first step: weights stand beside the mapped file that they came from, or beside the
-copy that DeepSpeed makes of them. What each strategy does with the trained parameters is in trained_memory.py.
+copy that DeepSpeed makes of them. What each strategy does with the trained parameters is in trained.py.
 
-Weights and the optimizer's state stand beside all of them, and gradients too where micro-batches are accumulated. What Python and the
-libraries take (about 0.5 GB) comes on top.
+Weights and the optimizer's state stand beside all of them, accumulated gradients too. Python and libraries (some 0.5 GB) come on top.
 """
 
 import math
@@ -21,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from rwkv_dpo.kernels.linear_logprobs import CHUNK_ROWS, CPU_TILE_ROWS, GRADIENT_COLUMNS, KEEP_BYTES, LEAN, TILE_ROWS
+from rwkv_dpo.memory.frozen import QUANTIZED, held_frozen, in_a_product, while_quantizing
 from rwkv_dpo.memory.newer_blocks import kept_by_newer_block
 from rwkv_dpo.memory.trained import Held, Trained, held
 from rwkv_dpo.model.shape import ModelShape
@@ -64,6 +64,8 @@ class Plan:
     offload: bool = False
     n_bucket: int = 0  # numbers in a bucket of DeepSpeed's, with a zero_stage
     world_size: int = 1
+    quant: str = "none"  # as --quant
+    n_projections: int = 0  # numbers in what --quant is of
     file_bytes: int = 0  # of the checkpoint, which counts as memory of a CPU process while it is mapped
 
 
@@ -73,8 +75,9 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "head", "states", "
 def estimate(plan: Plan) -> dict[str, float]:
     """Bytes by part at the moment of the peak; their sum is the peak."""
     trained = _trained(plan)
+    frozen = held_frozen(plan.shape, plan.n_parameters - plan.n_trainable, plan.n_projections, plan.frozen_bytes, plan.quant)
     lasting = {
-        "weights": trained.weights + _frozen(plan) + _casts(plan), "optimizer": trained.optimizer, "states": _states(plan),
+        "weights": trained.weights + frozen + _casts(plan), "optimizer": trained.optimizer, "states": _states(plan),
         "temporaries": float(WORKSPACES) if plan.on_gpu else 0.0,
     }  # fmt: skip
     saved, own, head = _saved(plan), _block_temporaries(plan), _head(plan)
@@ -100,8 +103,9 @@ def estimate(plan: Plan) -> dict[str, float]:
     if plan.keeps_heap:
         parts["temporaries"] += HEAP_SHARE * (parts["activations"] + parts["head"])
     nothing = dict.fromkeys(PARTS, 0.0)
-    loading = nothing | {"weights": lasting["weights"] - _casts(plan), "temporaries": plan.file_bytes}
-    setting_up = nothing | {"weights": trained.setup + _frozen(plan)}
+    reading = plan.file_bytes + (0.0 if plan.on_gpu else while_quantizing(plan.shape, plan.quant))
+    loading = nothing | {"weights": lasting["weights"] - _casts(plan), "temporaries": reading}
+    setting_up = nothing | {"weights": trained.setup + frozen}
     return max(parts, loading, setting_up, key=lambda moment: sum(moment.values()))
 
 
@@ -128,6 +132,7 @@ def alternatives(plan: Plan, n_lora: int, n_state: int) -> dict[str, Plan]:
     }
     if plan.n_trainable < plan.n_parameters:
         del changes["--peft lora --lora_r 32"], changes["--peft state"]
+        changes |= {f"--quant {form}": {"quant": form} for form in QUANTIZED if plan.n_projections and form != plan.quant}
     plans = {flag: replace(plan, **change) for flag, change in changes.items()}
     return {flag: other for flag, other in plans.items() if other != plan}
 
@@ -139,10 +144,6 @@ def _trained(plan: Plan) -> Held:
         n=p.n_trainable, n_largest=largest, weight_bytes=p.trained_bytes, moment_bytes=MOMENT_BYTES[p.optim], accumulates=p.accumulates,
         at_once=p.chunk_ctx > 0, ddp=p.ddp, zero_stage=p.zero_stage, offload=p.offload, world_size=p.world_size, n_bucket=p.n_bucket,
     ))  # fmt: skip
-
-
-def _frozen(plan: Plan) -> float:
-    return float(plan.frozen_bytes * (plan.n_parameters - plan.n_trainable))
 
 
 def _casts(plan: Plan) -> float:
@@ -211,7 +212,7 @@ def _block_temporaries(plan: Plan) -> float:
     that is recomputed has all its activations there as well, but for the three rows that are used up by then."""
     wide = 3.0 * plan.shape.dim_ffn * plan.compute_bytes
     again = _kept_by_block(plan) - 3.0 * plan.shape.n_embd * plan.compute_bytes if plan.grad_cp == "1" else 0.0
-    return (wide + again) * _live(plan.n_tokens, plan)
+    return (wide + again) * _live(plan.n_tokens, plan) + in_a_product(plan.shape, plan.compute_bytes, plan.quant)
 
 
 class _Head(NamedTuple):

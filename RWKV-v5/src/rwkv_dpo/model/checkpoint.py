@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from rwkv_dpo.files.torch_files import CHECKPOINTS, check_stored, load_torch
 from rwkv_dpo.kernels.backends import WKV, choose_backend
 from rwkv_dpo.model import v5, v6, v7
 from rwkv_dpo.model.checkpoint_names import official_weights, with_tied_head
+from rwkv_dpo.model.quantized import quantize, quantized
 from rwkv_dpo.model.rwkv import RWKV, Mixes
 from rwkv_dpo.model.shape import SHAPE_FLAGS, ModelShape
 
@@ -158,7 +160,7 @@ def load_into(model: RWKV, weights: Weights, path: str | Path, partial: bool = F
     states among them become the model's."""
     if any(name.endswith(".att.time_state") for name in weights):
         model.add_time_states()
-    own = dict(model.named_parameters())
+    own: dict[str, Any] = {**dict(model.named_parameters()), **quantized(model)}
     weights = {name: value for name, value in weights.items() if name in own or name not in _UNREAD}
     missing = [] if partial else sorted(own.keys() - weights.keys())
     unexpected = sorted(weights.keys() - own.keys())
@@ -177,11 +179,15 @@ def load_into(model: RWKV, weights: Weights, path: str | Path, partial: bool = F
             own[name].copy_(value)
 
 
-def load_model(path: str | Path, *, device: torch.device, compute_dtype: torch.dtype, wkv_backend: str = "auto") -> RWKV:
-    """The model of a checkpoint, to run: fp32 weights on `device`, computing in compute_dtype."""
+def load_model(
+    path: str | Path, *, device: torch.device, compute_dtype: torch.dtype, wkv_backend: str = "auto", quant: str = "none"
+) -> RWKV:  # fmt: skip
+    """The model of a checkpoint, to run: fp32 weights on `device`, computing in compute_dtype. quant: the form of its projections
+    (quantized.FORMS); none: as the others."""
     weights = read_checkpoint(path)
     shape = shape_of(weights, path)
     model = empty_model(shape, choose_backend(shape.version, wkv_backend, device).wkv, compute_dtype)
+    quantize(model, quant, has_values=False)
     load_into(model, weights, path)
     return model.to(device).eval()
 

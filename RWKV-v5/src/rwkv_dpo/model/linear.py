@@ -148,8 +148,10 @@ class _Products(torch.autograd.Function):
     def forward(ctx, preparation, places, n_inputs, *tensors):
         prepared, others = preparation.make(*tensors[:n_inputs])
         ctx.preparation, ctx.places, ctx.n_inputs = preparation, places, n_inputs
-        # Of a weight in another dtype, itself: copies of all layers would wait together for the backward pass.
-        ctx.save_for_backward(*tensors)
+        # Of a weight in another dtype, itself: copies of all layers would wait together for the backward pass. So does a matrix in fewer
+        # bits (quantized.py), which is no tensor and doesn't train.
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in tensors))
+        ctx.quantized = [None if isinstance(x, Tensor) else x for x in tensors]
         ctx.set_materialize_grads(False)
         outputs = [_times(prepared[place], weight) for place, weight in zip(places, tensors[n_inputs:], strict=True)]
         return *outputs, *others
@@ -158,7 +160,7 @@ class _Products(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         places, n_inputs, needed = ctx.places, ctx.n_inputs, ctx.needs_input_grad[3:]
-        saved = ctx.saved_tensors
+        saved = [tensor if matrix is None else matrix for tensor, matrix in zip(ctx.saved_tensors, ctx.quantized, strict=True)]
         inputs, weights = saved[:n_inputs], saved[n_inputs:]
         g_weights: list[Tensor | None] = [None] * len(places)
         if any(needed[n_inputs:]):

@@ -1,14 +1,12 @@
 """AdamW and its parameter groups, with RWKV-LM's layer-wise learning rates."""
 
-import importlib.util
-import logging
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.base.libraries import bitsandbytes, check_bitsandbytes
 from rwkv_dpo.optimizer.adamw_bf16 import AdamWBF16
 from rwkv_dpo.optimizer.schedule import Schedule, lr_at, weight_decay_at
 from rwkv_dpo.optimizer.settings import OptimizerSettings
@@ -51,18 +49,14 @@ def build_optimizer(
         case "adamw_bf16state":
             return AdamWBF16(groups, seed=seed, **adam)
         case "adamw8bit":
-            # On import it warns of a 4-bit kernel that an optimizer doesn't need.
-            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-            from bitsandbytes.optim import AdamW8bit
-
-            return AdamW8bit(groups, **adam)
+            return bitsandbytes("optim").AdamW8bit(groups, **adam)
     return torch.optim.AdamW(groups, fused=True, **adam)
 
 
 def check_optim(settings: OptimizerSettings) -> None:
     """Refuses an optimizer whose library is not there, before a run begins."""
-    if settings.optim == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        refuse("--optim adamw8bit needs the package bitsandbytes (pip install bitsandbytes); adamw_bf16state needs nothing and saves half")
+    if settings.optim == "adamw8bit":
+        check_bitsandbytes("--optim adamw8bit", "adamw_bf16state needs nothing and saves half")
 
 
 def set_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, first_step: int, steps_since_start: int) -> tuple[float, float]:

@@ -134,7 +134,7 @@ def doubts(settings: RunSettings, data: RunData) -> list[str]:
 
 def tell_differences(settings: RunSettings, pair_files: dict[str, PairSet], loaded_sha256: str) -> None:
     """A warning for each pair file that was cut to another --ctx_len, or, with --dpo_ref file, scored by another checkpoint than
-    --load_model, whose sha256 is given ("" without one)."""
+    --load_model, whose sha256 is given ("" without one), or by it in another form than --quant's."""
     ctx_len, load_model = settings.data.ctx_len, settings.model.load_model
     for flag, pairs in pair_files.items():
         name = f"--{flag} {getattr(settings.data, flag)}"
@@ -150,4 +150,9 @@ def tell_differences(settings: RunSettings, pair_files: dict[str, PairSet], load
             log.warning(
                 "%s was scored by another file (sha256 %.12s...) than training starts from, %s; --dpo_ref recompute takes the starting "
                 "model as the reference", name, scored_by, start,
+            )  # fmt: skip
+        elif (scored_in := pairs.header.get("reference_quant", "none")) != settings.tuning.quant:
+            log.warning(
+                "%s was scored with --quant %s, training has --quant %s, which is another model; --dpo_ref recompute takes the starting "
+                "model as the reference, and prepare_pairs.py scores with --quant too", name, scored_in, settings.tuning.quant,
             )  # fmt: skip

@@ -34,7 +34,7 @@ def dry_run(settings: RunSettings, shape: ModelShape) -> str:
         refuse("--vocab_size is needed for --dry_run 1 without --load_model")
     model = _model_without_memory(shape)
     plan, batch = plan_of(settings, model)
-    n_lora = sum(LORA_RANK * sum(m.weight.shape) for m in model.modules() if isinstance(m, Linear))
+    n_lora = sum(LORA_RANK * sum(weight.shape) for weight in _projections(model))
     n_state = shape.n_layer * shape.dim_att * shape.head_size
     parts, peak = estimate(plan), total(plan)
     lines = [
@@ -73,6 +73,7 @@ def plan_of(settings: RunSettings, model: RWKV) -> tuple[Plan, str]:
         on_gpu=on_gpu, wkv_backend=devices.wkv_backend if devices.wkv_backend != "auto" else _fastest(model.shape.version, on_gpu),
         keeps_heap=not on_gpu and devices.cpu_malloc == 1, trained_bytes=2 if zero_stage and devices.precision == "fp16" else 4,
         ddp=uses_ddp(devices), zero_stage=zero_stage, offload="offload" in strategy, n_bucket=devices.ds_bucket_mb * 1_000_000,
+        quant=settings.tuning.quant, n_projections=sum(weight.numel() for weight in _projections(model)),
         world_size=devices.world_size, file_bytes=0 if on_gpu else _file_bytes(settings.model.load_model, n_weights),
     )  # fmt: skip
     return plan, words
@@ -161,6 +162,10 @@ def _tree_sizes(pairs: PairSet) -> np.ndarray:
     n_scored = np.bincount(answers // n_rows, np.diff(pairs.offsets)[answers % n_rows], minlength=pairs.n_trees).astype(np.int64)
     n_prompts = np.bincount(np.unique(numbers[:, 0] + pairs.rows[:, 0]) // n_rows, minlength=pairs.n_trees)
     return np.stack([pairs.tree_tokens - n_answers, n_scored, n_answers + n_prompts], axis=1)
+
+
+def _projections(model: RWKV) -> list[torch.Tensor]:
+    return [module.weight for module in model.modules() if isinstance(module, Linear)]
 
 
 def _model_without_memory(shape: ModelShape) -> RWKV:

@@ -59,7 +59,7 @@ _SAME = {
 }  # fmt: skip
 _PEFT_LOAD = "--peft_load takes an adapter folder of the peft library, or a state file"
 _TARGETS = "--lora_targets receptance,key,value,gate,output names projections (att.key, ffn.key for one half); --train_extra others"
-_QUANT = "weights are not quantized; with --peft and --precision bf16 those that don't train are kept in bf16"
+_QUANT = "--quant nf4 or int8 holds what --peft doesn't train in fewer bits, through bitsandbytes"
 _DATA = "pairs: --dpo_train_file takes what prepare_pairs.py makes of preferences; text or tokens: --data_file"
 _EVAL = "the pairs of --dpo_valid_file are evaluated after every epoch"
 _MIXED = "--dpo_loss sigmoid,sft --dpo_loss_weights 1,A adds the chosen answers' loss; --dpo_general_corpus_ratio mixes in a corpus"
@@ -83,7 +83,10 @@ _OTHERS: tuple[tuple[str, Here], ...] = (
     ("lora_config", _only("--lora_r, --lora_alpha, --lora_dropout and --peft_load are flags of their own")),
     ("pissa_config", _only("--peft pissa takes --lora_r, --lora_alpha and --peft_load")),
     ("svd_niter pissa_iter", _only("--peft pissa takes its start from 16 iterations", "16")),
-    ("quant quant_mode quantization_bit load_in_4bit load_in_8bit", _only(_QUANT, *_FALSE)),
+    ("quant_mode quantization_bit",
+     Here(values={"nf4": "--quant nf4", "4": "--quant nf4", "int8": "--quant int8", "8": "--quant int8"}, neutral=_FALSE, words=_QUANT)),
+    ("load_in_4bit", _switch("--quant nf4")),
+    ("load_in_8bit", _switch("--quant int8")),
     ("orpo", _switch("--dpo_loss orpo")),
     ("simpo", _switch("--dpo_loss simpo")),
     ("wpo use_weighting", _switch("--dpo_wpo 1")),
@@ -159,6 +162,7 @@ VALUES: dict[str, dict[str, str]] = {
     },
     "strategy": {"deepspeed": "deepspeed_stage_2", "ddp_find_unused_parameters_false": "ddp"},
     "peft": {"full": "none"},
+    "quant": {"0": "none", "false": "none", "no": "none", "": "none", "4bit": "nf4", "8bit": "int8"},
     "my_testing": {"5": "x052", "5.2": "x052", "6": "x060", "7": "x070", "v5": "x052", "v6": "x060", "v7": "x070"},
     "dpo_loss": {"dpo": "sigmoid"},
     "dpo_f_divergence": {"js_divergence": "js", "alpha_divergence": "alpha"},

@@ -215,6 +215,11 @@ RULES = (
         lambda s: f"--peft_load {s.tuning.peft_load} needs the --peft that it was trained with",
     ),
     Rule(
+        lambda s: s.tuning.quant != "none" and s.tuning.peft == "none",
+        lambda s: f"--quant {s.tuning.quant}: --peft none trains every weight, and what trains is fp32; --peft lora, dora, pissa, rslora "
+                  "and state leave the base as it is",
+    ),
+    Rule(
         lambda s: s.tuning.peft != "none" and s.model.load_model in ("", "0"),
         lambda s: f"--peft {s.tuning.peft} needs --load_model: the weights that stay as they are",
     ),

@@ -16,6 +16,7 @@ from rwkv_dpo.devices.processes import build_lightning, check_devices, meet, tak
 from rwkv_dpo.devices.ranks import Ranks
 from rwkv_dpo.machine.facts import gather
 from rwkv_dpo.machine.report import in_a_line
+from rwkv_dpo.model.quantized import quantized
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.objective.losses import mixture_of
@@ -34,6 +35,7 @@ from rwkv_dpo.training.halt import Halted
 from rwkv_dpo.training.module import CLIP_NORM, DPOModule
 from rwkv_dpo.training.optimizer_state import trainable
 from rwkv_dpo.training.tensorboard_log import check_tensorboard
+from rwkv_dpo.tuning.settings import TuningSettings
 from rwkv_dpo.tuning.tuning import Tuning, begin_tuning
 
 log = logging.getLogger(__name__)
@@ -113,7 +115,7 @@ def prepare(
     if told := far_end(settings.epochs, settings.length, settings.schedule):
         rank_zero_only(log.warning)("%s", told)
     if tuning is not None:
-        log.info("%s", describe_tuning(settings.tuning.peft, model))
+        log.info("%s", describe_tuning(settings.tuning, model))
     rank_zero_only(tell_differences)(settings, data.pair_files, base_sha256)
     return Prepared(settings, data, model, tuning, start, saved)
 
@@ -183,7 +185,10 @@ def describe(settings: RunSettings, shape: ModelShape, data: RunData, device: to
     )
 
 
-def describe_tuning(peft: str, model: RWKV) -> str:
-    """What --peft trains."""
-    n_trained, n_all = (sum(p.numel() for p in some) for some in (dict(trainable(model)).values(), model.parameters()))
-    return f"--peft {peft}: trains {n_trained:,} numbers; {n_all - n_trained:,} stay as they are"
+def describe_tuning(tuning: TuningSettings, model: RWKV) -> str:
+    """What --peft trains, and what --quant holds in fewer bits."""
+    n_trained, n_others = (sum(p.numel() for p in some) for some in (dict(trainable(model)).values(), model.parameters()))
+    matrices = quantized(model).values()
+    n_held, n_bytes = sum(matrix.shape.numel() for matrix in matrices), sum(matrix.nbytes for matrix in matrices)
+    held = f", {n_held:,} of them in {n_bytes / 1e6:,.1f} MB (--quant {tuning.quant})" if n_held else ""
+    return f"--peft {tuning.peft}: trains {n_trained:,} numbers; {n_others - n_trained + n_held:,} stay as they are{held}"

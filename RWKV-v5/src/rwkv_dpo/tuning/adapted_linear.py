@@ -37,7 +37,7 @@ class AdaptedLinear(lora.Linear):
             x = self.lora_dropout[NAME](second)
             low = F.linear(x, self._weight("lora_A").to(x.dtype))
             if is_dora:  # peft's DoRA sees the input with dropout in the base's product too
-                base = F.linear(x, self.get_parameter("base_layer.weight").to(x.dtype))
+                base = self.get_base_layer()(x)
         adapted = torch.addmm(base, low, b.T, alpha=self.scaling[NAME])
         if not is_dora:
             return adapted
@@ -54,8 +54,13 @@ class AdaptedLinear(lora.Linear):
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         """What peft makes the adapter in: what trains is fp32, also beside a base in bf16."""
-        weight = base_layer.get_parameter("weight")
-        return weight.device, torch.promote_types(weight.dtype, torch.float32)
+        (weight,) = base_layer.factors()  # type: ignore[operator]  # a Linear
+        # A matrix of fewer bits has no dtype.
+        return weight.device, torch.promote_types(weight.dtype or torch.float32, torch.float32)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        """Peft's own looks at the weight, which would be made for that where it is held in fewer bits."""
+        return module.in_features, module.out_features  # type: ignore[return-value]  # a Linear's
 
     def _weight(self, part: str) -> Tensor:
         # Not get_parameter, which insists on a Parameter: --chunk_ctx has plain tensors stand in for them.
@@ -65,7 +70,8 @@ class AdaptedLinear(lora.Linear):
     def row_norms(self) -> Tensor:
         """Of W + scaling * B A, which DoRA's magnitudes start from."""
         change = self.scaling[NAME] * self._weight("lora_B") @ self._weight("lora_A")
-        return torch.linalg.norm(self.get_parameter("base_layer.weight") + change, dim=1)
+        (weight,) = self.get_base_layer().factors()  # type: ignore[operator]  # a Linear
+        return torch.linalg.norm(weight.to(change.dtype) + change, dim=1)
 
     def _dora_scale(self) -> Tensor:
         # The norms count as constants in the gradient: section 4.3 of the paper.

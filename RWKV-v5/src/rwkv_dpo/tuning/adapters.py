@@ -1,7 +1,6 @@
 """Adapters in a model, made by the peft library: few new weights beside matrices that stay as they are."""
 
 import copy
-import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.base.libraries import quiet_bitsandbytes
 from rwkv_dpo.files.atomic import atomic_folder
 from rwkv_dpo.model.checkpoint import Weights
 from rwkv_dpo.model.linear import Linear
+from rwkv_dpo.model.quantized import QuantizedLinear, quantize, quantized
 from rwkv_dpo.model.rwkv import RWKV, Head
 from rwkv_dpo.tuning.adapter_files import SavedAdapter, write_adapter
 from rwkv_dpo.tuning.base import KEY as BASE_KEY
@@ -72,9 +73,8 @@ class Adapter:
 
 
 def peft_library() -> Any:
-    """peft, imported where it is used: it takes seconds. It imports bitsandbytes where that is installed, whose warning about a kernel
-    that nobody here needs is left out."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    """peft, imported where it is used: it takes seconds."""
+    quiet_bitsandbytes()
     import peft
 
     return peft
@@ -118,19 +118,22 @@ def extra_names(model: RWKV, words: list[str]) -> tuple[str, ...]:
     return tuple(name for name in own if any(re.fullmatch(EXTRAS[word], name) for word in words))
 
 
-def keep_frozen(model: RWKV, but: tuple[str, ...] = ()) -> None:
-    """Keeps matrices that don't train in the compute dtype, to which each product would round them; all but those named."""
+def keep_frozen(model: RWKV, but: tuple[str, ...] = (), quant: str = "none") -> None:
+    """Keeps matrices that don't train in the compute dtype, to which each product would round them, or those of the blocks in fewer bits
+    (quant: as --quant); all but those named."""
+    quantize(model, quant, but)
     for prefix, module in model.named_modules():
-        if isinstance(module, Linear | Head | nn.Embedding) and f"{prefix}.weight" not in but:
+        if f"{prefix}.weight" not in but and isinstance(module, Linear | Head | nn.Embedding) and not isinstance(module, QuantizedLinear):
             module.weight.data = module.weight.data.to(model.compute_dtype)
 
 
-def add_adapter(model: RWKV, plan: AdapterPlan, saved: SavedAdapter | None = None) -> Adapter:
-    """Puts an adapter into the model, at its start (which changes nothing the model computes) or as it was saved."""
+def add_adapter(model: RWKV, plan: AdapterPlan, saved: SavedAdapter | None = None, quant: str = "none") -> Adapter:
+    """Puts an adapter into the model, at its start (which changes nothing the model computes) or as it was saved. quant: the form of the
+    matrices that stay as they are, as --quant; with PiSSA, of what it leaves of them (QPiSSA: arXiv:2404.02948)."""
     peft = peft_library()
     from rwkv_dpo.tuning.adapted_linear import NAME, AdaptedLinear
 
-    smallest = min(min(module.weight.shape) for name, module in _projections(model) if name in plan.modules)
+    smallest = min(min(module.in_features, module.out_features) for name, module in _projections(model) if name in plan.modules)
     if plan.method == "pissa" and plan.r > smallest:
         refuse(f"--lora_r {plan.r}: with --peft pissa up to the smallest side of the matrices, {smallest}, is accepted")
     is_new_pissa = plan.method == "pissa" and saved is None
@@ -143,7 +146,7 @@ def add_adapter(model: RWKV, plan: AdapterPlan, saved: SavedAdapter | None = Non
     peft.inject_adapter_in_model(config, model)
     # Before the frozen matrices are rounded: what PiSSA takes out of them is more than the rest.
     start = _restore(model, plan, saved) if saved else {}
-    keep_frozen(model, plan.extra)
+    keep_frozen(model, plan.extra, quant)
     for name, parameter in model.named_parameters():
         if name in plan.extra:
             parameter.requires_grad_()
@@ -167,6 +170,8 @@ def _restore(model: RWKV, plan: AdapterPlan, saved: SavedAdapter) -> dict[str, T
     peft_library().set_peft_model_state_dict(model, now)
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
     for name, value in saved.extra.items():
+        if name in quantized(model):
+            refuse(f"{saved.path}: trains {name} as a whole, which --quant holds in fewer bits; --quant none is accepted")
         if name not in parameters or parameters[name].shape != value.shape:
             refuse(f"{saved.path}: {name} {tuple(value.shape)} is not a weight of this model")
         parameters[name].copy_(value)
@@ -179,7 +184,10 @@ def _restore(model: RWKV, plan: AdapterPlan, saved: SavedAdapter) -> dict[str, T
 
 
 def merged_weights(model: RWKV) -> dict[str, Tensor]:
-    """The plain model's weights by their official names, adapters merged in by peft. The model's adapters stay merged."""
+    """The plain model's weights by their official names, adapters merged in by peft. The model's adapters stay merged. InputError for a
+    base in fewer bits, into which nothing is merged."""
+    if quantized(model):
+        refuse("--quant: an adapter is merged into its base as it is in its file")
     from rwkv_dpo.tuning.adapted_linear import AdaptedLinear
 
     for module in model.modules():

@@ -29,6 +29,10 @@ class TuningSettings:
     train_extra: str = flag(
         "", "weights trained in full beside the adapter: any of time, lowrank (part of time in RWKV-6 and 7), ln, emb, head"
     )  # fmt: skip
+    quant: str = flag(
+        "none", "the base's projections beside what --peft trains, through bitsandbytes: in 8 bits (int8) or 4 (nf4); none: in the compute "
+        "dtype", choices=("none", "int8", "nf4"),
+    )  # fmt: skip
     peft_load: str = flag(
         "", "adapter folder, or with --peft state a state file, to go on from", part=Part.CONTINUATION, names_file=True
     )

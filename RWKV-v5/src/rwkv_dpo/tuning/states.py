@@ -28,9 +28,10 @@ class States:
         save_states(trained, folder / f"state-{label}.pth", self.base_sha256)
 
 
-def add_states(model: RWKV, saved: Weights | None = None) -> States:
-    """Gives the model trainable first states, as saved, as its checkpoint had them or zero, and freezes everything else."""
-    keep_frozen(model.requires_grad_(False))
+def add_states(model: RWKV, saved: Weights | None = None, quant: str = "none") -> States:
+    """Gives the model trainable first states, as saved, as its checkpoint had them or zero, and freezes everything else. quant: the form
+    of its matrices, as --quant."""
+    keep_frozen(model.requires_grad_(False), quant=quant)
     for layer, state in enumerate(model.add_time_states()):
         if saved is not None:
             state.data.copy_(saved[state_name(layer)])

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.model.quantized import quantize
 from rwkv_dpo.model.rwkv import RWKV
 from rwkv_dpo.tuning.adapter_files import SavedAdapter, read_adapter
 from rwkv_dpo.tuning.adapters import Adapter, AdapterPlan, add_adapter, keep_frozen, plan_adapter
@@ -34,15 +35,15 @@ def begin_tuning(
 
 def _begin(model: RWKV, settings: TuningSettings, given: frozenset[str], start: str) -> Tuning:
     if settings.peft == "state":
-        return add_states(model, read_states(start, model) if start else None)
+        return add_states(model, read_states(start, model) if start else None, settings.quant)
     plan = plan_of(model, settings)
     if not start:
-        return add_adapter(model, plan)
+        return add_adapter(model, plan, quant=settings.quant)
     saved = read_adapter(start)
     check_modules(model, saved)
     _check_given(plan, saved, given)
     extra = tuple(dict.fromkeys((*saved.extra, *plan.extra)))
-    return add_adapter(model, AdapterPlan(saved.method, saved.r, saved.alpha, plan.dropout, saved.modules, extra), saved)
+    return add_adapter(model, AdapterPlan(saved.method, saved.r, saved.alpha, plan.dropout, saved.modules, extra), saved, settings.quant)
 
 
 def plan_of(model: RWKV, settings: TuningSettings) -> AdapterPlan:
@@ -52,22 +53,24 @@ def plan_of(model: RWKV, settings: TuningSettings) -> AdapterPlan:
 
 
 def keep_small(model: RWKV, settings: TuningSettings) -> None:
-    """Puts the matrices of an empty model that --peft won't train into the compute dtype, so that they never stand in fp32 beside the
-    file they are loaded from. PiSSA takes its start from fp32 matrices; which of embedding and head a folder trains shows later."""
+    """Puts the matrices of an empty model that --peft won't train into the compute dtype or the form of --quant, so that they never stand
+    in fp32 beside the file they are loaded from. PiSSA takes its start from fp32 matrices; which of embedding and head a folder trains
+    shows later."""
     if settings.peft not in ("none", "pissa"):
+        quantize(model, settings.quant, has_values=False)
         may_train = settings.peft != "state" and (settings.train_extra or settings.peft_load)
         keep_frozen(model, ("emb.weight", "head.weight") if may_train else ())
 
 
-def load_tuned(model: RWKV, path: str | Path, base: str | Path = "", any_base: bool = False) -> RWKV:
-    """Adds an adapter folder or a state file to a model that is to be run. Refuses one of another base model than the file `base`,
-    from which the model comes, unless any_base."""
+def load_tuned(model: RWKV, path: str | Path, base: str | Path = "", any_base: bool = False, quant: str = "none") -> RWKV:
+    """Adds an adapter folder or a state file to a model that is to be run, and puts its matrices into the form of --quant. Refuses one of
+    another base model than the file `base`, from which the model comes, unless any_base."""
     if Path(path).is_dir():
         saved = read_adapter(path)
         check_modules(model, saved)
-        add_adapter(model, AdapterPlan(saved.method, saved.r, saved.alpha, 0.0, saved.modules, tuple(saved.extra)), saved)
+        add_adapter(model, AdapterPlan(saved.method, saved.r, saved.alpha, 0.0, saved.modules, tuple(saved.extra)), saved, quant)
     else:
-        add_states(model, read_states(path, model))
+        add_states(model, read_states(path, model), quant)
     if base:
         check_base(path, base, any_base)
     return model.requires_grad_(False).eval()
