@@ -88,7 +88,7 @@ def memory(args: argparse.Namespace) -> None:
         for form in MARKS:
             changes = {"grad_cp": 1, "peft": "lora", "ctx_len": args.ctx_len, "quant": form}
             held = int(child(args, "held", Path(name) / form))
-            row = gpu.measure(Path(name), changes) | {"ctx_len": args.ctx_len, "base GB": held / 1e9}
+            row: dict = gpu.measure(Path(name), changes) | {"ctx_len": args.ctx_len, "base GB": held / 1e9}
             plain = plain or row
             row |= {"base / bf16": row["base GB"] / plain["base GB"], "mark": MARKS[form], "peak / bf16": row["peak GB"] / plain["peak GB"],
                     "estimate / bf16": row["estimate GB"] / plain["estimate GB"]}  # fmt: skip
