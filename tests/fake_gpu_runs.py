@@ -121,11 +121,14 @@ def live(script: str, flags: list[str], log: Path) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from rwkv_dpo.kernels.agreement import Agreement
     from rwkv_dpo.kernels.fused import cuda as fused
-    from rwkv_dpo.kernels.wkv5 import cuda
+    from rwkv_dpo.kernels.wkv5 import cuda as cuda_5
+    from rwkv_dpo.kernels.wkv6 import cuda as cuda_6
+    from rwkv_dpo.kernels.wkv7 import cuda as cuda_7
     from rwkv_dpo.training import checkpoints, last
 
     # What kernels that do nothing make agrees with nothing, and weights that came from it are not finite.
-    cuda.agreement = fused.agreement = lambda device, again=False: Agreement({})  # type: ignore[assignment]
+    for kernels in (cuda_5.KERNELS, cuda_6.KERNELS, cuda_7.KERNELS, fused):
+        kernels.agreement = lambda device, again=False: Agreement({})  # type: ignore[attr-defined]
     checkpoints.not_finite = last.not_finite = lambda weights: ""
     status = 1
     try:

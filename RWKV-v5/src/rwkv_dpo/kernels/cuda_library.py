@@ -122,6 +122,12 @@ def aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
+def new_states(r: Tensor, n: int) -> Tensor:
+    """Place for n states of the heads of rows r, fp32."""
+    _, n_heads, head_size = r.shape
+    return r.new_empty(n, n_heads, head_size, head_size, dtype=torch.float32)
+
+
 # The layers of a model share their batch's table; a few more are kept for forests, where every level has its own.
 @lru_cache(maxsize=64)
 def _segments(cu_seqlens: bytes, device: torch.device, segment: int) -> Segments:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rwkv_dpo.kernels.cuda_library import CudaKernels, Segments, aligned
+from rwkv_dpo.kernels.cuda_library import CudaKernels, Segments, aligned, new_states
 
 # Tokens per segment; mirrors kSegment in csrc/wkv_lanes.cuh. A segment's gradients replay its states, which shared memory has room for.
 SEGMENT = 32
@@ -26,8 +26,8 @@ class WalkKernels(CudaKernels):
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         """y, state_end, and with `keeps` the states at the start of every segment. rows [S, H, N] by name, aligned."""
         y = torch.empty_like(rows["r"])
-        state_end = _states(rows["r"], len(segments.first) - 1)
-        states = _states(rows["r"], len(segments.rows)) if keeps else None
+        state_end = new_states(rows["r"], len(segments.first) - 1)
+        states = new_states(rows["r"], len(segments.rows)) if keeps else None
         self.run("forward", segments, **rows, **others, states=states, y=y, state_end=state_end)
         return y, state_end, states
 
@@ -39,16 +39,10 @@ class WalkKernels(CudaKernels):
         r = rows["r"]
         grads = {f"g{name}": torch.empty_like(x) for name, x in rows.items()}
         g_log_w = torch.empty(r.shape, dtype=torch.float32, device=r.device)
-        g_state0 = _states(r, len(segments.first) - 1) if wants_state0 else None
+        g_state0 = new_states(r, len(segments.first) - 1) if wants_state0 else None
         self.run(
             "backward", segments, **rows, **others, **grads, states=states, state_grads=torch.empty_like(states), g_log_w=g_log_w,
             gy=torch.zeros_like(r) if gy is None else aligned(gy), g_state0=g_state0,
             g_state_end=None if g_state_end is None else aligned(g_state_end),
         )  # fmt: skip
         return list(grads.values()), g_log_w, g_state0
-
-
-def _states(r: Tensor, n: int) -> Tensor:
-    """n states of r's heads, not filled."""
-    _, n_heads, head_size = r.shape
-    return r.new_empty(n, n_heads, head_size, head_size, dtype=torch.float32)

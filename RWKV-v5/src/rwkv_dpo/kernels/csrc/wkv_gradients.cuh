@@ -103,6 +103,7 @@ segment_gradients(int n_heads, int head_size, const Segment* segments, Gradients
         for (int t = 0; t < kTokens; ++t) replay(before[t + 1], before[t], t);
 #pragma unroll
         for (int t = kTokens - 1; t >= 0; --t) {
+            __syncwarp();  // else nvcc has the next tokens' numbers wait in registers, too many of them since sm_100
             float v[kElements], gy[kElements];
             at.gather(v, shared.v[t]);
             at.gather(gy, shared.gy[t]);

@@ -19,8 +19,9 @@ struct Walk {
     float* last;
 };
 
+// Three blocks a multiprocessor: for want of a number nvcc would rather spill than take registers that so few blocks leave free.
 template <bool takes, bool backwards, class T, int NP>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
 walk_tokens(int n_heads, int head_size, const Segment* segments, const int* first_segment, Walk<T> walk) {
     using At = Place<NP>;
     constexpr int kKeys = takes ? 4 : 2, kTiles = kSegment / kTokens;
