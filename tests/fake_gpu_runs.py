@@ -53,6 +53,16 @@ TURNS: tuple[tuple[dict[str, Any], ...], ...] = (
     ({}, {"weight_decay": 0.01}, {"enable_progress_bar": True, "log_every_s": 0}, {"save_every": 1, "tensorboard": 1},
      {"accelerator": "auto"}, {"wkv_backend": "cuda"}),
 )
+# Of the other versions of RWKV, which those above are not.
+NEWER: tuple[dict[str, Any], ...] = tuple(
+    {"rwkv_version": version, **changes}
+    for version in ("6", "7")
+    for changes in (
+        {"precision": "bf16", "strategy": "auto"},
+        {"precision": "fp16", "strategy": "deepspeed_stage_2", "grad_cp": "1", "peft": "lora", "train_extra": "time"},
+        {"precision": "fp32", "strategy": "auto", "grad_cp": "selective", "chunk_ctx": 16, "peft": "state"},
+    )
+)
 
 
 def combinations() -> list[dict[str, Any]]:
@@ -87,7 +97,7 @@ def is_accepted(flags: dict[str, Any]) -> bool:
 
 
 def flags_of(changes: dict[str, Any], folder: Path, number: int) -> list[str]:
-    data = folder / ("sharded" if "stage_3" in changes["strategy"] else "tiny")
+    data = folder / ("sharded" if "stage_3" in changes["strategy"] else f"tiny{changes.get('rwkv_version', '')}")
     if "dpo_valid_file" in changes:
         changes = changes | {"dpo_valid_file": data / "valid.save"}
     if "valid_data_file" in changes:
@@ -161,12 +171,15 @@ def main(folder: Path, numbers: list[int]) -> int:
     torch.cuda._is_in_bad_fork = lambda: False
     jobs: list[tuple[str, list[Any]]] = [("train", flags_of(changes, folder, n)) for n, changes in enumerate(combinations())]
     jobs += scoring(folder)
+    jobs += [("train", flags_of(changes, folder, n)) for n, changes in enumerate(NEWER, len(jobs))]
     chosen = [(number, *job) for number, job in enumerate(jobs) if not numbers or number in numbers]
     return 1 if sum(not is_well(number, script, list(map(str, flags)), folder) for number, script, flags in chosen) else 0
 
 
 def write_inputs(folder: Path) -> None:
-    for name, shape in (("tiny", runs.TINY), ("sharded", runs.SHARDED), ("world", replace(runs.TINY, vocab_size=65536))):
+    newer = {f"tiny{version}": replace(runs.TINY, version=version, ranks=ranks) for version, ranks in runs.RANKS.items()}
+    shapes = {"tiny": runs.TINY, "sharded": runs.SHARDED, "world": replace(runs.TINY, vocab_size=65536), **newer}
+    for name, shape in shapes.items():
         (folder / name).mkdir(parents=True)
         runs.write_inputs(folder / name, shape, n_pairs=6, longest=24)
 
