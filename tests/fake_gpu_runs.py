@@ -137,7 +137,7 @@ def live(script: str, flags: list[str], log: Path) -> None:
     from rwkv_dpo.training import checkpoints, last
 
     # What kernels that do nothing make agrees with nothing, and weights that came from it are not finite.
-    for kernels in (cuda_5.KERNELS, cuda_6.KERNELS, cuda_7.KERNELS, fused):
+    for kernels in (cuda_5, cuda_6, cuda_7, cuda_5.KERNELS, cuda_6.KERNELS, cuda_7.KERNELS, fused):
         kernels.agreement = lambda device, again=False: Agreement({})  # type: ignore[attr-defined]
     checkpoints.not_finite = last.not_finite = lambda weights: ""
     status = 1

@@ -39,7 +39,8 @@ def prepare() -> None:
         functions = {f"{cuda.KERNELS.name}_{direction}": lambda *_: 0 for direction in ("forward", "backward")}
         cuda.KERNELS.library = SimpleNamespace(**functions)
         cuda.unusable_because = lambda device: None  # type: ignore[attr-defined]
-    fused.agreement = lambda device, again=False: Agreement({})  # type: ignore[assignment]
+    for kernels in (cuda_5, cuda_6, cuda_7, fused):
+        kernels.agreement = lambda device, again=False: Agreement({})  # type: ignore[attr-defined]
     for zero, optimizer in ((stages_1_and_2, "DeepSpeedZeroOptimizer"), (stage_3, "DeepSpeedZeroOptimizer_Stage3")):
         zero.is_invalid_grad_norm = lambda norm: False
         getattr(zero, optimizer).has_overflow = lambda *_, **__: False
