@@ -78,10 +78,11 @@ def _readable(mangled: str) -> str:
     """segment_outputs bf16 64, from a C++ symbol."""
     known = r"segment_[a-z]+|scan_segments|walk_tokens|sequential_[a-z_]+?|(?:mixes|gated_norm|relu_squared|sigmoid_gate)_[a-z]+|add_up"
     name = re.search(rf"({known})(?=I|E)", mangled)
-    types = {"I6__half": "fp16", "I13__nv_bfloat16": "bf16", "IfLi": "fp32"}
-    dtype = next((words for mark, words in types.items() if mark in mangled), "")
+    types = {"6__half": "fp16", "13__nv_bfloat16": "bf16", "fLi": "fp32"}
+    dtype = next((words for mark, words in types.items() if re.search(f"[IE]{mark}", mangled)), "")
+    backwards = "backwards" if re.search(r"walk_tokensILb\dELb1E", mangled) else ""
     size = re.search(r"Li(\d+)E", mangled)
-    return " ".join(filter(None, (name[1] if name else mangled, dtype, size[1] if size else "")))
+    return " ".join(filter(None, (name[1] if name else mangled, backwards, dtype, size[1] if size else "")))
 
 
 def main() -> int:

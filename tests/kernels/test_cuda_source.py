@@ -311,6 +311,10 @@ ptxas info    : Compiling entry function '_ZN37_13scan_segmentsENS_7ProblemE' fo
 ptxas info    : Function properties for _ZN37_13scan_segmentsENS_7ProblemE
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 56 registers, used 0 barriers
+ptxas info    : Compiling entry function '_ZN45_11walk_tokensILb1ELb1EfLi32EEEviiPK7SegmentPKiNS_4WalkIT1_EE' for 'sm_90'
+ptxas info    : Function properties for _ZN45_11walk_tokensILb1ELb1EfLi32EEEviiPK7SegmentPKiNS_4WalkIT1_EE
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 96 registers, used 1 barriers, 7680 bytes smem
 """
 
 
@@ -318,6 +322,7 @@ def test_the_compile_check_reads_spills_from_the_compilers_report():
     assert list(compile_cuda.usages(PTXAS_REPORT)) == [
         compile_cuda.Usage("segment_outputs bf16 64", 168, 24064, 4),
         compile_cuda.Usage("scan_segments", 56, 0, 0),
+        compile_cuda.Usage("walk_tokens backwards fp32 32", 96, 7680, 0),
     ]
 
 
