@@ -67,7 +67,7 @@ def main() -> None:
 def measure(backend: str, n_layer: int, n_embd: int) -> dict[str, object]:
     """Within the stand-in: counts of a micro-batch, from its way to the device to the end of its backward pass."""
     # What kernels that do nothing make agrees with nothing.
-    cuda.agreement = fused.agreement = lambda device, again=False: Agreement({})  # type: ignore[assignment]
+    cuda.KERNELS.agreement = fused.agreement = lambda device, again=False: Agreement({})  # type: ignore[assignment]
     shape = ModelShape(n_layer, n_embd, n_embd, int(n_embd * 3.5) // 32 * 32, VOCAB)
     device = torch.device("cuda")
     with device:

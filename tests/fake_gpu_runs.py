@@ -54,6 +54,16 @@ TURNS: tuple[tuple[dict[str, Any], ...], ...] = (
      {"accelerator": "auto"}, {"wkv_backend": "cuda"}),
     ({"quant": "nf4"}, {"quant": "int8"}, {"quant": "none"}),
 )
+# Of the other versions of RWKV, which those above are not.
+NEWER: tuple[dict[str, Any], ...] = tuple(
+    {"rwkv_version": version, **changes}
+    for version in ("6", "7")
+    for changes in (
+        {"precision": "bf16", "strategy": "auto"},
+        {"precision": "fp16", "strategy": "deepspeed_stage_2", "grad_cp": "1", "peft": "lora", "train_extra": "time"},
+        {"precision": "fp32", "strategy": "auto", "grad_cp": "selective", "chunk_ctx": 16, "peft": "state"},
+    )
+)
 
 
 def combinations() -> list[dict[str, Any]]:
@@ -88,7 +98,7 @@ def is_accepted(flags: dict[str, Any]) -> bool:
 
 
 def flags_of(changes: dict[str, Any], folder: Path, number: int) -> list[str]:
-    data = folder / ("sharded" if "stage_3" in changes["strategy"] else "tiny")
+    data = folder / ("sharded" if "stage_3" in changes["strategy"] else f"tiny{changes.get('rwkv_version', '')}")
     if "dpo_valid_file" in changes:
         changes = changes | {"dpo_valid_file": data / "valid.save"}
     if "valid_data_file" in changes:
@@ -122,11 +132,14 @@ def live(script: str, flags: list[str], log: Path) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from rwkv_dpo.kernels.agreement import Agreement
     from rwkv_dpo.kernels.fused import cuda as fused
-    from rwkv_dpo.kernels.wkv5 import cuda
+    from rwkv_dpo.kernels.wkv5 import cuda as cuda_5
+    from rwkv_dpo.kernels.wkv6 import cuda as cuda_6
+    from rwkv_dpo.kernels.wkv7 import cuda as cuda_7
     from rwkv_dpo.training import checkpoints, last
 
     # What kernels that do nothing make agrees with nothing, and weights that came from it are not finite.
-    cuda.agreement = fused.agreement = lambda device, again=False: Agreement({})  # type: ignore[assignment]
+    for kernels in (cuda_5, cuda_6, cuda_7, cuda_5.KERNELS, cuda_6.KERNELS, cuda_7.KERNELS, fused):
+        kernels.agreement = lambda device, again=False: Agreement({})  # type: ignore[attr-defined]
     checkpoints.not_finite = last.not_finite = lambda weights: ""
     status = 1
     try:
@@ -159,12 +172,15 @@ def main(folder: Path, numbers: list[int]) -> int:
     torch.cuda._is_in_bad_fork = lambda: False
     jobs: list[tuple[str, list[Any]]] = [("train", flags_of(changes, folder, n)) for n, changes in enumerate(combinations())]
     jobs += scoring(folder)
+    jobs += [("train", flags_of(changes, folder, n)) for n, changes in enumerate(NEWER, len(jobs))]
     chosen = [(number, *job) for number, job in enumerate(jobs) if not numbers or number in numbers]
     return 1 if sum(not is_well(number, script, list(map(str, flags)), folder) for number, script, flags in chosen) else 0
 
 
 def write_inputs(folder: Path) -> None:
-    for name, shape in (("tiny", runs.TINY), ("sharded", runs.SHARDED), ("world", replace(runs.TINY, vocab_size=65536))):
+    newer = {f"tiny{version}": replace(runs.TINY, version=version, ranks=ranks) for version, ranks in runs.RANKS.items()}
+    shapes = {"tiny": runs.TINY, "sharded": runs.SHARDED, "world": replace(runs.TINY, vocab_size=65536), **newer}
+    for name, shape in shapes.items():
         (folder / name).mkdir(parents=True)
         runs.write_inputs(folder / name, shape, n_pairs=6, longest=24)
 

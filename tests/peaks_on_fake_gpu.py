@@ -22,7 +22,9 @@ import torch  # noqa: E402
 import train  # noqa: E402
 from rwkv_dpo.kernels.agreement import Agreement  # noqa: E402
 from rwkv_dpo.kernels.fused import cuda as fused  # noqa: E402
-from rwkv_dpo.kernels.wkv5 import cuda  # noqa: E402
+from rwkv_dpo.kernels.wkv5 import cuda as cuda_5  # noqa: E402
+from rwkv_dpo.kernels.wkv6 import cuda as cuda_6  # noqa: E402
+from rwkv_dpo.kernels.wkv7 import cuda as cuda_7  # noqa: E402
 from rwkv_dpo.memory import estimate as memory  # noqa: E402
 from rwkv_dpo.run import dry_run  # noqa: E402
 from rwkv_dpo.run.flags import parse_flags  # noqa: E402
@@ -33,10 +35,12 @@ from rwkv_dpo.training import checkpoints, last, module  # noqa: E402
 def prepare() -> None:
     """Kernels would do nothing, so they needn't be compiled; and values, which mean nothing, must not make an optimizer skip a step or a
     run refuse to save."""
-    kernels = SimpleNamespace(wkv5_forward=lambda *_: 0, wkv5_backward=lambda *_: 0)
-    cuda._library = lambda: kernels  # type: ignore[assignment]
-    cuda.unusable_because = lambda device: None  # type: ignore[assignment]
-    cuda.agreement = fused.agreement = lambda device, again=False: Agreement({})  # type: ignore[assignment]
+    for cuda in (cuda_5, cuda_6, cuda_7):
+        functions = {f"{cuda.KERNELS.name}_{direction}": lambda *_: 0 for direction in ("forward", "backward")}
+        cuda.KERNELS.library = SimpleNamespace(**functions)
+        cuda.unusable_because = lambda device: None  # type: ignore[attr-defined]
+    for kernels in (cuda_5, cuda_6, cuda_7, fused):
+        kernels.agreement = lambda device, again=False: Agreement({})  # type: ignore[attr-defined]
     for zero, optimizer in ((stages_1_and_2, "DeepSpeedZeroOptimizer"), (stage_3, "DeepSpeedZeroOptimizer_Stage3")):
         zero.is_invalid_grad_norm = lambda norm: False
         getattr(zero, optimizer).has_overflow = lambda *_, **__: False

@@ -22,6 +22,8 @@ from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.training.halt import Halt
 
 TINY = ModelShape(n_layer=2, n_embd=32, dim_att=32, dim_ffn=96, vocab_size=61, head_size=8)
+# Of the small matrices of newer versions of it.
+RANKS = {"6": (80, 24), "7": (8, 16, 24, 40)}
 # ZeRO-3 keeps tensors of up to 100,000 numbers whole on every rank: these matrices are larger.
 SHARDED = ModelShape(n_layer=2, n_embd=320, dim_att=320, dim_ffn=320, vocab_size=320, head_size=64)
 

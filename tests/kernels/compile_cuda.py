@@ -19,18 +19,20 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "RWKV-v5/src"))
 
-from rwkv_dpo.kernels.build import SOURCES, BuildError, EntryPoint, bind, compiled  # noqa: E402 (as above)
+from rwkv_dpo.kernels.build import BuildError, EntryPoint, bind, compiled  # noqa: E402 (as above)
 from rwkv_dpo.kernels.compilers import cuda_recipe, find_nvcc  # noqa: E402 (as above)
 from rwkv_dpo.kernels.fused import cuda as fused  # noqa: E402 (as above)
-from rwkv_dpo.kernels.wkv5 import cuda  # noqa: E402 (the path above makes the package importable without installing it)
+from rwkv_dpo.kernels.wkv5 import cuda as cuda_5  # noqa: E402 (the path above makes the package importable without installing it)
+from rwkv_dpo.kernels.wkv6 import cuda as cuda_6  # noqa: E402 (as above)
+from rwkv_dpo.kernels.wkv7 import cuda as cuda_7  # noqa: E402 (as above)
 
-KERNELS = SOURCES / "wkv5_cuda.cu"
+RECURRENCES = {kernels.source: kernels.entry_points for kernels in (cuda_5.KERNELS, cuda_6.KERNELS, cuda_7.KERNELS)}
 FUSED = fused.SOURCE
 BASELINE = ROOT / "benchmarks/csrc/wkv5_sequential.cu"
 
 # From the oldest that nvcc 13 knows to the newest. The benchmark's kernel needs one.
 ALL = ((7, 5), (8, 0), (9, 0), (12, 0))
-CAPABILITIES = {KERNELS: ALL, FUSED: ALL, BASELINE: ((9, 0),)}
+CAPABILITIES = {**dict.fromkeys(RECURRENCES, ALL), FUSED: ALL, BASELINE: ((9, 0),)}
 
 
 def baseline() -> ModuleType:
@@ -74,12 +76,13 @@ def usages(report: str) -> Iterator[Usage]:
 
 def _readable(mangled: str) -> str:
     """segment_outputs bf16 64, from a C++ symbol."""
-    known = r"segment_[a-z]+|scan_segments|sequential_[a-z_]+?|(?:mixes|gated_norm|relu_squared|sigmoid_gate)_[a-z]+|add_up"
+    known = r"segment_[a-z]+|scan_segments|walk_tokens|sequential_[a-z_]+?|(?:mixes|gated_norm|relu_squared|sigmoid_gate)_[a-z]+|add_up"
     name = re.search(rf"({known})(?=I|E)", mangled)
-    types = {"I6__half": "fp16", "I13__nv_bfloat16": "bf16", "IfLi": "fp32"}
-    dtype = next((words for mark, words in types.items() if mark in mangled), "")
+    types = {"6__half": "fp16", "13__nv_bfloat16": "bf16", "fLi": "fp32"}
+    dtype = next((words for mark, words in types.items() if re.search(f"[IE]{mark}", mangled)), "")
+    backwards = "backwards" if re.search(r"walk_tokensILb\dELb1E", mangled) else ""
     size = re.search(r"Li(\d+)E", mangled)
-    return " ".join(filter(None, (name[1] if name else mangled, dtype, size[1] if size else "")))
+    return " ".join(filter(None, (name[1] if name else mangled, backwards, dtype, size[1] if size else "")))
 
 
 def main() -> int:
@@ -87,7 +90,7 @@ def main() -> int:
     if nvcc is None:
         print("CUDA kernels not compiled: no nvcc")
         return 0
-    entry_points = {KERNELS: cuda.ENTRY_POINTS, FUSED: fused.CUDA_ENTRY_POINTS, BASELINE: baseline().ENTRY_POINTS}
+    entry_points = {**RECURRENCES, FUSED: fused.CUDA_ENTRY_POINTS, BASELINE: baseline().ENTRY_POINTS}
     jobs = [(source, capability, entry_points[source]) for source in CAPABILITIES for capability in CAPABILITIES[source]]
     spills = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -15,8 +15,10 @@ from rwkv_dpo.kernels.build import SOURCES
 from rwkv_dpo.kernels.wkv5 import chunked, cpu, cuda, reference
 from rwkv_dpo.kernels.wkv6 import chunked as chunked_6
 from rwkv_dpo.kernels.wkv6 import cpu as cpu_6
+from rwkv_dpo.kernels.wkv6 import cuda as cuda_6
 from rwkv_dpo.kernels.wkv7 import chunked as chunked_7
 from rwkv_dpo.kernels.wkv7 import cpu as cpu_7
+from rwkv_dpo.kernels.wkv7 import cuda as cuda_7
 
 CPU = torch.device("cpu")
 # Of csrc/wkv5_cpu.cpp: a line of the forward, and one of the backward pass, with a fault in it.
@@ -148,8 +150,9 @@ class TestComparing:
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-    def test_the_cuda_kernels_agree_on_this_gpu(self):
-        found = cuda.agreement(torch.device("cuda"), again=True)
+    @pytest.mark.parametrize("module", [cuda, cuda_6, cuda_7])
+    def test_the_cuda_kernels_agree_on_this_gpu(self, module):
+        found = module.agreement(torch.device("cuda"), again=True)
         assert found.fault is None
         assert found.errors.keys() == ALLOWED.keys()
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.kernels import backends, cuda_library
 from rwkv_dpo.kernels.agreement import Agreement
 from rwkv_dpo.kernels.backends import choose_backend
 from rwkv_dpo.kernels.build import BuildError
@@ -28,7 +29,7 @@ FP32 = 2e-5
 SIXTEEN_BITS = {torch.bfloat16: 1e-2, torch.float16: 1e-3}
 VERSIONS = ("5", "6", "7")
 ALL = [(version, name) for version in VERSIONS for name in ("chunked", "cpu")]
-PARAMETERS = [*ALL, pytest.param(("5", "cuda"), marks=pytest.mark.gpu)]
+PARAMETERS = [*ALL, *(pytest.param((version, "cuda"), marks=pytest.mark.gpu) for version in VERSIONS)]
 
 
 @pytest.fixture(autouse=True)
@@ -270,9 +271,10 @@ class TestChoice:
             "WKV backend: chunked, and its part of a step will take several times as long: not cpu, since no c++ on PATH"
         )
 
-    def test_on_a_gpu_the_reason_comes_with_a_warning_of_the_cost(self, caplog, monkeypatch):
-        monkeypatch.setattr(cuda, "unusable_because", lambda device: "nvcc fatal: no")
-        assert choose_backend("5", "auto", torch.device("cuda")).name == "chunked"
+    @pytest.mark.parametrize("version", VERSIONS)
+    def test_on_a_gpu_the_reason_comes_with_a_warning_of_the_cost(self, caplog, monkeypatch, version):
+        monkeypatch.setattr(f"rwkv_dpo.kernels.wkv{version}.cuda.unusable_because", lambda device: "nvcc fatal: no")
+        assert choose_backend(version, "auto", torch.device("cuda")).name == "chunked"
         [record] = caplog.records
         assert record.levelname == "WARNING"
         assert record.message == "WKV backend: chunked, and this run will be several times slower: not cuda, since nvcc fatal: no"
@@ -299,13 +301,17 @@ class TestChoice:
         reason = kernels.unusable_because(torch.device("cpu"))
         assert reason == "no no-such-compiler on PATH; install a C++ compiler, or set CXX to one"
 
+    @pytest.mark.parametrize("version", VERSIONS)
+    def test_on_a_gpu_cuda_comes_first(self, monkeypatch, version):
+        monkeypatch.setattr(f"rwkv_dpo.kernels.wkv{version}.cuda.unusable_because", lambda device: None)
+        assert choose_backend(version, "auto", torch.device("cuda")).name == "cuda"
 
-    @pytest.mark.parametrize("version", ["6", "7"])
-    def test_a_backend_that_a_version_lacks_is_refused_and_passed_over(self, version, caplog):
-        with pytest.raises(InputError, match=f"--wkv_backend cuda can't be used on cuda: RWKV-{version} has none"):
-            choose_backend(version, "cuda", torch.device("cuda"))
-        assert choose_backend(version, "auto", torch.device("cuda")).name == "chunked"
-        assert f"this run will be several times slower: not cuda, since RWKV-{version} has none" in caplog.text
+    def test_a_backend_that_a_version_lacks_is_refused_and_passed_over(self, caplog, monkeypatch):
+        monkeypatch.setattr(backends, "offers", lambda version, name: name != "cuda")
+        with pytest.raises(InputError, match="--wkv_backend cuda can't be used on cuda: RWKV-7 has none"):
+            choose_backend("7", "cuda", torch.device("cuda"))
+        assert choose_backend("7", "auto", torch.device("cuda")).name == "chunked"
+        assert "this run will be several times slower: not cuda, since RWKV-7 has none" in caplog.text
 
 
 class TestCudaReasons:
@@ -315,22 +321,23 @@ class TestCudaReasons:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def test_a_kernel_that_cannot_be_built_or_lacks_a_function_is_a_reason(self, monkeypatch):
-        def fail():
+        def fail(source, entry_points):
             raise BuildError("wkv5_cuda.so has no function wkv5_forward")
 
-        monkeypatch.setattr(cuda, "_library", fail)
+        monkeypatch.setattr(cuda_library, "load_kernels", fail)
+        monkeypatch.delitem(cuda.KERNELS.__dict__, "library", raising=False)
         assert cuda.unusable_because(torch.device("cuda")) == "wkv5_cuda.so has no function wkv5_forward"
 
     @pytest.mark.parametrize(("code", "reason"), [(0, None), (35, "the kernels can't run with this driver: too old (CUDA error 35)")])
     def test_a_driver_that_is_too_old_is_a_reason(self, monkeypatch, code, reason):
         library = SimpleNamespace(wkv5_usable=lambda: code, wkv5_error=lambda code: b"too old")
-        monkeypatch.setattr(cuda, "_library", lambda: library)
-        monkeypatch.setattr(cuda, "agreement", lambda device: Agreement({}))
+        monkeypatch.setitem(cuda.KERNELS.__dict__, "library", library)
+        monkeypatch.setattr(cuda.KERNELS, "agreement", lambda device: Agreement({}))
         assert cuda.unusable_because(torch.device("cuda")) == reason
 
     def test_kernels_that_compute_something_else_are_a_reason(self, monkeypatch):
-        monkeypatch.setattr(cuda, "_library", lambda: SimpleNamespace(wkv5_usable=lambda: 0))
-        monkeypatch.setattr(cuda, "agreement", lambda device: Agreement({"fp32": 0.5}, "its y is off"))
+        monkeypatch.setitem(cuda.KERNELS.__dict__, "library", SimpleNamespace(wkv5_usable=lambda: 0))
+        monkeypatch.setattr(cuda.KERNELS, "agreement", lambda device: Agreement({"fp32": 0.5}, "its y is off"))
         assert cuda.unusable_because(torch.device("cuda")) == "its y is off"
 
     def test_a_torch_for_amds_gpus_is_a_reason(self, monkeypatch):

@@ -1,6 +1,7 @@
 """The estimate of a run's memory against the peak of torch's allocator, under DeepSpeed and without, on one GPU that is not there."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(unusable_because() != "", rea
 
 # 28.9 M weights.
 SHAPE = ModelShape(n_layer=6, n_embd=512, dim_att=512, dim_ffn=1792, vocab_size=8192)
+SHAPES = {
+    "5": SHAPE, "6": replace(SHAPE, version="6", ranks=(160, 64)),
+    "7": replace(SHAPE, version="7", ranks=(64, 64, 32, 128), dim_ffn=2048),
+}  # fmt: skip
 FULL, CP, LORA, STATE = {}, {"grad_cp": 1}, {"grad_cp": 1, "peft": "lora"}, {"grad_cp": 1, "peft": "state"}
 ZERO = "deepspeed_stage_"
 RUNS = {
@@ -34,6 +39,8 @@ RUNS = {
     "stage 3": {"strategy": f"{ZERO}3"}, "stage 3, grad_cp": {"strategy": f"{ZERO}3", **CP},
     "stage 2, offload": {"strategy": f"{ZERO}2_offload"}, "stage 2, offload, LoRA": {"strategy": f"{ZERO}2_offload", **LORA},
     "stage 3, offload": {"strategy": f"{ZERO}3_offload", **CP},
+    **{f"RWKV-{version}": {"load_model": f"DATA/{version}.pth"} for version in "67"},
+    **{f"RWKV-{version}, grad_cp, LoRA": {"load_model": f"DATA/{version}.pth", **LORA} for version in "67"},
 }  # fmt: skip
 
 
@@ -41,13 +48,14 @@ RUNS = {
 def peaks(tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("peaks")
     rng = np.random.default_rng(0)
-    weights = random_model(SHAPE, torch.float32).state_dict()
-    save_weights({name: weight.bfloat16() for name, weight in weights.items()}, folder / "model.pth")
+    for version, shape in SHAPES.items():
+        weights = random_model(shape, torch.float32).state_dict()
+        save_weights({name: weight.bfloat16() for name, weight in weights.items()}, folder / f"{version}.pth")
     rng.integers(1, SHAPE.vocab_size, 40_000).astype("<u2").tofile(folder / "corpus.bin")
     pairs = [tuple(rng.integers(1, SHAPE.vocab_size, n) for n in (256, 200, 150)) for _ in range(4)]
     save_pairs(folder / "train.save", pack_pairs(pairs, np.full((4, 2), -2000.0)))
     own = {"accelerator": "gpu", "precision": "bf16", "ctx_len": 1024, "micro_bsz": 1, "epoch_steps": 2, "epoch_count": 1, "epoch_save": 0}
-    own |= {"wkv_backend": "cuda"}
+    own |= {"wkv_backend": "cuda", "load_model": "DATA/5.pth"}
     runs = {name: flags(folder, folder / name, **{**own, **changes}) for name, changes in RUNS.items()}
     (folder / "runs.json").write_text(json.dumps(runs))
     done = run_on_fake_gpu(Path(__file__).parents[1] / "peaks_on_fake_gpu.py", folder / "runs.json", folder / "logs")

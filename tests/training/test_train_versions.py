@@ -9,11 +9,9 @@ import pytest
 import torch
 import train
 from conftest import random_model
-from runs import TINY, flags, write_inputs
+from runs import RANKS, TINY, flags, write_inputs
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.model.checkpoint import load_model, read_weights, shape_of
-
-RANKS = {"6": (80, 24), "7": (8, 16, 24, 40)}
 
 
 @pytest.fixture(scope="module", params=["6", "7"])

@@ -19,11 +19,13 @@ from rwkv_dpo.kernels.fused import cuda as fused_cuda
 from rwkv_dpo.kernels.wkv5 import cpu as wkv5_cpu
 from rwkv_dpo.kernels.wkv5 import cuda as wkv5_cuda
 from rwkv_dpo.kernels.wkv6 import cpu as wkv6_cpu
+from rwkv_dpo.kernels.wkv6 import cuda as wkv6_cuda
 from rwkv_dpo.kernels.wkv7 import cpu as wkv7_cpu
+from rwkv_dpo.kernels.wkv7 import cuda as wkv7_cuda
 
 # By the kind of device that they are made for, and a name.
 KERNELS = {
-    "cuda": {"wkv5 in CUDA": wkv5_cuda, "a block's functions in CUDA": fused_cuda},
+    "cuda": {"wkv5 in CUDA": wkv5_cuda, "wkv6 in CUDA": wkv6_cuda, "wkv7 in CUDA": wkv7_cuda, "a block's functions in CUDA": fused_cuda},
     "cpu": {"wkv5 in C++": wkv5_cpu, "wkv6 in C++": wkv6_cpu, "wkv7 in C++": wkv7_cpu, "a block's functions in C++": fused_cpu},
 }
 

@@ -34,7 +34,7 @@ HEAP_SHARE = 0.4
 # What cuBLAS works in: one workspace in the thread of the forward pass and one in that of the backward pass. (32 MiB each since sm_90;
 # 8 before.)
 WORKSPACES = 2 * (32 << 20)
-# Tokens between the states that the WKV backends keep for their backward, in fp32; `reference` has autograd keep some three a token.
+# Tokens between the states that WKV-5's backends keep for their backward, in fp32; `reference` has autograd keep some three a token.
 _STATE_EVERY = {"cuda": 64, "chunked": 32, "reference": 1 / 3}
 
 

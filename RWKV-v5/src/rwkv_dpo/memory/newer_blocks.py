@@ -28,5 +28,8 @@ def _kept_by_wkv(s: ModelShape, compute_bytes: int, wkv_backend: str) -> float:
             return state / 32 + (16.0 - 3 * compute_bytes) * s.dim_att + 4.0 * 32 * s.n_head
         case "reference":
             return (5.0 if is_7 else 3.0) * state
+        case "cuda":
+            # What each token takes out of RWKV-7's state.
+            return state / 32 + (4.0 * s.dim_att if is_7 else 0.0)
         case _:
             return 0.0

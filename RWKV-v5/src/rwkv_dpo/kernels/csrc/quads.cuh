@@ -20,9 +20,18 @@ __device__ inline void from_float(__half& to, float x) { to = __float2half(x); }
 __device__ inline void from_float(__nv_bfloat16& to, float x) { to = __float2bfloat16(x); }
 
 template <class T>
+__device__ inline Quad<T> packed(const T* from) {
+    return *reinterpret_cast<const Quad<T>*>(from);
+}
+
+template <class T>
+__device__ inline Quad<float> widened(Quad<T> x) {
+    return {to_float(x.at[0]), to_float(x.at[1]), to_float(x.at[2]), to_float(x.at[3])};
+}
+
+template <class T>
 __device__ inline Quad<float> load(const T* from) {
-    const Quad<T> packed = *reinterpret_cast<const Quad<T>*>(from);
-    return {to_float(packed.at[0]), to_float(packed.at[1]), to_float(packed.at[2]), to_float(packed.at[3])};
+    return widened(packed(from));
 }
 
 template <class T>

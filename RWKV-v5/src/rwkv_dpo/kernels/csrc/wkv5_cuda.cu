@@ -1,4 +1,4 @@
-// WKV-5 on NVIDIA GPUs: a sequence is cut into segments that run in parallel. Legend and contract: rwkv_dpo/wkv/__init__.py.
+// WKV-5 on NVIDIA GPUs: a sequence is cut into segments that run in parallel. Legend and contract: rwkv_dpo/kernels/wkv5/__init__.py.
 //
 //   1 segment_states   the state that every segment would reach by itself, from zero            [n_segments, H, N, N]
 //   2 scan_segments    over the segments of a sequence: turns those into the true starting states, in place
@@ -25,89 +25,67 @@
 #include "wkv5_forward.cuh"
 #include "wkv5_gradients.cuh"
 
-// Mirrors `Layout` in cuda.py. In no anonymous namespace: nvcc hides every function with a parameter of such a type, extern "C" or not.
-struct Layout {
-    int dtype, n_sequences, n_segments, n_heads, head_size;
-    const Segment* segments;   // [n_segments], the segments of a sequence side by side
-    const int* first_segment;  // [n_sequences + 1]
-    const float *time_decay, *u;
-    cudaStream_t stream;
-
-    Problem problem() const { return {n_heads, head_size, segments, time_decay, u}; }
-};
-
 namespace {
 
-cudaError_t scan(const Layout& layout, const float* initial, bool reverse, float* states, float* last) {
-    if (layout.n_sequences == 0) return cudaSuccess;
+cudaError_t scan(const Layout& layout, const Problem& problem, const float* initial, bool reverse, float* states, float* last) {
     const int slices = (layout.head_size * layout.head_size + kScanThreads - 1) / kScanThreads;
-    return launch(scan_segments, dim3(layout.n_sequences, layout.n_heads, slices), kScanThreads, layout.stream, layout.problem(),
+    return launch(scan_segments, dim3(layout.n_sequences, layout.n_heads, slices), kScanThreads, layout.stream, problem,
                   layout.first_segment, initial, reverse, states, last);
 }
 
-// The pass over [n_segments, H] blocks, if there are any.
+// The pass over [n_segments, H] blocks.
 template <int NP, class... Parameters, class... Arguments>
-cudaError_t per_segment(const Layout& layout, int kinds, void (*kernel)(Problem, Parameters...), Arguments... arguments) {
-    if (layout.n_segments == 0) return cudaSuccess;
-    return launch(kernel, dim3(layout.n_segments, layout.n_heads, kinds), Tiling<NP>::kThreads, layout.stream, layout.problem(),
-                  arguments...);
+cudaError_t per_segment(const Layout& layout, const Problem& problem, int kinds, void (*kernel)(Problem, Parameters...),
+                        Arguments... arguments) {
+    return launch(kernel, dim3(layout.n_segments, layout.n_heads, kinds), Tiling<NP>::kThreads, layout.stream, problem, arguments...);
 }
 
 template <class T, int NP>
 struct Forward {
-    static cudaError_t run(const Layout& layout, const void* r, const void* k, const void* v, const float* state0, float* states,
-                           void* y, float* state_end) {
+    static cudaError_t run(const Layout& layout, const Problem& problem, const void* r, const void* k, const void* v,
+                           const float* state0, float* states, void* y, float* state_end) {
         const Tokens<T> tokens{static_cast<const T*>(r), static_cast<const T*>(k), static_cast<const T*>(v), nullptr};
-        cudaError_t error = per_segment<NP>(layout, 1, segment_states<T, NP>, tokens.k, tokens.v, false, states);
-        if (error == cudaSuccess) error = scan(layout, state0, false, states, state_end);
+        cudaError_t error = per_segment<NP>(layout, problem, 1, segment_states<T, NP>, tokens.k, tokens.v, false, states);
+        if (error == cudaSuccess) error = scan(layout, problem, state0, false, states, state_end);
         if (error == cudaSuccess)
-            error = per_segment<NP>(layout, 1, segment_outputs<T, NP>, tokens.r, tokens.k, tokens.v, states, static_cast<T*>(y));
+            error = per_segment<NP>(layout, problem, 1, segment_outputs<T, NP>, tokens.r, tokens.k, tokens.v, states, static_cast<T*>(y));
         return error;
     }
 };
 
 template <class T, int NP>
 struct Backward {
-    static cudaError_t run(const Layout& layout, const void* r, const void* k, const void* v, const void* gy, const float* states,
-                           const float* gstate_end, float* state_grads, void* gr, void* gk, void* gv, float* gw, float* gu,
-                           float* gstate0) {
+    static cudaError_t run(const Layout& layout, const Problem& problem, const void* r, const void* k, const void* v, const void* gy,
+                           const float* states, const float* gstate_end, float* state_grads, void* gr, void* gk, void* gv, float* gw,
+                           float* gu, float* gstate0) {
         const Tokens<T> tokens{static_cast<const T*>(r), static_cast<const T*>(k), static_cast<const T*>(v),
                                static_cast<const T*>(gy)};
-        cudaError_t error = per_segment<NP>(layout, 1, segment_states<T, NP>, tokens.r, tokens.gy, true, state_grads);
-        if (error == cudaSuccess) error = scan(layout, gstate_end, true, state_grads, gstate0);
+        cudaError_t error = per_segment<NP>(layout, problem, 1, segment_states<T, NP>, tokens.r, tokens.gy, true, state_grads);
+        if (error == cudaSuccess) error = scan(layout, problem, gstate_end, true, state_grads, gstate0);
         if (error == cudaSuccess)
-            error = per_segment<NP>(layout, 2, segment_gradients<T, NP>, tokens, states, state_grads, static_cast<T*>(gr),
+            error = per_segment<NP>(layout, problem, 2, segment_gradients<T, NP>, tokens, states, state_grads, static_cast<T*>(gr),
                                     static_cast<T*>(gk), static_cast<T*>(gv), gw, gu);
         return error;
     }
 };
 
-template <template <class, int> class Pass, class T, class... Arguments>
-cudaError_t for_head_size(const Layout& layout, Arguments... arguments) {
-    if (layout.head_size <= 32) return Pass<T, 32>::run(layout, arguments...);
-    if (layout.head_size <= 64) return Pass<T, 64>::run(layout, arguments...);
-    if (layout.head_size <= 96) return Pass<T, 96>::run(layout, arguments...);
-    return Pass<T, 128>::run(layout, arguments...);
-}
-
 template <template <class, int> class Pass, class... Arguments>
-int dispatch(const Layout& layout, Arguments... arguments) {
-    if (layout.dtype == 0) return for_head_size<Pass, float>(layout, arguments...);
-    if (layout.dtype == 1) return for_head_size<Pass, __nv_bfloat16>(layout, arguments...);
-    return for_head_size<Pass, __half>(layout, arguments...);
+int run(const Layout& layout, const float* time_decay, const float* u, Arguments... arguments) {
+    const Problem problem{layout.n_heads, layout.head_size, layout.segments, time_decay, u};
+    return dispatch<Pass, 32, 64, 96, 128>(layout, problem, arguments...);
 }
 
 }  // namespace
 
-extern "C" int wkv5_forward(const Layout* layout, const void* r, const void* k, const void* v, const float* state0, float* states,
-                            void* y, float* state_end) {
-    return dispatch<Forward>(*layout, r, k, v, state0, states, y, state_end);
+extern "C" int wkv5_forward(const Layout* layout, const float* time_decay, const float* u, const void* r, const void* k, const void* v,
+                            const float* state0, float* states, void* y, float* state_end) {
+    return run<Forward>(*layout, time_decay, u, r, k, v, state0, states, y, state_end);
 }
 
-extern "C" int wkv5_backward(const Layout* layout, const void* r, const void* k, const void* v, const void* gy, const float* states,
-                             const float* gstate_end, float* state_grads, void* gr, void* gk, void* gv, float* gw, float* gu,
-                             float* gstate0) {
-    return dispatch<Backward>(*layout, r, k, v, gy, states, gstate_end, state_grads, gr, gk, gv, gw, gu, gstate0);
+extern "C" int wkv5_backward(const Layout* layout, const float* time_decay, const float* u, const void* r, const void* k, const void* v,
+                             const void* gy, const float* states, const float* gstate_end, float* state_grads, void* gr, void* gk,
+                             void* gv, float* gw, float* gu, float* gstate0) {
+    return run<Backward>(*layout, time_decay, u, r, k, v, gy, states, gstate_end, state_grads, gr, gk, gv, gw, gu, gstate0);
 }
 
 extern "C" const char* wkv5_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

@@ -1,15 +1,9 @@
 // What the WKV-5 kernels share: how the threads of a block divide the state of a head, and how tokens reach them.
 #pragma once
 
-#include <cstdint>
-
-#include "quads.cuh"
+#include "wkv_cuda.cuh"
 
 namespace {
-
-struct Segment {
-    int first_row, length;
-};
 
 struct Problem {
     int n_heads, head_size;
