@@ -19,6 +19,7 @@ from rwkv_dpo.kernels.wkv6 import cuda as cuda_6
 from rwkv_dpo.kernels.wkv7 import chunked as chunked_7
 from rwkv_dpo.kernels.wkv7 import cpu as cpu_7
 from rwkv_dpo.kernels.wkv7 import cuda as cuda_7
+from rwkv_dpo.machine.facts import KERNELS
 
 CPU = torch.device("cpu")
 # Of csrc/wkv5_cpu.cpp: a line of the forward, and one of the backward pass, with a fault in it.
@@ -155,6 +156,13 @@ class TestComparing:
         found = module.agreement(torch.device("cuda"), again=True)
         assert found.fault is None
         assert found.errors.keys() == ALLOWED.keys()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs c++")
+@pytest.mark.parametrize("name", KERNELS["cpu"])
+def test_where_there_is_a_compiler_every_kernel_is_used(name):
+    """Other tests skip what can't be used, and a kernel that computes something else can't be."""
+    assert KERNELS["cpu"][name].unusable_because(CPU) is None
 
 
 @pytest.mark.parametrize(("text", "version"), [
