@@ -60,9 +60,9 @@ def main() -> None:
     if "backends" in flags.parts:
         table = [time_shape(flags.device, flags.repeats, *shape) for shape in SHAPES[flags.device][: flags.rows]]
         measure.save(f"wkv_{flags.device}", {"forward plus backward": {**notes, "table": table}})
-    if "versions" in flags.parts and flags.device == "cpu":
-        table = [time_versions(flags.repeats, *shape) for shape in SHAPES["cpu"][:2]]
-        measure.save("wkv_cpu", {"versions": {**notes, "table": table}})
+    if "versions" in flags.parts:
+        table = [time_versions(flags.device, flags.repeats, *shape) for shape in SHAPES[flags.device][: min(flags.rows or 2, 2)]]
+        measure.save(f"wkv_{flags.device}", {"versions": {**notes, "table": table}})
 
 
 def refuse_unless_parity_holds() -> None:
@@ -93,8 +93,9 @@ def time_shape(device: str, repeats: int, n_seqs: int, length: int, n_heads: int
     return {**row, "ms": {name: round(ms, 3) for name, ms in medians.items()}}
 
 
-def time_versions(repeats: int, n_seqs: int, length: int, n_heads: int, head_size: int, dtype: str, names) -> dict:
-    """Every version by each of the named backends, in turns."""
+def time_versions(device: str, repeats: int, n_seqs: int, length: int, n_heads: int, head_size: int, dtype: str, _: object) -> dict:
+    """Every version by the device's own backend and by `chunked`, in turns."""
+    names = (device, "chunked")
     random = torch.Generator().manual_seed(0)
     shape, state = (n_seqs * length, n_heads, head_size), (n_heads, head_size)
     r, k, v, gy, x = torch.randn(5, *shape, generator=random).to(getattr(torch, dtype))
@@ -108,16 +109,18 @@ def time_versions(repeats: int, n_seqs: int, length: int, n_heads: int, head_siz
     }
     cu_seqlens = torch.arange(0, (n_seqs + 1) * length, length, dtype=torch.int32)
 
+    gy = gy.to(device)
+
     def forward_and_backward(version: str, name: str) -> Callable[[], object]:
-        wkv = choose_backend(version, name, torch.device("cpu")).wkv
-        leaves = [x.detach().clone().requires_grad_() for x in inputs[version]]
+        wkv = choose_backend(version, name, torch.device(device)).wkv
+        leaves = [x.to(device, copy=True).requires_grad_() for x in inputs[version]]
         return lambda: torch.autograd.grad(wkv(*leaves, cu_seqlens)[0], leaves, gy)
 
     candidates = {f"wkv{version} {name}": forward_and_backward(version, name) for version in inputs for name in names}
     medians = {name: round(1e3 * seconds, 3) for name, seconds in measure.alternate(candidates, repeats, warmup=3).items()}
     ratios = {
-        "over wkv5": {name: round(medians[f"{name} cpu"] / medians["wkv5 cpu"], 2) for name in ("wkv6", "wkv7")},
-        "chunked over cpu": {f"wkv{n}": round(medians[f"wkv{n} chunked"] / medians[f"wkv{n} cpu"], 2) for n in inputs},
+        "over wkv5": {name: round(medians[f"{name} {device}"] / medians[f"wkv5 {device}"], 2) for name in ("wkv6", "wkv7")},
+        f"chunked over {device}": {f"wkv{n}": round(medians[f"wkv{n} chunked"] / medians[f"wkv{n} {device}"], 2) for n in inputs},
     }
     row = {"sequences": n_seqs, "tokens": length, "heads": n_heads, "head_size": head_size, "dtype": dtype}
     print(*(f"{name} {value}" for name, value in row.items()), "|", medians, ratios, flush=True)
