@@ -87,7 +87,8 @@ def time_pairs(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Forward and backward of a micro-batch of pairs, alone and with a corpus window."""
     rows = []
     models = {f"{way} {p}": build(way, args.shape, p, args.wkv_backend, device) for p in DTYPES for way in ("original", "forest")}
-    for case, lengths in CASES.items():
+    for case in args.cases:
+        lengths = CASES[case]
         pairs, refs = make_pairs(lengths, MICRO_BSZ, args.shape.vocab_size), np.full((MICRO_BSZ, 2), -2000.0)
         for n_windows in (0, 1):
             windows = [make_pairs((WINDOW + 1, 1, 1), 1, args.shape.vocab_size)[0][0]] * n_windows
@@ -236,7 +237,7 @@ def memory(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Peak memory above weights and gradients, each in a process of its own that gives freed memory back at once, so that it
     counts what is in use (--cpu_malloc 0)."""
     rows = []
-    for case in CASES:
+    for case in args.cases:
         for precision in DTYPES:
             row: dict = {"pairs": case, "precision": precision}
             for way in ("original", "forest"):
@@ -321,6 +322,7 @@ def main() -> None:
     parser.add_argument("--wkv_backend", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="of the parts pairs and memory")
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     dim_ffn = 4 * args.n_embd if args.version == "7" else int(args.n_embd * 3.5) // 32 * 32
