@@ -150,12 +150,16 @@ def test_a_file_is_on_the_disk_before_its_name_and_the_name_before_the_block_end
     assert without_size_of(tmp_path, recorded) == [flushed(tmp_path / "a"), ("rename", "a"), folder_flushed(tmp_path)]
 
 
-def test_a_hashed_file_is_on_the_disk_before_its_name_and_its_hash_after_it(tmp_path, recorded):
+def test_a_hashed_file_is_on_the_disk_before_its_name_and_its_hash_is_before_a_new_one_and_after_another(tmp_path, recorded):
     with hashed_write(tmp_path / "a") as file:
         file.write(b"content")
-    assert without_size_of(tmp_path, recorded) == [
-        flushed(tmp_path / "a"), ("rename", "a"), flushed(tmp_path / "a.sha256"), ("rename", "a.sha256"), folder_flushed(tmp_path),
-    ]  # fmt: skip
+    name, its_hash = [("rename", "a")], [flushed(tmp_path / "a.sha256"), ("rename", "a.sha256"), folder_flushed(tmp_path)]
+    assert without_size_of(tmp_path, recorded) == [flushed(tmp_path / "a"), *its_hash, *name, folder_flushed(tmp_path)]
+    recorded.clear()
+    with hashed_write(tmp_path / "a") as file:
+        file.write(b"content")
+    its_hash[0] = flushed(tmp_path / "a.sha256")
+    assert without_size_of(tmp_path, recorded) == [flushed(tmp_path / "a"), *name, *its_hash]
 
 
 def test_a_folder_and_all_in_it_are_on_the_disk_before_its_name(tmp_path, recorded):
@@ -180,6 +184,17 @@ def test_a_crash_between_a_file_and_its_hash_leaves_no_hash_of_another_file(tmp_
         file.write(b"new")
     assert (tmp_path / "a").read_bytes() == b"new"
     assert fault_of(tmp_path / "a") == "has no .sha256 beside it"
+
+
+def test_a_first_checkpoint_is_whole_from_the_moment_that_it_has_its_name(tmp_path, monkeypatch):
+    def crash(*_):
+        raise ZeroDivisionError
+
+    # What comes after the name.
+    monkeypatch.setattr("rwkv_dpo.files.hashed.sync_folder", crash)
+    with pytest.raises(ZeroDivisionError), hashed_write(tmp_path / "a") as file:
+        file.write(b"new")
+    assert fault_of(tmp_path / "a") == ""
 
 
 def test_a_hashed_file_is_whole_as_long_as_it_has_the_bytes_that_were_written(tmp_path):

@@ -250,7 +250,7 @@ def test_address_sanitizer_sees_no_access_out_of_bounds(request):
     shim = build(request.config.cache, cuda.SOURCE, *SANITIZE)
     chosen = "cuda and on and (odd or gated or elementwise)"
     done = run_under_address_sanitizer(
-        "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", chosen, str(Path(__file__)), shim=shim, name="FUSED_SHIM"
+        "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", chosen, str(Path(__file__)), FUSED_SHIM=shim
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

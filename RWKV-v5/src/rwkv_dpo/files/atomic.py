@@ -29,7 +29,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         file.flush()
         os.fsync(file.fileno())
         os.replace(unfinished, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def write_together(writers: Mapping[Path, Callable[[BinaryIO], None]]) -> None:
@@ -148,12 +148,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             for file in unfinished.iterdir():
                 with open(file, "rb") as written:
                     os.fsync(written.fileno())
-            _sync_folder(unfinished)
+            sync_folder(unfinished)
             with _held(path) if path.exists() else contextlib.nullcontext():
                 if path.exists():
                     os.rename(path, former)
                 os.rename(unfinished, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
@@ -161,8 +161,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     shutil.rmtree(former, ignore_errors=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    # A rename outlives a power cut only when the folder that lists it is flushed too.
+def sync_folder(folder: Path) -> None:
+    """Puts its list of names on the disk: a rename outlives a power cut only then."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY)

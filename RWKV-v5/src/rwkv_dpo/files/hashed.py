@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rwkv_dpo.base.errors import reading
-from rwkv_dpo.files.atomic import atomic_write, hidden_name, unfinished_file, writing
+from rwkv_dpo.files.atomic import atomic_write, hidden_name, sync_folder, unfinished_file, writing
 
 _CHUNK = 1 << 24
 
@@ -45,8 +45,8 @@ class HashedFile:
 def hashed_write(path: str | Path) -> Iterator[HashedFile]:
     """As atomic_write, with `path`.sha256 beside it in the form of sha256sum. The file takes writes one after the other only.
 
-    The old hash goes before the name moves and the new one comes after: a crash may leave a whole file without a hash, never
-    one beside the hash of another.
+    A new name has its hash before the file has it. Where the name had another file, that one's hash goes first and the new one comes last:
+    a crash may leave such a file without a hash, never one beside the hash of another.
     """
     path = Path(path)
     with writing(path), unfinished_file(path) as (unfinished, file):
@@ -86,10 +86,19 @@ def remove_hashed(path: Path) -> None:
 
 
 def _take_name(path: Path, new_path: Path, sha256: str) -> None:
+    if not new_path.exists():
+        _write_hash(new_path, sha256)
+        os.replace(path, new_path)
+        sync_folder(new_path.parent)
+        return
     hash_path(new_path).unlink(missing_ok=True)
     os.replace(path, new_path)
-    with atomic_write(hash_path(new_path)) as file:
-        file.write(f"{sha256}  {new_path.name}\n".encode())
+    _write_hash(new_path, sha256)
+
+
+def _write_hash(path: Path, sha256: str) -> None:
+    with atomic_write(hash_path(path)) as file:
+        file.write(f"{sha256}  {path.name}\n".encode())
 
 
 def hash_path(path: str | Path) -> Path:
