@@ -45,8 +45,9 @@ def test_chat_mode_writes_every_single_turn_the_same_way():
     assert {render(single(), CHAT, seed).prompt for seed in range(50)} == {"User: Why?\n\nAssistant:"}
 
 
-# By the names of a template and of the answers' form: the end of the prompt, and both answers. The forms are those that the G1 models'
-# own page gives for prompts: "Assistant:", "Assistant: <think", and "Assistant: <think>\n</think" for none.
+# By the names of a template and of the answers' form: the end of the prompt, and both answers. Prompts end in the forms that G1 models are
+# said to know: "Assistant:", "Assistant: <think", and "Assistant: <think>\n</think" for none. That a line break follows an empty span is
+# our choice.
 G1 = {
     ("g1", "plain"): ("Assistant:", " Yes.\n\nIndeed.\n\n", " No.\n\n"),
     ("g1", "thinking"): ("Assistant: <think", ">Hm.\n\nSo.</think>\nYes.\n\n", "></think>No.\n\n"),

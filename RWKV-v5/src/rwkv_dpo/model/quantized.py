@@ -70,11 +70,11 @@ class Int8Matrix(QuantizedMatrix):
     @torch.no_grad()
     def to(self, dtype: torch.dtype) -> Tensor:
         """See QuantizedMatrix."""
-        codes, scales = self.parts["codes"], self.parts["scales"]
+        codes, scales, f = self.parts["codes"], self.parts["scales"], bitsandbytes("functional")
         whole = torch.empty(self.shape, dtype=dtype, device=codes.device)
         n = max((CPU_CHUNK if codes.device.type == "cpu" else CHUNK) // self.shape[1], 1)
         for rows, own, sizes in zip(whole.split(n), codes.split(n), scales.split(n), strict=True):
-            rows.copy_(bitsandbytes("functional").int8_vectorwise_dequant(own, sizes))
+            rows.copy_(f.int8_vectorwise_dequant(own, sizes))
         return whole
 
     @staticmethod

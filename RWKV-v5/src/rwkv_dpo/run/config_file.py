@@ -34,16 +34,19 @@ def _read(named: str, path: Path) -> Any:
             return json.loads(text, parse_float=str, parse_int=str)
         if path.suffix.lower() == ".toml":
             return _toml(named)(text, parse_float=str)
-        import yaml
-
-        # Scalars stay as they are written: 1e-5 isn't a number to YAML 1.1, and "no" is.
-        return yaml.load(text, yaml.BaseLoader)
+        return _yaml(text)
     except (ValueError, RecursionError) as error:
         refuse(f"{named}: not {path.suffix[1:].upper()}: {' '.join(str(error).split())}")
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] != "yaml":
-            raise
-        refuse(f"{named}: not YAML: {' '.join(str(error).split())}")
+
+
+def _yaml(text: str) -> Any:
+    import yaml  # here, so that its lack is told as that of any package
+
+    try:
+        # Scalars stay as they are written: to YAML 1.1, 1e-5 is no number, and no is false.
+        return yaml.load(text, yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
 
 
 def _toml(named: str) -> Any:
