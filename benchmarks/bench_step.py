@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-v5" / "src"))
 
-from measure import alternate, machine, make_pairs, save
+from measure import Products, Recurrences, alternate, machine, make_pairs, save
 from original_way import BETA, DTYPES, RATIO, build, original_loss, score_original
 from rwkv_dpo.batches.micro_batch import MicroBatch, collate
 from rwkv_dpo.data.pairs import Pair, PairSet, pack_pairs
@@ -175,13 +175,15 @@ def time_trees(args: argparse.Namespace, device: torch.device) -> list[dict]:
 
 
 def time_language_model(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """A whole step (forward, backward, AdamW) on one window, against the rate of a large matrix product in the same process."""
+    """A whole step (forward, backward, AdamW) on one window, against the rate of a large matrix product in the same process, and against
+    the step's own matrix products and recurrences, each alone."""
     return [report(_child("language_model", "forest", precision, "tuned", "")) for precision in DTYPES]
 
 
 def language_model_child(args: argparse.Namespace, model: RWKV, precision: str) -> dict:
     s, device = args.shape, model.head.weight.device
-    n_matrix = s.n_layer * (6 * s.n_embd**2 + 2 * s.n_embd * s.dim_ffn) + s.n_embd * s.vocab_size
+    n_square = 4 if s.version == "7" else 6  # matrices [n_embd, n_embd] of a block; 6 and 7 have thin ones beside
+    n_matrix = s.n_layer * (n_square * s.n_embd**2 + 2 * s.n_embd * s.dim_ffn) + s.n_embd * s.vocab_size
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     batch = collate([make_pairs((WINDOW + 1, 1, 1), 1, s.vocab_size)[0][0]], [], np.zeros((0, 2))).to(device)
     square = torch.randn(2048, 2048, dtype=DTYPES[precision], device=device)
@@ -192,11 +194,20 @@ def language_model_child(args: argparse.Namespace, model: RWKV, precision: str) 
         refresh_casts(model)
         optimizer.zero_grad(set_to_none=True)
 
-    seconds = alternate({"step": step, "gemm": lambda: [square @ square for _ in range(10)]}, 3 * args.repeats, WARMUP)
+    wkv = model.wkv
+    model.wkv = recurrences = Recurrences(wkv)
+    with Products() as products:
+        step()
+    model.wkv = wkv
+    runs: dict[str, Callable[[], object]] = {"step": step, "gemm": lambda: [square @ square for _ in range(10)]}
+    runs |= {"products": products.run, "recurrences": recurrences.run}
+    seconds = alternate(runs, 3 * args.repeats, WARMUP)
     gemm_rate, rate = 10 * 2 * 2048**3 / seconds["gemm"], 6 * n_matrix * WINDOW / seconds["step"]
     return {
         "precision": precision, "tokens/s": WINDOW / seconds["step"], "step ms": 1000 * seconds["step"], "GFLOP/s": rate / 1e9,
         "GEMM GFLOP/s": gemm_rate / 1e9, "share of the GEMM rate": rate / gemm_rate,
+        "products": len(products.calls), "products / step": seconds["products"] / seconds["step"],
+        "recurrences": len(recurrences.calls), "recurrences / step": seconds["recurrences"] / seconds["step"],
     }  # fmt: skip
 
 

@@ -6,12 +6,14 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     from rwkv_dpo.data.pairs import Pair
@@ -43,6 +45,42 @@ def _timed(run: Callable[[], object]) -> float:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+class Products(TorchDispatchMode):
+    """Within it, every matrix product is kept with its operands, so that `run` can do a step's products again and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], object]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm):
+            self.calls.append(partial(function, *args, **(kwargs or {})))
+        return function(*args, **(kwargs or {}))
+
+    @torch.no_grad()
+    def run(self) -> None:
+        for call in self.calls:
+            call()
+
+
+class Recurrences:
+    """A WKV that keeps what it is called with, so that `run` can do a step's forward and backward through it again and nothing else."""
+
+    def __init__(self, wkv: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.wkv, self.calls = wkv, []  # type: ignore[var-annotated]
+
+    def __call__(self, *inputs: object) -> tuple[torch.Tensor, torch.Tensor]:
+        y, ends = self.wkv(*inputs)
+        detached = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in inputs]
+        self.calls.append((detached, torch.randn_like(y)))
+        return y, ends
+
+    def run(self) -> None:
+        for inputs, y_grad in self.calls:
+            leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+            torch.autograd.grad(self.wkv(*inputs)[0], leaves, y_grad)
 
 
 def make_pairs(lengths: tuple[int, int, int], n: int, vocab_size: int, seed: int = 0) -> "list[Pair]":
