@@ -330,13 +330,13 @@ class TestCudaReasons:
 
     @pytest.mark.parametrize(("code", "reason"), [(0, None), (35, "the kernels can't run with this driver: too old (CUDA error 35)")])
     def test_a_driver_that_is_too_old_is_a_reason(self, monkeypatch, code, reason):
-        library = SimpleNamespace(wkv5_usable=lambda: code, wkv5_error=lambda code: b"too old")
+        library = SimpleNamespace(kernels_usable=lambda: code, kernels_error=lambda code: b"too old")
         monkeypatch.setitem(cuda.KERNELS.__dict__, "library", library)
         monkeypatch.setattr(cuda.KERNELS, "agreement", lambda device: Agreement({}))
         assert cuda.unusable_because(torch.device("cuda")) == reason
 
     def test_kernels_that_compute_something_else_are_a_reason(self, monkeypatch):
-        monkeypatch.setitem(cuda.KERNELS.__dict__, "library", SimpleNamespace(wkv5_usable=lambda: 0))
+        monkeypatch.setitem(cuda.KERNELS.__dict__, "library", SimpleNamespace(kernels_usable=lambda: 0))
         monkeypatch.setattr(cuda.KERNELS, "agreement", lambda device: Agreement({"fp32": 0.5}, "its y is off"))
         assert cuda.unusable_because(torch.device("cuda")) == "its y is off"
 

@@ -296,10 +296,9 @@ def test_address_sanitizer_sees_no_access_out_of_bounds(request):
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
-@pytest.mark.parametrize("version", VERSIONS)
-def test_nvcc_links_a_library_with_every_function_that_python_calls(version):
-    """It hides functions that g++ shows: those with a parameter of a type in an anonymous namespace."""
-    compile_cuda.compile_for(kernels_of(version).source, (9, 0), kernels_of(version).entry_points)
+def test_nvcc_links_a_library_with_every_function_that_python_calls():
+    """It hides functions that g++ shows: those with a parameter of a type in an anonymous namespace. compile_cuda.py links all sources."""
+    compile_cuda.compile_for(kernels_of("5").source, (9, 0), kernels_of("5").entry_points)
 
 
 PTXAS_REPORT = """
@@ -318,12 +317,48 @@ ptxas info    : Used 96 registers, used 1 barriers, 7680 bytes smem
 """
 
 
+PTX = """
+.visible .entry _ZN37_15segment_outputsI13__nv_bfloat16Li64EEEv(
+	.param .u64 _ZN37_15segment_outputsI13__nv_bfloat16Li64EEEv_param_0
+)
+.maxntid 256
+.minnctapersm 1
+{
+.visible .entry _ZN37_13scan_segmentsENS_7ProblemE(
+	.param .align 8 .b8 _ZN37_13scan_segmentsENS_7ProblemE_param_0[104]
+)
+.maxntid 64, 1, 1
+{
+.visible .entry _ZN45_11walk_tokensILb1ELb1EfLi32EEEviiPK7SegmentPKiNS_4WalkIT1_EE()
+.maxntid 128
+{
+"""
+
+
 def test_the_compile_check_reads_spills_from_the_compilers_report():
-    assert list(compile_cuda.usages(PTXAS_REPORT)) == [
-        compile_cuda.Usage("segment_outputs bf16 64", 168, 24064, 4),
-        compile_cuda.Usage("scan_segments", 56, 0, 0),
-        compile_cuda.Usage("walk_tokens backwards fp32 32", 96, 7680, 0),
+    assert list(compile_cuda.usages(PTXAS_REPORT, PTX)) == [
+        compile_cuda.Usage("segment_outputs bf16 64", 168, 24064, 4, 256),
+        compile_cuda.Usage("scan_segments", 56, 0, 0, 64),
+        compile_cuda.Usage("walk_tokens backwards fp32 32", 96, 7680, 0, 128),
     ]
+
+
+@pytest.mark.parametrize(("threads", "blocks"), [(128, 12), (320, 4)])
+def test_occupancy_is_that_of_nvidias_example(threads, blocks):
+    """CUDA C++ Best Practices, "Calculating Occupancy": 37 registers a thread, on a multiprocessor of 65,536 registers and 64 warps."""
+    assert compile_cuda.Usage("", 37, 0, 0, threads).warps((8, 0)) == blocks * threads // 32
+
+
+def test_a_kernel_that_needs_more_than_is_recorded_is_named():
+    def record(registers, threads, nvcc="13.0"):
+        return compile_cuda.record(nvcc, {"sm_90": [compile_cuda.Usage("walk", registers, 4096, 0, threads)]})
+
+    assert list(compile_cuda.worse(record(96, 128), record(96, 128))) == []
+    assert list(compile_cuda.worse(record(90, 128), record(96, 128))) == []
+    assert list(compile_cuda.worse(record(97, 128), record(96, 128)))[0].startswith("sm_90 walk: 97 registers, 4096 bytes shared, 16 warps")
+    assert list(compile_cuda.worse(record(96, 640), record(96, 128)))
+    assert list(compile_cuda.worse(record(97, 128, "13.1"), record(96, 128))) == []
+    assert list(compile_cuda.worse(record(96, 128), {"nvcc": "13.0", "kernels": {}})) == ["sm_90 walk is not in cuda_usage.json"]
 
 
 @pytest.mark.gpu

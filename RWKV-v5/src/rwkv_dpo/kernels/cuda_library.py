@@ -25,9 +25,8 @@ def load_kernels(source: Path, entry_points: Mapping[str, EntryPoint]) -> ctypes
     return load_library(cuda_recipe(source, capabilities), entry_points)
 
 
-def cannot_run_because(device: torch.device, load: Callable[[], ctypes.CDLL], name: str) -> str | None:
-    """The reason, in one line, or None. load: of the library, whose functions NAME_usable and NAME_error say whether this driver takes it,
-    and what a code means."""
+def cannot_run_because(device: torch.device, load: Callable[[], ctypes.CDLL]) -> str | None:
+    """The reason, in one line, or None. load: of the library, which says itself whether this driver takes it (csrc/driver.cuh)."""
     if device.type != "cuda":
         return f"the device is {device.type}"
     if torch.version.hip is not None:
@@ -40,8 +39,8 @@ def cannot_run_because(device: torch.device, load: Callable[[], ctypes.CDLL], na
         library = load()
     except BuildError as error:
         return str(error)
-    if code := getattr(library, f"{name}_usable")():
-        return f"the kernels can't run with this driver: {getattr(library, f'{name}_error')(code).decode()} (CUDA error {code})"
+    if code := library.kernels_usable():
+        return f"the kernels can't run with this driver: {library.kernels_error(code).decode()} (CUDA error {code})"
     return None
 
 
@@ -64,7 +63,7 @@ class Segments(NamedTuple):
 
 class CudaKernels:
     """The functions of csrc/NAME_cuda.cu for a recurrence over segments of so many tokens: NAME_forward and NAME_backward, which take a
-    pointer to a Layout and then tensors in the order given here, null where there is none; NAME_usable and NAME_error."""
+    pointer to a Layout and then tensors in the order given here, null where there is none; and those of csrc/driver.cuh."""
 
     def __init__(self, name: str, segment: int, forward: Sequence[str], backward: Sequence[str]) -> None:
         self.name, self.segment, self.forward, self.backward = name, segment, forward, backward
@@ -74,8 +73,8 @@ class CudaKernels:
                 f"{name}_{direction}": EntryPoint(ctypes.c_int, (ctypes.POINTER(Layout), *len(tensors) * [ctypes.c_void_p]))
                 for direction, tensors in (("forward", forward), ("backward", backward))
             },
-            f"{name}_error": EntryPoint(ctypes.c_char_p, (ctypes.c_int,)),
-            f"{name}_usable": EntryPoint(ctypes.c_int, ()),
+            "kernels_error": EntryPoint(ctypes.c_char_p, (ctypes.c_int,)),
+            "kernels_usable": EntryPoint(ctypes.c_int, ()),
         }
 
     @cached_property
@@ -85,7 +84,7 @@ class CudaKernels:
 
     def unusable_because(self, device: torch.device) -> str | None:
         """See rwkv_dpo.kernels.wkv5. Compiles the kernels, and compares them with the reference."""
-        return cannot_run_because(device, lambda: self.library, self.name) or self.agreement(device).fault
+        return cannot_run_because(device, lambda: self.library) or self.agreement(device).fault
 
     def agreement(self, device: torch.device, again: bool = False) -> Agreement:
         """With the reference; see rwkv_dpo.kernels.agreement. Raises BuildError."""
@@ -112,7 +111,7 @@ class CudaKernels:
             function = getattr(self.library, f"{self.name}_{direction}")
             code = function(ctypes.byref(layout), *(None if x is None else x.data_ptr() for x in given))
         if code != 0:
-            said = getattr(self.library, f"{self.name}_error")(code).decode()
+            said = self.library.kernels_error(code).decode()
             raise RuntimeError(f"WKV-{self.name.removeprefix('wkv')} kernels: {said} (CUDA error {code})")
 
 

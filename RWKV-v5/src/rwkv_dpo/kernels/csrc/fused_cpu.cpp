@@ -433,4 +433,4 @@ extern "C" int sigmoid_gate_backward(const Flat* c, const void* gate, const void
     return 0;
 }
 
-extern "C" const char* fused_error(int) { return "no error"; }
+extern "C" const char* kernels_error(int) { return "no error"; }

@@ -4,6 +4,7 @@
 // A thread block takes a strip of rows, one after the other, and a thread four neighbouring channels of each: norms of a row are sums over
 // the block, and what parameters gather over rows stays in registers until the strip ends. Strips add up in their order: no atomics, so
 // that a run repeats bit by bit. Everything is bound by memory; a row is read again where that is the neighbours' business only.
+#include "driver.cuh"
 #include "fused_calls.h"
 #include "quads.cuh"
 
@@ -542,12 +543,4 @@ extern "C" int sigmoid_gate_backward(const Flat* c, const void* gate, const void
         return launch(sigmoid_gate_back<T>, n_blocks_of(*c), kThreads, stream_of(*c), c->n, static_cast<const T*>(gate),
                       static_cast<const T*>(value), static_cast<const T*>(g), static_cast<T*>(g_gate), static_cast<T*>(g_value));
     });
-}
-
-extern "C" const char* fused_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
-
-// A cudaError_t when the driver is too old for the runtime that these kernels are linked to. Touches no device.
-extern "C" int fused_usable() {
-    int n_devices;
-    return cudaGetDeviceCount(&n_devices);
 }

@@ -22,6 +22,7 @@
 // issues one; beside them go 0.15 GB of tokens and 0.18 GB of states, the latter mostly within the 50 MB of L2.
 //
 // The entry points take raw device pointers and return a cudaError_t (0: all launches were accepted).
+#include "driver.cuh"
 #include "wkv5_forward.cuh"
 #include "wkv5_gradients.cuh"
 
@@ -86,12 +87,4 @@ extern "C" int wkv5_backward(const Layout* layout, const float* time_decay, cons
                              const void* gy, const float* states, const float* gstate_end, float* state_grads, void* gr, void* gk,
                              void* gv, float* gw, float* gu, float* gstate0) {
     return run<Backward>(*layout, time_decay, u, r, k, v, gy, states, gstate_end, state_grads, gr, gk, gv, gw, gu, gstate0);
-}
-
-extern "C" const char* wkv5_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
-
-// A cudaError_t when the driver is too old for the runtime that these kernels are linked to. Touches no device.
-extern "C" int wkv5_usable() {
-    int n_devices;
-    return cudaGetDeviceCount(&n_devices);
 }

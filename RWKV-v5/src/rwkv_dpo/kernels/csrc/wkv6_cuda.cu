@@ -6,6 +6,7 @@
 //
 // Decays only ever multiply: nothing overflows, whatever log w is, and nothing is subtracted: a fast decay's tiny gradient is as exact as any
 // other. The entry points take raw device pointers and return a cudaError_t (0: all launches were accepted).
+#include "driver.cuh"
 #include "wkv_gradients.cuh"
 #include "wkv_walk.cuh"
 
@@ -55,12 +56,4 @@ extern "C" int wkv6_backward(const Layout* layout, const void* r, const void* k,
                              void* gv, float* g_log_w, float* gu, float* g_state0) {
     return dispatch<Backward, 32, 64, 128>(*layout, r, k, v, log_w, u, gy, states, g_state_end, state_grads, gr, gk, gv, g_log_w, gu,
                                            g_state0);
-}
-
-extern "C" const char* wkv6_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
-
-// A cudaError_t when the driver is too old for the runtime that these kernels are linked to. Touches no device.
-extern "C" int wkv6_usable() {
-    int n_devices;
-    return cudaGetDeviceCount(&n_devices);
 }

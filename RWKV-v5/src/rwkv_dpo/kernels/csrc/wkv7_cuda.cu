@@ -14,6 +14,7 @@
 //              segment_gradients  split over keys and segments: the other two, which sum over values
 //
 // The entry points take raw device pointers and return a cudaError_t (0: all launches were accepted).
+#include "driver.cuh"
 #include "wkv_gradients.cuh"
 #include "wkv_walk.cuh"
 
@@ -66,12 +67,4 @@ extern "C" int wkv7_backward(const Layout* layout, const void* r, const void* k,
                              float* g_state0) {
     return dispatch<Backward, 32, 64, 128>(*layout, r, k, v, a, b, log_w, gy, states, taken, g_state_end, state_grads, g_taken, gr, gk, gv,
                                            ga, gb, g_log_w, g_state0);
-}
-
-extern "C" const char* wkv7_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
-
-// A cudaError_t when the driver is too old for the runtime that these kernels are linked to. Touches no device.
-extern "C" int wkv7_usable() {
-    int n_devices;
-    return cudaGetDeviceCount(&n_devices);
 }

@@ -57,7 +57,7 @@ ENTRY_POINTS = {
     "gated_norm_forward": _takes(HeadsCall, 5), "gated_norm_backward": _takes(HeadsCall, 9),
     "relu_squared_forward": _takes(FlatCall, 2), "relu_squared_backward": _takes(FlatCall, 3),
     "sigmoid_gate_forward": _takes(FlatCall, 3), "sigmoid_gate_backward": _takes(FlatCall, 5),
-    "fused_error": EntryPoint(ctypes.c_char_p, (ctypes.c_int,)),
+    "kernels_error": EntryPoint(ctypes.c_char_p, (ctypes.c_int,)),
 }  # fmt: skip
 
 
@@ -156,7 +156,7 @@ class Functions:
     def _run(self, function: str, call: ctypes.Structure, *arguments: Tensor | ctypes.Array | None) -> None:
         handed = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
         if code := self._functions[function](call, *handed):
-            raise RuntimeError(f"{function}: {self.library.fused_error(code).decode()} (CUDA error {code})")
+            raise RuntimeError(f"{function}: {self.library.kernels_error(code).decode()} (CUDA error {code})")
 
 
 def _where(x: Tensor) -> Where:

@@ -14,7 +14,7 @@ from rwkv_dpo.kernels.fused.compiled import ENTRY_POINTS, Functions
 from rwkv_dpo.kernels.fused.parity import comparison
 
 SOURCE = SOURCES / "fused_cuda.cu"
-CUDA_ENTRY_POINTS = {**ENTRY_POINTS, "fused_usable": EntryPoint(ctypes.c_int, ())}
+CUDA_ENTRY_POINTS = {**ENTRY_POINTS, "kernels_usable": EntryPoint(ctypes.c_int, ())}
 
 # Rows that a block of threads takes one after the other: 4,096 rows make 512 blocks, four for each multiprocessor of an H100.
 STRIP = 8
@@ -24,7 +24,7 @@ MAX_CHANNELS = {torch.float32: 3072, torch.bfloat16: 4096, torch.float16: 4096}
 
 def unusable_because(device: torch.device) -> str | None:
     """See rwkv_dpo.kernels.wkv5. Compiles the kernels, and compares them with `plain`."""
-    return cannot_run_because(device, _library, "fused") or agreement(device).fault
+    return cannot_run_because(device, _library) or agreement(device).fault
 
 
 def agreement(device: torch.device, again: bool = False) -> Agreement:
