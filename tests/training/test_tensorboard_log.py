@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import runs
-import train
 from runs import run_to
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import train
 from rwkv_dpo.training.trackers import tracked
 
 flags = functools.partial(runs.flags, tensorboard=1, dpo_valid_file="DATA/valid.save", epoch_save=0, eval_every=2)

@@ -7,14 +7,13 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import make_data
 import numpy as np
 import pytest
 import torch
-import train
 from conftest import random_model
 from runs import TINY, environment, flags
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import make_data, train
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.model.checkpoint import save_weights
@@ -24,7 +23,7 @@ from rwkv_dpo.run.model import build_model
 from rwkv_dpo.run.settings import settings_of
 from rwkv_dpo.training.module import DPOModule
 
-TRAIN = Path(train.__file__)
+TRAIN = Path(__file__).resolve().parents[2] / "RWKV-v5" / "train.py"
 
 
 def run(data, proj_dir, **changes):

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import runs
-import train
 from runs import run_to
+from rwkv_dpo.commands import train
 
 flags = functools.partial(runs.flags, wandb="a project", dpo_valid_file="DATA/valid.save", epoch_save=0)
 

@@ -9,16 +9,25 @@ from typing import NoReturn
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.base.signals import interrupt, interrupted_by, leave_signals, on_signals
 
+CONSOLE = "rwkv-dpo"
 _ROOT = Path(__file__).resolve().parents[4]
 
 
+def program() -> str:
+    """What was typed to get here, as help and messages name it: `train.py`, or `rwkv-dpo train`."""
+    path = Path(sys.argv[0])
+    is_console = path.stem == CONSOLE or path.parts[-2:] == ("rwkv_dpo", "__main__.py")
+    return " ".join([CONSOLE, *sys.argv[1:2]]) if is_console else path.name
+
+
 def run_script(
-    main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit, stopped: str = "nothing was written", speaks: bool = True
-) -> NoReturn:
+    main: Callable[[], object], leave: Callable[[int], NoReturn] = sys.exit, stopped: str = "nothing was written", speaks: bool = True,
+    name: str = "",
+) -> NoReturn:  # fmt: skip
     """Runs a script's main. An InputError becomes one line on standard error and exit status 2; SIGINT (Ctrl-C) and SIGTERM become
     one, and 128 + the signal's number. leave: ends the process. stopped: what a signal leaves behind, in a few words. speaks: False
-    where another process has that line to tell."""
-    name, status = Path(sys.argv[0]).name, 0
+    where another process has that line to tell. name: the program's, where it is not program()."""
+    name, status = name or program(), 0
 
     def tell(number: int) -> None:
         if speaks:
@@ -61,5 +70,5 @@ def missing_package(error: ModuleNotFoundError) -> str:
 
 def leave_without(error: ModuleNotFoundError) -> NoReturn:
     """Ends a script whose imports fail, as run_script would."""
-    print(f"{Path(sys.argv[0]).name}: {missing_package(error)}", file=sys.stderr)
+    print(f"{program()}: {missing_package(error)}", file=sys.stderr)
     sys.exit(2)
