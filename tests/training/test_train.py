@@ -170,12 +170,6 @@ def test_small_moments_learn_like_fp32_ones(data, tmp_path):
         assert [last["adamw_bf16state"], last["adamw8bit"]] == pytest.approx([last["adamw"]] * 2, rel=0.03), name
 
 
-def test_an_optimizer_whose_package_is_missing_is_refused(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="--optim adamw8bit needs the package bitsandbytes"):
-        run(data, tmp_path / "out", optim="adamw8bit")
-
-
 def test_bf16_keeps_fp32_master_weights(data, tmp_path):
     # Steps of 1e-6 vanish when they are added to bf16 weights of order 0.1.
     run(data, tmp_path, precision="bf16", lr_init=1e-6, lr_final=1e-6)

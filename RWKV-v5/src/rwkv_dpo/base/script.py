@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.base.libraries import ROOT, is_checkout, what_installs
 from rwkv_dpo.base.signals import interrupt, interrupted_by, leave_signals, on_signals
 
 CONSOLE = "rwkv-dpo"
-_ROOT = Path(__file__).resolve().parents[4]
 
 
 def program() -> str:
@@ -60,11 +60,12 @@ def missing_package(error: ModuleNotFoundError) -> str:
     package = (error.name or str(error)).partition(".")[0]
     if package in ("", "rwkv_dpo"):
         raise error
-    activate = _ROOT / ".venv" / "bin" / "activate"
-    if activate.is_file() and Path(sys.prefix).resolve() != activate.parents[1].resolve():
+    activate = ROOT / ".venv" / "bin" / "activate"
+    if is_checkout() and activate.is_file() and Path(sys.prefix).resolve() != activate.parents[1].resolve():
         advice = f"activate the environment first: source {activate}"
     else:
-        advice = f"install it: {sys.executable} -m pip install -r {_ROOT / 'requirements.txt'}"
+        what = f"pip install -r {ROOT / 'requirements.txt'}" if is_checkout() else what_installs(package)
+        advice = f"install it: {sys.executable} -m {what}"
     return f"the Python package {package} is missing in {sys.executable}; {advice}"
 
 

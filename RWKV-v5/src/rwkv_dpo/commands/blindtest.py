@@ -10,6 +10,7 @@ On the page: left or a (A is better), right or b (B is better), space or = (equa
 
 import argparse
 import hashlib
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.base.libraries import check_package
 from rwkv_dpo.base.parser import OneLineParser
 from rwkv_dpo.base.script import run_script
 from rwkv_dpo.blind.ballot import Ballot
@@ -58,10 +60,7 @@ def run(arguments: Sequence[str]) -> NoReturn:
 def main(arguments: Sequence[str]) -> None:
     """Runs the command. Raises InputError."""
     args = parse_flags(arguments)
-    # Here, not above: --help needs no aiohttp. The port is taken now: what keeps it from being had would keep hours of answers waiting.
-    from rwkv_dpo.blind.server import listen
-
-    listener = None if args.terminal else listen(args.port)
+    listener = None if args.terminal else listen_on(args.port)
     names, cards, held_out = from_answers(args) if args.answers else from_models(args)
     with open_votes(args.folder, len(cards)) as votes:
         def result() -> dict[str, Any]:
@@ -78,6 +77,14 @@ def main(arguments: Sequence[str]) -> None:
             print(f"{len(votes.choices)} votes are kept; the same command goes on where it was")
             return
         write_end(args, cards, votes.choices, result())
+
+
+def listen_on(port: int) -> socket.socket:
+    """The port of the page, taken now: what keeps it from being had would keep hours of answers waiting."""
+    check_package("aiohttp", "--terminal 0", "--terminal 1 needs nothing")
+    from rwkv_dpo.blind.server import listen
+
+    return listen(port)
 
 
 def from_models(args: argparse.Namespace) -> tuple[list[str], list[Card], Sequence[dict[str, float]]]:
