@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 from rwkv_dpo import __version__
-from rwkv_dpo.base.parser import OneLineParser
+from rwkv_dpo.base.parser import HelpFormatter, OneLineParser
 from rwkv_dpo.base.script import CONSOLE, leave_without, run_script
 
 
@@ -49,11 +49,12 @@ def enter(module: str, arguments: Sequence[str]) -> NoReturn:
 
 def build_parser() -> OneLineParser:
     """Of rwkv-dpo itself: the commands, without their flags."""
-    parser = OneLineParser(prog=CONSOLE, description="Preference tuning for RWKV language models.",
-                           epilog=f"`{CONSOLE} COMMAND --help` lists a command's flags.")  # fmt: skip
+    parser = OneLineParser(
+        prog=CONSOLE, description="Preference tuning for RWKV language models. Each command is also a script, which messages may name.",
+        epilog=f"{CONSOLE} COMMAND --help lists a command's flags.", formatter_class=HelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"{CONSOLE} {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+    commands = parser.add_subparsers(dest="COMMAND", required=True, title="commands")
     for name, command in COMMANDS.items():
-        script = f"{command.module}.py"
-        commands.add_parser(name, help=f"{command.what} ({script})", add_help=False)
+        commands.add_parser(name, help=f"{command.what} ({command.module}.py)", add_help=False)
     return parser
