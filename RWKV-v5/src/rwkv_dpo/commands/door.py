@@ -1,8 +1,9 @@
 """The door to every command: `rwkv-dpo COMMAND`, and the scripts in RWKV-v5/."""
 
 import importlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 from rwkv_dpo import __version__
@@ -31,6 +32,10 @@ COMMANDS = {
 
 def main() -> NoReturn:
     """rwkv-dpo, and python -m rwkv_dpo."""
+    if "_ARGCOMPLETE" in os.environ:
+        from rwkv_dpo.commands.completion import answer  # a shell asks, no user
+
+        answer()
     arguments = sys.argv[1:]
     if arguments and arguments[0] in COMMANDS:
         enter(COMMANDS[arguments[0]].module, arguments[1:])
@@ -47,8 +52,8 @@ def enter(module: str, arguments: Sequence[str]) -> NoReturn:
     raise AssertionError(f"{module}.run came back")
 
 
-def build_parser() -> OneLineParser:
-    """Of rwkv-dpo itself: the commands, without their flags."""
+def build_parser(flags: Mapping[str, OneLineParser] | None = None) -> OneLineParser:
+    """Of rwkv-dpo itself: the commands, with the flags of those that are given."""
     parser = OneLineParser(
         prog=CONSOLE, description="Preference tuning for RWKV language models. Each command is also a script, which messages may name.",
         epilog=f"{CONSOLE} COMMAND --help lists a command's flags.", formatter_class=HelpFormatter,
@@ -56,5 +61,6 @@ def build_parser() -> OneLineParser:
     parser.add_argument("--version", action="version", version=f"{CONSOLE} {__version__}")
     commands = parser.add_subparsers(dest="COMMAND", required=True, title="commands")
     for name, command in COMMANDS.items():
-        commands.add_parser(name, help=f"{command.what} ({command.module}.py)", add_help=False)
+        known = [flags[name]] if flags and name in flags else []
+        commands.add_parser(name, help=f"{command.what} ({command.module}.py)", add_help=False, parents=known)
     return parser
