@@ -1,44 +1,12 @@
 #!/usr/bin/env python3
-"""Looks at this machine, and says what a run would take: GPU, driver, compilers, whether each kernel builds and computes here what plain
-PyTorch does, memory, disk; and what to do about each fault.
+"""Look at this machine, and say what a run would take: `doctor.py --help`. `rwkv-dpo doctor` is the same."""
 
-    doctor.py                     what a run of --accelerator auto would take
-    doctor.py --device cpu --json > machine.json
-
-Exit status: 0 when a run works here as fast as this hardware allows, 1 when something is in the way, 2 when --device is not there.
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from rwkv_dpo.base.parser import OneLineParser
-from rwkv_dpo.base.script import run_script
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the script. Raises InputError, and SystemExit where there is a fault."""
-    args = parse_flags(arguments)
-    from rwkv_dpo.devices.device import pick_device  # torch takes seconds; --help and typing errors don't wait
-    from rwkv_dpo.machine.facts import gather
-    from rwkv_dpo.machine.findings import findings
-    from rwkv_dpo.machine.report import as_json_text, as_text
-
-    facts = gather(pick_device(args.device, "--device"))
-    print(as_json_text(facts) if args.json else as_text(facts))
-    if any(finding.is_fault for finding in findings(facts)):
-        sys.exit(1)
-
-
-def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line. Raises InputError."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="what to look at kernels for (auto)")
-    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
-    return parser.parse_args(arguments)
-
+from rwkv_dpo.commands.door import enter
 
 if __name__ == "__main__":
-    run_script(main)
+    enter("doctor", sys.argv[1:])

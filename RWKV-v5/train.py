@@ -1,70 +1,12 @@
 #!/usr/bin/env python3
-"""Trains an RWKV model on a corpus, on preference pairs, or on both: `train.py --help`."""
+"""Train an RWKV model on a corpus, on preference pairs, or on both: `train.py --help`. `rwkv-dpo train` is the same."""
 
-import atexit
-import logging
-import os
 import sys
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from rwkv_dpo.base.script import run_script
-from rwkv_dpo.run.flags import parse_flags
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Runs the script. Raises InputError."""
-    config, given = parse_flags(arguments)
-    from rwkv_dpo.run.trainer import train  # torch and Lightning take seconds; --help and typing errors don't wait
-
-    keep_quiet()
-    train(config, given)
-
-
-def keep_quiet() -> None:
-    """Our own lines, once and not from every rank, and only warnings of others that a user can act on. After Lightning's import,
-    which sets its own levels and knows the rank."""
-    from pytorch_lightning.utilities import rank_zero_only
-
-    rank = rank_zero_only.rank  # type: ignore[attr-defined]  # Lightning sets it when it is imported
-    logging.basicConfig(level=logging.WARNING if rank else logging.INFO, format="%(message)s")
-    for name in ("pytorch_lightning", "lightning_fabric", "DeepSpeed"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*LeafSpec.*", ".*handles gradient clipping internally.*", ".*is deprecated.*",
-        ".*dataloader is not resumable.*",
-    ):  # fmt: skip
-        warnings.filterwarnings("ignore", message)
-
-
-def leave(status: int) -> NoReturn:
-    """Ends the process; one that belonged to a group, without taking Python down. gloo's threads may still hold tensors of the last
-    exchange, even when the group is destroyed, and letting go of one in an interpreter that is being finalized aborts the process: a
-    finished run would end as a failed one (pytorch/pytorch#179291)."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_initialized():
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
-def is_first_process() -> bool:
-    """By what torchrun, Lightning or Slurm tell a process, before anything is imported that knows it."""
-    return next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0") == "0"
-
-
-def run(arguments: Sequence[str]) -> NoReturn:
-    """Runs the script, and ends the process with its status."""
-    # In the middle of the steps a signal lets the step end, saves, and is no such end: training/halt.py.
-    stopped = "no step was over yet and nothing was saved; the same command starts again"
-    run_script(lambda: main(arguments), leave, stopped, is_first_process())
-
+from rwkv_dpo.commands.door import enter
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    enter("train", sys.argv[1:])

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 # What a run imports, and DeepSpeed when it begins to train: of this the last three take two seconds of its three.
-PRELOADED = ["train", "rwkv_dpo.run.trainer", "deepspeed", "setuptools", "torch.utils.cpp_extension", "torch._inductor.lowering"]
+PRELOADED = [
+    "rwkv_dpo.commands.train", "rwkv_dpo.run.trainer", "deepspeed", "setuptools", "torch.utils.cpp_extension", "torch._inductor.lowering",
+]  # fmt: skip
 # What clocks and memory say differs from run to run.
 MEASURED = ("tokens_per_s", "peak_memory_gb")
 
@@ -80,8 +82,8 @@ def _live(flags: list[str], rank: int, world_size: int, port: int, log: Path, pr
         names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         os.environ |= {name: str(value) for name, value in names.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "lives"}
-    import train
     from pytorch_lightning.utilities import rank_zero_only
+    from rwkv_dpo.commands import train
     from rwkv_dpo.training import run_report
     run_report.as_png = lambda title, shown: b""  # a picture takes half a second
     prepare()

@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT / "RWKV-v5"), str(ROOT / "RWKV-v5/src")]
 import deepspeed.runtime.zero.stage3 as stage_3  # noqa: E402 (the path above holds what follows)
 import deepspeed.runtime.zero.stage_1_and_2 as stages_1_and_2  # noqa: E402
 import torch  # noqa: E402
-import train  # noqa: E402
+from rwkv_dpo.commands import train  # noqa: E402
 from rwkv_dpo.kernels.agreement import Agreement  # noqa: E402
 from rwkv_dpo.kernels.fused import cuda as fused  # noqa: E402
 from rwkv_dpo.kernels.wkv5 import cuda as cuda_5  # noqa: E402

@@ -12,9 +12,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "RWKV-v5" / "src" / "rwkv_dpo"
 # From the lowest to the highest: a room imports only from rooms before it.
 ROOMS = (
     "base", "files", "settings", "data", "report", "batches", "kernels", "devices", "machine", "model", "tuning", "objective", "evaluation",
-    "blind", "optimizer", "run_folder", "training", "memory", "run",
+    "blind", "optimizer", "run_folder", "training", "memory", "run", "commands",
 )  # fmt: skip
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+# Of no room.
+OUTSIDE = {"__init__.py", "__main__.py"}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
 
 
 def room_of(path: Path) -> str:
@@ -40,9 +42,9 @@ def imported(path: Path) -> list[str]:
 
 
 def outside(path: Path) -> set[str]:
-    """The other rooms and the packages among them; the standard library aside."""
+    """The other rooms and the packages among them; the standard library, and what the house itself is called, aside."""
     tops = {name.split(".")[1] if name.startswith("rwkv_dpo.") else name.split(".")[0] for name in imported(path)}
-    return tops - sys.stdlib_module_names - {room_of(path)}
+    return tops - sys.stdlib_module_names - {room_of(path), "__version__"}
 
 
 def drawing() -> str:

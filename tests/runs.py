@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import train
 from conftest import random_model
 from lives import free_port, steps_written
+from rwkv_dpo.commands import train
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.data.pairs import PairSet, pack_pairs
 from rwkv_dpo.evaluation.scoring import score_pairs

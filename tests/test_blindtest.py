@@ -11,17 +11,15 @@ import sys
 from pathlib import Path
 
 import aiohttp
-import blindtest
-import chat
-import evaluate
 import numpy as np
-import prepare_pairs
 import pytest
 import torch
 from conftest import random_model
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.blind import browser
 from rwkv_dpo.blind.cards import read_cards, read_questions
 from rwkv_dpo.blind.server import TOKEN_HEADER
+from rwkv_dpo.commands import blindtest, chat, evaluate, prepare_pairs
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.data.tokenizer import VOCAB_SIZE, WorldTokenizer
@@ -31,7 +29,7 @@ from rwkv_dpo.model.shape import ModelShape
 from rwkv_dpo.tuning.settings import TuningSettings
 from rwkv_dpo.tuning.tuning import begin_tuning
 
-SCRIPT = Path(blindtest.__file__)
+SCRIPT = Path(__file__).resolve().parents[1] / "RWKV-v5" / "blindtest.py"
 SHAPE = ModelShape(n_layer=1, n_embd=16, dim_att=16, dim_ffn=32, vocab_size=VOCAB_SIZE, head_size=8)
 QUESTIONS = [f"Question {i}?" for i in range(20)]
 
@@ -252,15 +250,15 @@ def test_without_a_browser_it_says_so_and_goes_on(monkeypatch, capsys):
             return False
 
     def none(using=None):
-        raise blindtest.webbrowser.Error("could not locate runnable browser")
+        raise browser.webbrowser.Error("could not locate runnable browser")
 
-    for get in (none, Gone, lambda: blindtest.webbrowser.GenericBrowser("true")):
-        monkeypatch.setattr(blindtest.webbrowser, "get", get)
-        blindtest.open_browser("http://127.0.0.1:1/")
+    for get in (none, Gone, lambda: browser.webbrowser.GenericBrowser("true")):
+        monkeypatch.setattr(browser.webbrowser, "get", get)
+        browser.open_browser("http://127.0.0.1:1/")
         assert capsys.readouterr().out == "no browser opens here; open the address yourself, or vote with --terminal 1\n"
     # One that the user names is taken, whatever it is.
     monkeypatch.setenv("BROWSER", "true")
-    blindtest.open_browser("http://127.0.0.1:1/")
+    browser.open_browser("http://127.0.0.1:1/")
     assert capsys.readouterr().out == ""
 
 

@@ -10,18 +10,18 @@ import sys
 import time
 from pathlib import Path
 
-import chat
 import pytest
 import torch
 from conftest import random_model
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import chat
 from rwkv_dpo.data.tokenizer import VOCAB_SIZE, WorldTokenizer
 from rwkv_dpo.evaluation.dialogue import Dialogue
 from rwkv_dpo.evaluation.generate import Sampling, generate
 from rwkv_dpo.model.checkpoint import load_model, save_weights
 from rwkv_dpo.model.shape import ModelShape
 
-SCRIPT = Path(chat.__file__)
+SCRIPT = Path(__file__).resolve().parents[1] / "RWKV-v5" / "chat.py"
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from pathlib import Path
 import foreign_tables
 import pytest
 from rwkv_dpo.base.parser import OneLineParser
+from rwkv_dpo.commands.door import COMMANDS
 from rwkv_dpo.run.flags import parse_flags
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +45,7 @@ def blocks(page):
 
 def spans(page):
     """Commands within sentences."""
-    return re.findall(r"`(\./RWKV-v5/\w+\.py [^`]+)`", page.read_text("utf-8"))
+    return re.findall(r"`((?:\./RWKV-v5/\w+\.py|rwkv-dpo \w+) [^`]+)`", page.read_text("utf-8"))
 
 
 def commands():
@@ -53,8 +54,11 @@ def commands():
         for line in (*blocks(page), *spans(page)):
             words = shlex.split(line, comments=True)
             for i, word in enumerate(words):
-                if Path(word).name in SCRIPTS:
-                    yield pytest.param(Path(word).name, words[i + 1 :], id=f"{name_of(page)}: {' '.join(words[i:])[:60]}")
+                script, arguments = Path(word).name, words[i + 1 :]
+                if script == "rwkv-dpo" and arguments and not arguments[0].startswith("-"):
+                    script, arguments = f"{COMMANDS[arguments[0]].module}.py", arguments[1:]
+                if script in SCRIPTS:
+                    yield pytest.param(script, arguments, id=f"{name_of(page)}: {' '.join(words[i:])[:60]}")
 
 
 @pytest.mark.parametrize("page", LINKED, ids=name_of)
@@ -104,7 +108,7 @@ def test_every_command_is_one(monkeypatch, script, arguments):
         return
     monkeypatch.setattr(OneLineParser, "parse_args", parse_and_leave)
     with pytest.raises(Parsed):
-        (parse_flags if script == "train.py" else importlib.import_module(script.removesuffix(".py")).parse_flags)(arguments)
+        importlib.import_module(f"rwkv_dpo.commands.{script.removesuffix('.py')}").parse_flags(arguments)
 
 
 def test_commands_are_found():

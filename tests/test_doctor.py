@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import doctor
 import pytest
 import torch
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import doctor
 from rwkv_dpo.kernels.wkv5 import cpu
 from rwkv_dpo.machine.facts import KERNELS
 
-SCRIPT = Path(doctor.__file__)
+SCRIPT = Path(__file__).resolve().parents[1] / "RWKV-v5" / "doctor.py"
 
 
 def run(folder: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -3,13 +3,13 @@
 import sys
 from pathlib import Path
 
-import export
 import numpy as np
 import pytest
 import torch
 from conftest import random_model
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.batches.forest import ForestBuilder
+from rwkv_dpo.commands import export
 from rwkv_dpo.files.hashed import fault_of
 from rwkv_dpo.model.checkpoint import load_model, read_weights, save_weights
 from rwkv_dpo.model.shape import ModelShape

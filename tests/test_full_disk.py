@@ -4,15 +4,12 @@ import json
 import os
 from pathlib import Path
 
-import evaluate
-import export
-import make_data
 import numpy as np
-import prepare_pairs
 import pytest
 import torch
 from conftest import random_model
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import evaluate, export, make_data, prepare_pairs
 from rwkv_dpo.data.pair_files import save_original, save_pairs
 from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.data.tokenizer import VOCAB_SIZE

@@ -9,11 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import make_data as script
 import numpy as np
 import pytest
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.batches.sampling import item_at, largest_magic_prime
+from rwkv_dpo.commands import make_data as script
 from rwkv_dpo.data.binidx import read_binidx
 from rwkv_dpo.data.tokenizer import WorldTokenizer
 
@@ -124,7 +124,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     pytest.importorskip("resource")
     # Without the tokenizer, which takes 200 MB whatever the corpus: it is with the two processes, and skips the last check.
     measured = (
-        "import sys, resource, make_data; from rwkv_dpo.data import spool; spool._n_cores = lambda: 2; make_data.verify = print;"
+        "import sys, resource; from rwkv_dpo.commands import make_data; from rwkv_dpo.data import spool;"
+        "spool._n_cores = lambda: 2; make_data.verify = print;"
         "make_data.main(sys.argv[1:]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     peaks = []
@@ -132,7 +133,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         with open(tmp_path / "a.jsonl", "w") as file:
             file.writelines(json.dumps({"text": f"{i} {'word ' * 1000}"}) + "\n" for i in range(n))
         command = [sys.executable, "-c", measured, "a.jsonl", "2"]
-        env = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+        env = {**os.environ, "PYTHONPATH": str(SCRIPT.parent / "src")}
         run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
         peaks.append(int(run.stdout.split()[-1]))
     # Kilobytes, on Linux. The texts alone grow by 45 MB, the tokens of a pass by 18; allowed is what the allocator leaves about.

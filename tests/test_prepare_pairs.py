@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import prepare_pairs as script
 import pytest
 import torch
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import prepare_pairs as script
 from rwkv_dpo.data.pair_files import load_pairs
 from rwkv_dpo.data.tokenizer import VOCAB_SIZE, WorldTokenizer
 from rwkv_dpo.files.hashed import file_sha256
@@ -187,7 +187,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(source, capsys):
 
 
 def test_what_other_flags_made_is_kept_until_overwrite_and_what_is_lost_is_told(source, capsys):
-    import prepare_pairs as script
+    from rwkv_dpo.commands import prepare_pairs as script
 
     folder = source.parent
     model = save_tiny_model(folder / "tiny.pth")

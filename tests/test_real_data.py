@@ -3,13 +3,10 @@
 import json
 from pathlib import Path
 
-import evaluate
-import make_data
-import prepare_pairs
 import pytest
 import torch
-import train
 from conftest import random_model
+from rwkv_dpo.commands import evaluate, make_data, prepare_pairs, train
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
 

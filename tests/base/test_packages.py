@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from rwkv_dpo.base import script as packages
+from rwkv_dpo.base import libraries, script
 from rwkv_dpo.base.script import missing_package
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "RWKV-v5"
@@ -35,7 +35,11 @@ def test_every_script_is_among_them():
 
 def test_the_advice_fits_the_interpreter(tmp_path, monkeypatch):
     error = ModuleNotFoundError("No module named 'pytorch_lightning'", name="pytorch_lightning.callbacks")
-    monkeypatch.setattr(packages, "_ROOT", tmp_path)
+    for module in (script, libraries):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    # An installed package has no requirements.txt.
+    assert missing_package(error).endswith(f"; install it: {sys.executable} -m pip install rwkv-dpo")
+    (tmp_path / "requirements.txt").touch()
     assert missing_package(error) == (
         f"the Python package pytorch_lightning is missing in {sys.executable}; install it: {sys.executable} -m pip install -r "
         f"{tmp_path}/requirements.txt"

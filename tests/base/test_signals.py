@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import train
 from conftest import random_model
 from lives import hang, wait_for_hang
 from rwkv_dpo.base import signals
@@ -22,7 +21,7 @@ from rwkv_dpo.data.tokenizer import VOCAB_SIZE
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
 
-SCRIPTS = Path(train.__file__).parent
+SCRIPTS = Path(__file__).resolve().parents[2] / "RWKV-v5"
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 

@@ -4,12 +4,12 @@ import gzip
 import json
 from pathlib import Path
 
-import make_data
 import numpy as np
 import pytest
 import rwkv
 from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import make_data
 from rwkv_dpo.data import corpus as corpus_module
 from rwkv_dpo.data import text_corpus
 from rwkv_dpo.data.binidx import read_binidx, write_binidx

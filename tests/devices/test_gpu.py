@@ -4,9 +4,9 @@ import logging
 
 import pytest
 import torch
-import train
 from runs import flags
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import train
 from rwkv_dpo.devices.device import set_up
 from rwkv_dpo.devices.gpu import slow_precision, without_kernels
 from rwkv_dpo.devices.processes import take_gpu

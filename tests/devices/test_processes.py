@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-import train
 from lives import free_port
 from runs import flags
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import train
 from rwkv_dpo.devices import processes
 from rwkv_dpo.devices.settings import DeviceSettings
 

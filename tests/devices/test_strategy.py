@@ -5,9 +5,9 @@ import os
 
 import pytest
 import torch
-import train
 from lives import free_port
 from runs import TINY, flags, write_inputs
+from rwkv_dpo.commands import train
 from rwkv_dpo.devices.settings import DeviceSettings
 from rwkv_dpo.devices.strategy import bucket_numbers, build_precision, build_strategy
 from rwkv_dpo.run import trainer

@@ -4,12 +4,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import evaluate
 import numpy as np
 import pytest
 import torch
 from conftest import random_model
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import evaluate
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.data.pairs import content_sha256, pack_pairs
 from rwkv_dpo.evaluation.scoring import evaluate_pairs, score_pairs

@@ -4,13 +4,13 @@ import gc
 import json
 import weakref
 
-import evaluate
 import numpy as np
 import pytest
 import torch
 from conftest import random_model
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.batches.step import build_step
+from rwkv_dpo.commands import evaluate
 from rwkv_dpo.data.pair_files import save_pairs
 from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.data.tokenizer import WorldTokenizer

@@ -131,9 +131,7 @@ def _read_templates(path: Path) -> None:
 
 
 def _parse_flags(path: Path) -> None:
-    import evaluate
-    import make_data
-    import prepare_pairs
+    from rwkv_dpo.commands import evaluate, make_data, prepare_pairs
     from rwkv_dpo.optimizer.schedule import lr_at, weight_decay_at
     from rwkv_dpo.run.flags import parse_flags
 

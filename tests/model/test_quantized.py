@@ -1,6 +1,7 @@
 """Matrices in 8 and 4 bits against bitsandbytes' own, and models that hold them against models whose weights are what they hold."""
 
 import logging
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -229,7 +230,7 @@ def test_nothing_is_kept_of_a_matrix_that_a_product_has_made():
 
 def test_without_bitsandbytes_it_is_refused(monkeypatch):
     model = random_model(SHAPE, torch.float32)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(InputError, match="--quant nf4 needs the package bitsandbytes"):
         quantize(model, "nf4")
 

@@ -4,9 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import make_data
 import pytest
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import make_data
 from rwkv_dpo.run.flags import NEUTRAL, build_parser, flag_table, parse_flags
 from rwkv_dpo.run.settings import FLAGS, RunSettings
 

@@ -5,8 +5,8 @@ import logging
 from types import SimpleNamespace
 
 import pytest
-import train
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import train
 from rwkv_dpo.run import recipes
 from rwkv_dpo.run.data import open_data, tell_corpus
 from rwkv_dpo.run.flags import parse_flags

@@ -1,8 +1,8 @@
 """The logs of a run folder, as a checkpoint takes note of them."""
 
 import runs
-import train
 from recording_os import RecordingOS
+from rwkv_dpo.commands import train
 from rwkv_dpo.run_folder.contents import cut_logs, log_sizes
 
 

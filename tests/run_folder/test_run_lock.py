@@ -6,9 +6,9 @@ import socket
 
 import pytest
 import runs
-import train
 from lives import records
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import train
 from rwkv_dpo.run_folder.lock import RunLock
 
 

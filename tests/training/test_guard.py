@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import runs
 import torch
-import train
 from lives import records
 from runs import SHARDED, write_inputs
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.batches.samples import Samples
 from rwkv_dpo.batches.settings import BatchSettings
+from rwkv_dpo.commands import train
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.training.guard import poisoned, skip_unless_finite

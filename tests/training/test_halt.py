@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import runs
-import train
 from lives import hang, steps_written, wait_for_hang, wait_until
 from runs import environment
+from rwkv_dpo.commands import train
 from rwkv_dpo.training.halt import Halt, StopOnSignal
 
 flags = functools.partial(runs.flags, epoch_steps=300, epoch_count=1, dropout=0.1)
@@ -88,8 +89,9 @@ def test_a_signal_in_the_first_step_saves_it(data, tmp_path, lives):
 
 LAUNCHED = """
 import functools, os, sys
-sys.path[:0] = [{scripts!r}, {tests!r}]
-import lives, train
+sys.path[:0] = [{sources!r}, {tests!r}]
+import lives
+from rwkv_dpo.commands import train
 {patch}
 train.run(sys.argv[1:])
 """
@@ -98,7 +100,7 @@ train.run(sys.argv[1:])
 def launch(data, tmp_path, patch, **changes) -> tuple[subprocess.Popen, dict[str, int]]:
     """Two processes as train.py starts them itself; the numbers of both, by their LOCAL_RANK, once they write them."""
     script, log = tmp_path / "patched_train.py", tmp_path / "log.txt"
-    script.write_text(LAUNCHED.format(scripts=os.path.dirname(train.__file__), tests=os.path.dirname(runs.__file__), patch=patch))
+    script.write_text(LAUNCHED.format(sources=str(Path(train.__file__).parents[2]), tests=os.path.dirname(runs.__file__), patch=patch))
     wanted = flags(data, tmp_path / "out", devices=2, strategy="ddp", dpo_ref="recompute", **changes)
     with open(log, "w") as file:
         process = subprocess.Popen([sys.executable, script, *wanted], env=environment(), stdout=file, stderr=file, start_new_session=True)

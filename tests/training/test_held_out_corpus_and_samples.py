@@ -10,10 +10,10 @@ import pytest
 import runs
 import torch
 import torch.nn.functional as F
-import train
 from runs import run_to
 from rwkv_dpo.base.errors import InputError
 from rwkv_dpo.batches.forest import ForestBuilder
+from rwkv_dpo.commands import train
 from rwkv_dpo.data.corpus import open_corpus
 from rwkv_dpo.data.tokenizer import VOCAB_SIZE
 from rwkv_dpo.model.checkpoint import load_model
@@ -144,7 +144,7 @@ def test_the_base_model_and_the_current_one_answer_the_same_prompts(world, tmp_p
 def test_greedy_answers_are_those_of_chat_py(world, tmp_path):
     own = {"sample_prompts": "DATA/prompts.txt", "sample_tokens": 8, "lr_init": 0.1, "lr_final": 0.1}
     train.main(flags(world, tmp_path / "out", **own))
-    import chat
+    from rwkv_dpo.commands import chat
 
     for which, checkpoint in (("base", world / "model.pth"), ("now", tmp_path / "out" / "rwkv-final.pth")):
         arguments = f"--load_model {checkpoint} --prompts {world}/prompts.txt --out {tmp_path}/a.jsonl --max_tokens 8 --temperature 0"

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import runs
 import torch
-import train
 from lives import records
 from runs import TINY, run_to, write_inputs
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import train
 from rwkv_dpo.data.corpus import Corpus, corpus_sha256
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.data.pairs import PairSet, pack_pairs

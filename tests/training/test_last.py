@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
-import train
 from runs import run_until
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import train
 from rwkv_dpo.files.hashed import hashed_write
 from rwkv_dpo.run.data import RunData
 from rwkv_dpo.run.settings import RunSettings, settings_of

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-import train
+from rwkv_dpo.commands import train
 from rwkv_dpo.data.corpus import open_corpus
 from rwkv_dpo.data.pair_files import save_pairs
 from rwkv_dpo.data.pairs import PairSet, pack_pairs
@@ -20,7 +20,7 @@ from rwkv_dpo.model.checkpoint import load_model
 from rwkv_dpo.objective.losses import dpo
 from rwkv_dpo.tuning.tuning import load_tuned
 
-ROOT = Path(train.__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RUN = ["--accelerator", "cpu", "--precision", "fp32", "--random_seed", "1", "--epoch_count", "1", "--epoch_save", "0", "--cpu_malloc", "0",
        "--enable_progress_bar", "False"]  # fmt: skip
 pytestmark = pytest.mark.slow

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 import runs
 import torch
-import train
 from lives import free_port
 from runs import SHARDED, environment, write_inputs
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 
 pytestmark = pytest.mark.slow
-TRAIN = Path(train.__file__).resolve()
+TRAIN = Path(__file__).resolve().parents[2] / "RWKV-v5" / "train.py"
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +158,7 @@ STARVED = """
 import os, sys
 import torch.distributed
 sys.path.insert(0, sys.argv[1])
-import train
+from rwkv_dpo.commands import train
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 torch.distributed.init_process_group("gloo")
 for thread in os.listdir("/proc/self/task"):
@@ -174,7 +173,7 @@ train.leave(0)
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="starving a thread takes Linux")
 def test_processes_end_well_while_gloo_still_holds_tensors():
     two = environment(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1")
-    command = [sys.executable, "-c", STARVED, str(TRAIN.parent)]
+    command = [sys.executable, "-c", STARVED, str(TRAIN.parent / "src")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     output = finish(*(subprocess.Popen(command, env=two | {"RANK": str(rank)}, **pipes) for rank in (0, 1)))
     assert output.count("trained") == 2

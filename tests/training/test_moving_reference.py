@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import runs
 import torch
-import train
 from runs import run_to
 from rwkv_dpo.batches import loader
+from rwkv_dpo.commands import train
 from rwkv_dpo.data.pair_files import load_pairs
 from rwkv_dpo.evaluation.scoring import score_pairs
 from rwkv_dpo.model.checkpoint import load_model, save_weights

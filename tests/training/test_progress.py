@@ -7,15 +7,13 @@ import re
 import shlex
 import sys
 
-import evaluate
-import export
 import pytest
 import runs
 import torch
-import train
 from conftest import random_model
 from runs import TINY, run_to
 from rwkv_dpo.base.progress import Progress
+from rwkv_dpo.commands import evaluate, export, train
 from rwkv_dpo.data.pair_files import load_pairs
 from rwkv_dpo.evaluation.scoring import evaluate_pairs
 from rwkv_dpo.objective.losses import dpo

@@ -3,13 +3,11 @@
 import json
 import re
 
-import evaluate
-import export
 import numpy as np
 import pytest
 import torch
-import train
 from runs import flags, run_to
+from rwkv_dpo.commands import evaluate, export, train
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.evaluation.reference import score_with_checkpoint
 from rwkv_dpo.evaluation.scoring import score_pairs

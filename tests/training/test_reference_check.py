@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import runs
 import torch
-import train
 from conftest import random_model
 from runs import TINY, write_inputs
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import train
 from rwkv_dpo.data.pair_files import save_original, save_pairs
 from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.devices.device import COMPUTE_DTYPES

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import runs
 import torch
-import train
 from lives import records, steps_written
 from runs import run_to, run_until
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import train
 from rwkv_dpo.files.hashed import fault_of
 from rwkv_dpo.files.json_text import as_json
 from rwkv_dpo.run.settings import RunSettings, settings_of

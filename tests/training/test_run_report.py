@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import runs
-import train
 from runs import run_to
+from rwkv_dpo.commands import train
 from rwkv_dpo.report.run_page import About
 from rwkv_dpo.training import run_report
 from rwkv_dpo.training.run_report import RunFiles

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import runs
 import torch
-import train
 from runs import TINY, run_to
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import train
 from rwkv_dpo.data.pair_files import load_pairs, save_pairs
 from rwkv_dpo.data.pairs import pack_pairs
 from rwkv_dpo.data.trees import grow

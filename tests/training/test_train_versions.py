@@ -3,14 +3,12 @@
 import json
 from dataclasses import replace
 
-import evaluate
-import export
 import pytest
 import torch
-import train
 from conftest import random_model
 from runs import RANKS, TINY, flags, write_inputs
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import evaluate, export, train
 from rwkv_dpo.model.checkpoint import load_model, read_weights, shape_of
 
 

@@ -7,10 +7,10 @@ import os
 import numpy as np
 import pytest
 import torch
-import train
 from conftest import random_model
 from lives import hang, wait_for_hang
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import train
 from rwkv_dpo.data.pair_files import load_pairs, save_original, save_pairs
 from rwkv_dpo.data.pairs import join_pairs, pack_pairs
 from rwkv_dpo.evaluation.scoring import score_pairs

@@ -7,8 +7,8 @@ import math
 import pytest
 import runs
 import torch
-import train
 from runs import run_to
+from rwkv_dpo.commands import train
 from rwkv_dpo.training import validation
 from rwkv_dpo.training.validation import drawn, interval
 from safetensors.torch import load_file

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-import train
 from runs import flags
+from rwkv_dpo.commands import train
 
 
 def test_the_reference_counts_the_tokens_that_the_policy_counts(data, tmp_path, caplog):

@@ -3,15 +3,13 @@
 import hashlib
 import shutil
 
-import evaluate
-import export
 import pytest
 import runs
 import torch
-import train
 from conftest import random_model
 from runs import TINY, write_inputs
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.commands import evaluate, export, train
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.tuning.base import base_of
 

@@ -1,1 +1,3 @@
 """Direct Preference Optimization for RWKV language models. Each folder is a room; its first lines say what belongs into it."""
+
+__version__ = "0.1.0"

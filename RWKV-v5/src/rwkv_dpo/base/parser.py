@@ -6,6 +6,7 @@ import sys
 from typing import Any, NoReturn
 
 from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.base.script import program
 
 # Share of letters in common from which a name is taken for a slip of the fingers: n_layers, dpo_betta, but not lora for lora_r.
 _NEAR = 0.85
@@ -15,7 +16,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Reports faults as InputError, so that every script prints them the same way; takes no abbreviations."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
+        super().__init__(allow_abbrev=False, **{"prog": program(), **settings})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's. Raises InputError."""

@@ -7,18 +7,27 @@ from pathlib import Path
 from typing import NoReturn
 
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.base.libraries import ROOT, is_checkout, what_installs
 from rwkv_dpo.base.signals import interrupt, interrupted_by, leave_signals, on_signals
 
-_ROOT = Path(__file__).resolve().parents[4]
+CONSOLE = "rwkv-dpo"
+
+
+def program() -> str:
+    """What was typed to get here, as help and messages name it: `train.py`, or `rwkv-dpo train`."""
+    path = Path(sys.argv[0])
+    is_console = path.stem == CONSOLE or path.parts[-2:] == ("rwkv_dpo", "__main__.py")
+    return " ".join([CONSOLE, *sys.argv[1:2]]) if is_console else path.name
 
 
 def run_script(
-    main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit, stopped: str = "nothing was written", speaks: bool = True
-) -> NoReturn:
+    main: Callable[[], object], leave: Callable[[int], NoReturn] = sys.exit, stopped: str = "nothing was written", speaks: bool = True,
+    name: str = "",
+) -> NoReturn:  # fmt: skip
     """Runs a script's main. An InputError becomes one line on standard error and exit status 2; SIGINT (Ctrl-C) and SIGTERM become
     one, and 128 + the signal's number. leave: ends the process. stopped: what a signal leaves behind, in a few words. speaks: False
-    where another process has that line to tell."""
-    name, status = Path(sys.argv[0]).name, 0
+    where another process has that line to tell. name: the program's, where it is not program()."""
+    name, status = name or program(), 0
 
     def tell(number: int) -> None:
         if speaks:
@@ -51,15 +60,16 @@ def missing_package(error: ModuleNotFoundError) -> str:
     package = (error.name or str(error)).partition(".")[0]
     if package in ("", "rwkv_dpo"):
         raise error
-    activate = _ROOT / ".venv" / "bin" / "activate"
-    if activate.is_file() and Path(sys.prefix).resolve() != activate.parents[1].resolve():
+    activate = ROOT / ".venv" / "bin" / "activate"
+    if is_checkout() and activate.is_file() and Path(sys.prefix).resolve() != activate.parents[1].resolve():
         advice = f"activate the environment first: source {activate}"
     else:
-        advice = f"install it: {sys.executable} -m pip install -r {_ROOT / 'requirements.txt'}"
+        what = f"pip install -r {ROOT / 'requirements.txt'}" if is_checkout() else what_installs(package)
+        advice = f"install it: {sys.executable} -m {what}"
     return f"the Python package {package} is missing in {sys.executable}; {advice}"
 
 
 def leave_without(error: ModuleNotFoundError) -> NoReturn:
     """Ends a script whose imports fail, as run_script would."""
-    print(f"{Path(sys.argv[0]).name}: {missing_package(error)}", file=sys.stderr)
+    print(f"{program()}: {missing_package(error)}", file=sys.stderr)
     sys.exit(2)

@@ -1,8 +1,10 @@
 """Votes at a terminal, or from a pipe: a line a vote."""
 
+import io
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TextIO
 
 from rwkv_dpo.blind.ballot import ENDED, QUESTION, Ballot
 
@@ -20,6 +22,14 @@ def judge(ballot: Ballot, lines: Iterable[str], say: Callable[[str], object]) ->
             say(f"{harmless(line)!r}: {_ASKED if view['phase'] == QUESTION else _JUDGED}")
         if line == "q":
             return
+
+
+def typed_lines() -> TextIO:
+    """Standard input, whatever its bytes."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    return sys.stdin
 
 
 def harmless(text: str) -> str:

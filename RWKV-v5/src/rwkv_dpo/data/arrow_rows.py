@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.base.libraries import check_package
 from rwkv_dpo.data.parquet_pages import largest_pages
 from rwkv_dpo.data.text_files import Reading, opened
 from rwkv_dpo.data.unpacking import BLOCK, LARGEST_RATIO
@@ -23,6 +24,7 @@ _BATCH, _ROWS = 64 << 20, 256
 
 def parquet_rows(path: Path, reading: Reading) -> Iterator[tuple[str, Any]]:
     """("row 7", row) of every row. A file whose pages are made to fill a memory is an InputError; how often a text repeats is not."""
+    check_package("pyarrow", str(path))
     # Here, not above: it takes a while to import, and most files are not parquet.
     from pyarrow import parquet
 
@@ -44,6 +46,7 @@ def parquet_rows(path: Path, reading: Reading) -> Iterator[tuple[str, Any]]:
 
 def arrow_rows(path: Path, reading: Reading) -> Iterator[tuple[str, Any]]:
     """("row 7", row) of every row of an Arrow file or stream."""
+    check_package("pyarrow", str(path))
     import pyarrow
 
     with _seekable(path) as file, _counted(path, ".arrow") as n:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rwkv_dpo.base.errors import InputError
+from rwkv_dpo.base.libraries import check_package
 from rwkv_dpo.data.text_files import Row, ending
 
 
@@ -17,6 +18,7 @@ def is_hub_id(source: str | Path, file_endings: tuple[str, ...]) -> bool:
 
 def open_hub_rows(name: str, split: str) -> Iterator[tuple[str, Row]]:
     """("row 3", row) of every row of that split, counted from 1. InputError when it cannot be fetched."""
+    check_package("datasets", f"{name}, which is no file or folder here,", "a file of its rows can do without")
     # Here, not above: it takes seconds to import, and local files do without.
     import datasets
 

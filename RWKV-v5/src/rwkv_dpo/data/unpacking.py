@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rwkv_dpo.base.errors import InputError, refuse
+from rwkv_dpo.base.libraries import check_package
 
 BLOCK = 1 << 20
 # Of a file's beginning, by which it is told what it is. Larger reads go past this buffer.
@@ -101,6 +102,7 @@ class _Stream:
 
 
 def _zstd(packed: BinaryIO) -> Any:
+    check_package("pyarrow", "a .zst file")
     # Here, not above: it takes a while to import. Python's own library has zstd from 3.14 on.
     import pyarrow
 

@@ -8,13 +8,16 @@ from pytorch_lightning.plugins.environments import ClusterEnvironment, Lightning
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from rwkv_dpo.base.errors import InputError, refuse
+from rwkv_dpo.base.libraries import check_package
 from rwkv_dpo.devices.ranks import Ranks
 from rwkv_dpo.devices.settings import DeviceSettings
 from rwkv_dpo.devices.strategy import build_precision, build_strategy
 
 
 def check_devices(settings: DeviceSettings, device: torch.device) -> None:
-    """Refuses GPUs that are not there."""
+    """Refuses GPUs that are not there, and a strategy whose package isn't."""
+    if settings.strategy.startswith("deepspeed"):
+        check_package("deepspeed", f"--strategy {settings.strategy}", "ddp needs nothing")
     if device.type != "cuda":
         if settings.gpu_ids:
             refuse(f"--devices {settings.gpu_ids} names GPUs, and this run is on a CPU; there a number of processes is accepted")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwkv_dpo.base.libraries import bitsandbytes, check_bitsandbytes
+from rwkv_dpo.base.libraries import bitsandbytes, check_package
 from rwkv_dpo.model.linear import Linear
 
 # Numbers that int8 brings back together, by way of two fp32 copies; on a CPU they fit its cache.
@@ -159,7 +159,7 @@ def quantize(model: nn.Module, form: str, but: Collection[str] = (), has_values:
     InputError without bitsandbytes."""
     if form == "none":
         return
-    check_bitsandbytes(f"--quant {form}", "without it matrices are held in the compute dtype")
+    check_package("bitsandbytes", f"--quant {form}", "without it matrices are held in the compute dtype")
     for prefix, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             if type(child) is Linear and f"{prefix}.{name}.weight" not in but:

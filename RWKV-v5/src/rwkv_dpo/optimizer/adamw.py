@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_dpo.base.libraries import bitsandbytes, check_bitsandbytes
+from rwkv_dpo.base.libraries import bitsandbytes, check_package
 from rwkv_dpo.optimizer.adamw_bf16 import AdamWBF16
 from rwkv_dpo.optimizer.schedule import Schedule, lr_at, weight_decay_at
 from rwkv_dpo.optimizer.settings import OptimizerSettings
@@ -56,7 +56,7 @@ def build_optimizer(
 def check_optim(settings: OptimizerSettings) -> None:
     """Refuses an optimizer whose library is not there, before a run begins."""
     if settings.optim == "adamw8bit":
-        check_bitsandbytes("--optim adamw8bit", "adamw_bf16state needs nothing and saves half")
+        check_package("bitsandbytes", "--optim adamw8bit", "adamw_bf16state needs nothing and saves half")
 
 
 def set_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, first_step: int, steps_since_start: int) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
+from rwkv_dpo.base.script import CONSOLE
 from rwkv_dpo.objective.losses import mixture_of
 from rwkv_dpo.report.run_page import About
 from rwkv_dpo.run.data import RunData
@@ -123,14 +124,16 @@ def next_commands(settings: RunSettings) -> list[str]:
         data += ["--data_file", files.valid_data_file, *kind, "--ctx_len", str(files.ctx_len)]
     elif settings.objective.uses_corpus and files.data_type != "dummy":
         data += ["--data_file", files.data_file, "--data_type", files.data_type, "--ctx_len", str(files.ctx_len)]
-    commands = [_command("evaluate.py", "--load_model", *trained, *data)]
+    commands = [_command("evaluate", "--load_model", *trained, *data)]
     if peft not in ("none", "state"):
-        commands.append(_command("export.py", "--load_model", base, "--peft_load", final, "--out", str(folder / "merged.pth")))
+        commands.append(_command("export", "--load_model", base, "--peft_load", final, "--out", str(folder / "merged.pth")))
     return commands
 
 
-def _command(script: str, *arguments: str) -> str:
-    path = Path(__file__).resolve().parents[3] / script
+def _command(name: str, *arguments: str) -> str:
+    path = Path(__file__).resolve().parents[3] / f"{name}.py"
+    if not path.exists():  # an installed package has no scripts
+        return shlex.join([CONSOLE, name, *arguments])
     here = os.path.relpath(path)
     # The shorter name of the two, and one that a shell takes for a program.
     return shlex.join([str(path) if here.startswith("../..") else os.path.join(".", here), *arguments])

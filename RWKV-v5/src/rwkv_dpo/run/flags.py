@@ -90,7 +90,7 @@ def _count_devices(accelerator: str) -> int:
 def build_parser() -> OneLineParser:
     """The parser of train.py: a group for each room."""
     parser = OneLineParser(
-        prog="train.py", argument_default=argparse.SUPPRESS, formatter_class=HelpFormatter,
+        argument_default=argparse.SUPPRESS, formatter_class=HelpFormatter,
         description="Trains an RWKV model (versions 5, 6 and 7): ratio * language model + (1 - ratio) * Direct Preference Optimization.",
     )  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help=f"a file of flags ({', '.join(ENDINGS)}), or a run's config.json; typed flags win")

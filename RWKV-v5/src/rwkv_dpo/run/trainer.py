@@ -35,6 +35,7 @@ from rwkv_dpo.training.halt import Halted
 from rwkv_dpo.training.module import CLIP_NORM, DPOModule
 from rwkv_dpo.training.optimizer_state import trainable
 from rwkv_dpo.training.tensorboard_log import check_tensorboard
+from rwkv_dpo.training.wandb_log import check_wandb
 from rwkv_dpo.tuning.settings import TuningSettings
 from rwkv_dpo.tuning.tuning import Tuning, begin_tuning
 
@@ -51,6 +52,7 @@ def train(settings: RunSettings, given: frozenset[str]) -> None:
     check_devices(settings.devices, device)
     check_optim(settings.optimizer)
     check_tensorboard(settings.training.tensorboard)
+    check_wandb(settings.training.wandb)
     ranks = meet(settings.devices, device)
     take_gpu(settings.devices, device, ranks)
     with RunLock(settings.folder.path) as lock:

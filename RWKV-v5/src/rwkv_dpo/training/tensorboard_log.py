@@ -7,7 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 from typing_extensions import override
 
-from rwkv_dpo.base.errors import refuse
+from rwkv_dpo.base.libraries import check_package
 from rwkv_dpo.optimizer.length import RunLength
 from rwkv_dpo.training.metrics import MetricsLog
 from rwkv_dpo.training.module import DPOModule
@@ -22,10 +22,7 @@ TENSORBOARD = "tensorboard"
 def check_tensorboard(tensorboard: int) -> None:
     """Refuses --tensorboard 1 where its package is missing. Raises InputError."""
     if tensorboard:
-        try:
-            import torch.utils.tensorboard  # noqa: F401 (whether it can be)
-        except ImportError:
-            refuse("--tensorboard 1 needs the package tensorboard (pip install tensorboard); metrics.jsonl has the same figures")
+        check_package("tensorboard", "--tensorboard 1", "metrics.jsonl has the same figures")
 
 
 class TensorBoardLog(Tracker):

@@ -1,4 +1,4 @@
-"""--wandb: metrics for Weights & Biases, which may be out of reach, out of order or not there, and never ends a run."""
+"""--wandb: metrics for Weights & Biases, which may be out of reach or out of order, and never ends a run."""
 
 import datetime
 import logging
@@ -11,6 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 from typing_extensions import override
 
+from rwkv_dpo.base.libraries import check_package
 from rwkv_dpo.files.atomic import atomic_write
 from rwkv_dpo.training.metrics import MetricsLog
 from rwkv_dpo.training.module import DPOModule
@@ -23,6 +24,12 @@ log = logging.getLogger(__name__)
 ID_FILE = "wandb-run-id"
 # For the upload of what is left when a run ends; wandb by itself would wait for ever.
 _FINISH_S = "120"
+
+
+def check_wandb(project: str) -> None:
+    """Refuses --wandb where its package is missing. Raises InputError."""
+    if project:
+        check_package("wandb", f"--wandb {project}", "metrics.jsonl has the same figures")
 
 
 class WandbLog(Tracker):
