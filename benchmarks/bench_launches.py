@@ -5,11 +5,12 @@ results/launches_fake_gpu.json. Counted on a GPU that is not there (tests/fake_g
 are those of the host alone.
 
     python benchmarks/bench_launches.py                        each backend, three micro-batches after a first one; minutes, with nvcc
-    python benchmarks/bench_launches.py --parts cuda --dont_save
+    python benchmarks/bench_launches.py --parts cuda --version 7 --dont_save
 """
 
 import argparse
 import ctypes
+import importlib
 import json
 import sys
 import time
@@ -26,14 +27,14 @@ from fake_gpu import run_on_fake_gpu, unusable_because  # noqa: E402 (the path a
 from measure import make_pairs, save  # noqa: E402
 from rwkv_dpo.batches.micro_batch import MicroBatch, collate  # noqa: E402
 from rwkv_dpo.kernels.agreement import Agreement  # noqa: E402
+from rwkv_dpo.kernels.backends import choose_backend  # noqa: E402
 from rwkv_dpo.kernels.fused import cuda as fused  # noqa: E402
-from rwkv_dpo.kernels.wkv5 import chunked, cuda  # noqa: E402
 from rwkv_dpo.model.checkpoint import empty_model  # noqa: E402
 from rwkv_dpo.model.shape import ModelShape  # noqa: E402
 from rwkv_dpo.objective.losses import dpo  # noqa: E402
 from rwkv_dpo.training.module import DPOModule  # noqa: E402
 
-BACKENDS = {"cuda": cuda, "chunked": chunked}
+BACKENDS = ("cuda", "chunked")
 LENGTHS, CTX, VOCAB = (256, 200, 150), 4096, 65536
 # As the stand-in counts them, and what is a wait.
 COUNTS = ("launches", "matrix products", "copies from the host", "copies to the host", "copies on the device", "fills",
@@ -43,41 +44,44 @@ WAITS = COUNTS[-3:]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", choices=["5", "6", "7"], default="5", help="of RWKV")
     parser.add_argument("--n_layer", type=int, default=24)
     parser.add_argument("--n_embd", type=int, default=1024)
-    parser.add_argument("--parts", nargs="+", choices=list(BACKENDS), default=list(BACKENDS))
+    parser.add_argument("--parts", nargs="+", choices=BACKENDS, default=BACKENDS)
     parser.add_argument("--dont_save", action="store_true")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside:
-        print(json.dumps(measure(args.parts[0], args.n_layer, args.n_embd)))
+        print(json.dumps(measure(args.version, args.parts[0], args.n_layer, args.n_embd)))
         return
     if unusable_because():
         sys.exit(unusable_because())
     for part in args.parts:
-        done = run_on_fake_gpu(Path(__file__), "--inside", "--parts", part, "--n_layer", args.n_layer, "--n_embd", args.n_embd)
+        size = ("--version", args.version, "--n_layer", args.n_layer, "--n_embd", args.n_embd)
+        done = run_on_fake_gpu(Path(__file__), "--inside", "--parts", part, *size)
         if done.returncode:
             sys.exit(done.stderr[-3000:])
         row = json.loads(done.stdout.splitlines()[-1])
         print(part, json.dumps(row, indent=1), flush=True)
         if not args.dont_save:
-            save("launches_fake_gpu", {part: row})
+            save("launches_fake_gpu", {part if args.version == "5" else f"{part}, RWKV-{args.version}": row})
 
 
-def measure(backend: str, n_layer: int, n_embd: int) -> dict[str, object]:
+def measure(version: str, backend: str, n_layer: int, n_embd: int) -> dict[str, object]:
     """Within the stand-in: counts of a micro-batch, from its way to the device to the end of its backward pass."""
     # What kernels that do nothing make agrees with nothing.
-    cuda.KERNELS.agreement = fused.agreement = lambda device, again=False: Agreement({})  # type: ignore[assignment]
-    shape = ModelShape(n_layer, n_embd, n_embd, int(n_embd * 3.5) // 32 * 32, VOCAB)
-    device = torch.device("cuda")
+    recurrence = importlib.import_module(f"rwkv_dpo.kernels.wkv{version}.cuda").KERNELS
+    recurrence.agreement = fused.agreement = lambda device, again=False: Agreement({})  # type: ignore[assignment]
+    dim_ffn = 4 * n_embd if version == "7" else int(n_embd * 3.5) // 32 * 32
+    shape, device = ModelShape(n_layer, n_embd, n_embd, dim_ffn, VOCAB, version=version), torch.device("cuda")
     with device:
-        model = empty_model(shape, BACKENDS[backend].wkv5, torch.bfloat16)
+        model = empty_model(shape, choose_backend(version, backend, device).wkv, torch.bfloat16)
     module = DPOModule(model, dpo(0.1), 0.5, None, 0, lambda _: None)  # type: ignore[arg-type, return-value]  # no optimizer step follows
     batches = [micro_batch(seed) for seed in range(4)]
     runs = [one(module, batch, device) for batch in batches][1:]
     counts = {name: median(run[name] for run in runs) for name in (*COUNTS, "host s")}
     return {
-        "n_layer": n_layer, "n_embd": n_embd, "ctx_len": CTX, "pair": LENGTHS, "precision": "bf16", **counts,
+        "version": version, "n_layer": n_layer, "n_embd": n_embd, "ctx_len": CTX, "pair": LENGTHS, "precision": "bf16", **counts,
         "waits": sum(counts[name] for name in WAITS),
     }  # fmt: skip
 

@@ -2,7 +2,7 @@
 """What a micro-batch costs beside its arithmetic: operations that torch dispatches, casts among them, and the CPU time of a step so narrow
 that only overhead is left; this tree against an earlier commit, in turns.
 
-    python benchmarks/bench_overhead.py --against COMMIT      writes benchmarks/results/overhead_cpu.json
+    python benchmarks/bench_overhead.py --against COMMIT [--version 7]      writes benchmarks/results/overhead_cpu.json
 
 L24 D64, a window of 32 tokens and a pair of 8/6/5, one thread. Views are not counted. A GPU waits for this time on its host whenever
 its own work is shorter. Parity is bench_step.py's.
@@ -23,11 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 N_LAYER, WIDTH, REPEATS = 24, 64, 40
 
 
-def child(source: str, precision: str) -> dict[str, Any]:
+def child(source: str, precision: str, version: str) -> dict[str, Any]:
     """Counts and seconds of the package in `source`."""
     sys.path.insert(0, source)
     import numpy as np
     import torch
+    from measure import Products
     from rwkv_dpo.batches.micro_batch import collate
     from rwkv_dpo.model.checkpoint import empty_model
     from rwkv_dpo.model.shape import ModelShape
@@ -56,7 +57,8 @@ def child(source: str, precision: str) -> dict[str, Any]:
             return result
 
     torch.set_num_threads(1)
-    shape = ModelShape(N_LAYER, WIDTH, WIDTH, int(3.5 * WIDTH), 65)
+    newer: dict[str, Any] = {} if version == "5" else {"version": version}  # which a commit that knows RWKV-5 only has not
+    shape = ModelShape(N_LAYER, WIDTH, WIDTH, int(3.5 * WIDTH), 65, **newer)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     try:
         from rwkv_dpo.kernels.backends import choose_backend
@@ -76,29 +78,40 @@ def child(source: str, precision: str) -> dict[str, Any]:
     def micro_batch() -> None:
         objective(model, batch, dpo(0.1), 0.5)[0].backward()
 
-    seconds = []
+    with Products() as products:
+        micro_batch()
+    seconds, of_products = [], []
     for _ in range(REPEATS):
         start = time.process_time()
         micro_batch()
-        seconds.append(time.process_time() - start)
+        middle = time.process_time()
         model.zero_grad(set_to_none=True)
+        seconds.append(middle - start)
+        start = time.process_time()
+        products.run()
+        of_products.append(time.process_time() - start)
     with Counting() as counting:
         micro_batch()
     counts = counting.counts
     casts = counts.pop("cast")
-    return {"seconds": median(seconds[REPEATS // 4 :]), "operations": counts.total(), "casts": casts, "most": counts.most_common(12)}
+    return {
+        "seconds": median(seconds[REPEATS // 4 :]), "products": median(of_products[REPEATS // 4 :]), "operations": counts.total(),
+        "casts": casts, "most": counts.most_common(12),
+    }  # fmt: skip
 
 
-def measure(sources: dict[str, str], precision: str) -> dict[str, Any]:
+def measure(sources: dict[str, str], precision: str, version: str) -> dict[str, Any]:
     """Each source's counts, and the median over processes of its median time; processes take turns."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in sources}
     for _ in range(3):
         for name, source in sources.items():
-            done = subprocess.run([sys.executable, __file__, "--child", source, precision], check=True, stdout=subprocess.PIPE, text=True)
+            command = [sys.executable, __file__, "--child", source, precision, version]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
     row: dict[str, Any] = {"precision": precision}
     for name, runs in found.items():
         row[f"{name} ms"] = 1000 * median(run["seconds"] for run in runs)
+        row[f"{name} ms, matrix products alone"] = 1000 * median(run["products"] for run in runs)
         row[f"{name} operations a layer"] = runs[0]["operations"] / N_LAYER
         row[f"{name} casts a layer"] = runs[0]["casts"] / N_LAYER
         row[f"{name} most frequent"] = runs[0]["most"]
@@ -110,7 +123,8 @@ def measure(sources: dict[str, str], precision: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--against", default="", help="a commit whose package is measured beside this tree's")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--version", choices=["5", "6", "7"], default="5", help="of RWKV")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(child(*args.child)))
@@ -124,10 +138,11 @@ def main() -> None:
             subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
             sources["before"] = f"{folder}/RWKV-v5/src"
         print(machine())
-        rows = [measure(sources, precision) for precision in ("fp32", "bf16")]
+        rows = [measure(sources, precision, args.version) for precision in ("fp32", "bf16")]
     for row in rows:
         print("\n".join(f"{name:30} {value}" for name, value in row.items()), flush=True)
-    save("overhead_cpu", {"micro_batch": {"against": args.against, "rows": rows}})
+    part = "micro_batch" if args.version == "5" else f"micro_batch, RWKV-{args.version}"
+    save("overhead_cpu", {part: {"against": args.against, "rows": rows}})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The functions between a block's matrix products: compiled ones against torch's operations in float64, values and all gradients."""
 
 import ctypes
+import math
 import os
 import shutil
 from pathlib import Path
@@ -108,7 +109,8 @@ def parameter_dtype(dtype):
         (torch.float32, False, (), 1, 132),
     ],
 )  # fmt: skip
-def test_mixes(compiled, takes, forest, dtype, handed, lacking, n_mixes, n_channels):
+@pytest.mark.parametrize("of_before", [False, True])
+def test_mixes(compiled, takes, forest, dtype, handed, lacking, n_mixes, n_channels, of_before):
     takes(dtype)
     rows = rows_of(FORESTS[forest])
     n_rows, n_segments = rows.before.numel(), rows.last_rows.numel()
@@ -123,13 +125,13 @@ def test_mixes(compiled, takes, forest, dtype, handed, lacking, n_mixes, n_chann
 
     parameters = [p.to(parameter_dtype(dtype)) for p in (*exact[2:4], *exact[4])]
     given = (rows, to(exact[0]), to(exact[1]), *parameters[:2], parameters[2:], 1e-5)
-    mixed, last = compiled.mixes(*given)
-    want_mixed, want_last = plain.mixes(rows, *exact, 1e-5)
+    mixed, last = compiled.mixes(*given, of_before)
+    want_mixed, want_last = plain.mixes(rows, *exact, 1e-5, of_before)
     close([*mixed, last], [*want_mixed, want_last], dtype)
     assert mixed.dtype == last.dtype == dtype
-    got = compiled.mixes_gradients(*given, [to(g) for g in grads], to(g_last), to(g_past))
+    got = compiled.mixes_gradients(*given, [to(g) for g in grads], to(g_last), to(g_past), of_before)
     if any(g is not None for g in (*grads, g_last)):
-        close(got, plain.mixes_gradients(rows, *exact, 1e-5, grads, g_last, g_past), dtype)
+        close(got, plain.mixes_gradients(rows, *exact, 1e-5, grads, g_last, g_past, of_before), dtype)
     assert [g.shape for g in got if g is not None] == [x.shape for x in (given[1], given[2], *parameters) if x is not None]
 
 
@@ -140,6 +142,8 @@ def test_what_a_row_is_mixed_with_is_the_row_before_it_in_its_own_segment():
     n = F.layer_norm(x, (4,))
     before = torch.stack([handed[0], n[0], n[1], handed[1], n[3], n[2], n[5]])
     torch.testing.assert_close(mixed, 0.25 * n + 0.75 * before)
+    (other,), _ = plain.mixes(rows, x, handed, torch.ones(4).double(), torch.zeros(4).double(), [torch.tensor([0.25] * 4)], 1e-5, True)
+    torch.testing.assert_close(other, 0.75 * n + 0.25 * before)
     assert torch.equal(last, n[[2, 4, 6]])
 
 
@@ -153,6 +157,66 @@ def test_gated_norm(compiled, takes, dtype, n_rows, n_heads, head_size):
     given = [x.to(dtype if i < 2 else parameter_dtype(dtype)) for i, x in enumerate(exact)]
     close([compiled.gated_norm(*given, 64e-5)], [plain.gated_norm(*exact, 64e-5)], dtype)
     close(compiled.gated_norm_gradients(*given, 64e-5, grad.to(dtype)), plain.gated_norm_gradients(*exact, 64e-5, grad), dtype)
+
+
+# By name: inputs, those of parameters last, and what else the function takes; outputs.
+RWKV7 = {
+    "delta_keys": ("k a", "a0 k_k k_a", ("n_heads",), 3),
+    "bonus_norm": ("Y gate R K V", "r_k weight bias", ("eps",), 1),
+    "blend": ("own first depth", "v0", (), 1),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n_rows", "n_heads", "head_size"), [(0, 2, 8), (1, 1, 8), (131, 3, 24)])
+@pytest.mark.parametrize("name", RWKV7)
+def test_functions_of_rwkv_7(compiled, takes, name, dtype, n_rows, n_heads, head_size):
+    takes(dtype)
+    rows, parameters, others, n_out = RWKV7[name]
+    # Capitals: split into heads.
+    shapes = [(n_rows, n_heads, head_size) if row.isupper() else (n_rows, n_heads * head_size) for row in rows.split()]
+    exact = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
+    exact += [random(1, 1, n_heads * head_size, seed=10 + i) for i, _ in enumerate(parameters.split())]
+    if name == "bonus_norm":
+        exact[5], exact[6:] = exact[5].view(n_heads, head_size), [x.flatten() for x in exact[6:]]
+    others = [{"n_heads": n_heads, "eps": 64e-5}[other] for other in others]
+    grads = [random(n_rows, n_heads * head_size, seed=20 + i) for i in range(n_out)]
+    n_split = len(rows.split())
+    given = [x.to(dtype if i < n_split else parameter_dtype(dtype)) for i, x in enumerate(exact)]
+    got, want = (getattr(functions, name)(*inputs, *others) for functions, inputs in ((compiled, given), (plain, exact)))
+    close(got if n_out > 1 else [got], want if n_out > 1 else [want], dtype)
+    got = getattr(compiled, f"{name}_gradients")(*given, *others, *(g.to(dtype) for g in grads))
+    close(got, getattr(plain, f"{name}_gradients")(*exact, *others, *grads), dtype)
+    assert [g.shape for g in got] == [x.shape for x in given]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_decay(compiled, takes, dtype):
+    takes(dtype)
+    x, w0, grad = 8 * random(131, 72), random(1, 1, 72, seed=1), random(131, 72, seed=2)
+    log_w = compiled.log_decay(x.to(dtype), w0.to(parameter_dtype(dtype)))
+    assert log_w.dtype == parameter_dtype(dtype)
+    # In 16 bits too: neither the input's rounding nor the output's is in the way.
+    close([log_w], [-torch.sigmoid(w0.view(-1) + x) / math.e**0.5], parameter_dtype(dtype))
+    exact = -torch.sigmoid(w0.view(-1) + x) / math.e**0.5
+    s = torch.sigmoid(w0.view(-1) + x)
+    want = grad * exact * (1 - s)
+    got = compiled.log_decay_gradients(log_w, grad.to(log_w.dtype), dtype)
+    close(got, [want, want.sum(0)], dtype)
+    assert got[0].dtype == dtype
+
+
+def test_a_head_without_length_is_divided_by_the_least(compiled):
+    """RWKV-LM's F.normalize: zeros stay zeros, and have finite gradients."""
+    k = torch.zeros(2, 8)
+    k[1, 4:] = 1e-13
+    ones = torch.ones(8)
+    _, taken, _ = compiled.delta_keys(k, torch.zeros(2, 8), ones, ones, ones, 2)
+    torch.testing.assert_close(taken, -F.normalize(k.view(2, 2, 4), dim=-1, eps=1e-12).view(2, 8))
+    grads = compiled.delta_keys_gradients(k, torch.zeros(2, 8), ones, ones, ones, 2, *(torch.ones(2, 8) for _ in range(3)))
+    given, grad = [x.double() for x in (k, 0 * k, ones, ones, ones)], torch.ones(2, 8).double()
+    want = plain.delta_keys_gradients(*given, 2, grad, grad, grad)
+    close(grads, want, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -233,6 +297,8 @@ def test_rows_that_the_kernels_have_not_go_to_torch():
     assert not cuda.takes(torch.zeros(1, 4100, dtype=torch.bfloat16))
     assert not cuda.takes(torch.zeros(1, 4096))
     assert cuda.takes(torch.zeros(1, 4096, dtype=torch.bfloat16))
+    assert cuda.takes(torch.zeros(1, 64, 64, dtype=torch.bfloat16))
+    assert not cuda.takes(torch.zeros(1, 80, 64, dtype=torch.bfloat16))
 
 
 def test_more_mixes_than_the_kernels_have_are_refused(request):
@@ -248,7 +314,7 @@ def test_more_mixes_than_the_kernels_have_are_refused(request):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_address_sanitizer_sees_no_access_out_of_bounds(request):
     shim = build(request.config.cache, cuda.SOURCE, *SANITIZE)
-    chosen = "cuda and on and (odd or gated or elementwise)"
+    chosen = "cuda and on and (odd or gated or elementwise or rwkv_7 or log_decay)"
     done = run_under_address_sanitizer(
         "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", chosen, str(Path(__file__)), FUSED_SHIM=shim
     )

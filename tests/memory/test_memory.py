@@ -1,5 +1,6 @@
 """The estimate of a run's memory against torch's own count of what lives while a step runs."""
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -23,9 +24,15 @@ PLAN = Plan(
 
 
 def peak_of(action) -> int:
-    """Most bytes that lived at once while `action` ran, of those it made itself."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        action()
+    """Most bytes that lived at once while `action` ran, of those it made itself. On one core: the profiler orders events by the core's own
+    clock, and those of a virtual machine's cores may differ by more than lies between an allocation and the next."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            action()
+    finally:
+        os.sched_setaffinity(0, cores)
     live = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":

@@ -52,8 +52,8 @@ def test_the_estimate_is_within_15_percent_of_what_a_step_takes(quant, version, 
         n_rows=window, n_segments=1, accumulates=False, on_gpu=False, wkv_backend="cpu", quant=quant, n_projections=n_projections,
     )  # fmt: skip
     assert total(plan) == pytest.approx(peak, rel=0.15)
-    # RWKV-6's and 7's low-rank matrices are fp32, a large part of a model as small as this.
-    assert estimate(plan)["weights"] == pytest.approx(bytes_of(model), rel=0.03 if version == "5" else 0.1)
+    # RWKV-6's time_maa_w2 is fp32, a large part of a model as small as this.
+    assert estimate(plan)["weights"] == pytest.approx(bytes_of(model), rel=0.1 if version == "6" else 0.03)
 
 
 @pytest.mark.parametrize("form", FORMS)

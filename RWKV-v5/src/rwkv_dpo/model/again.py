@@ -1,11 +1,10 @@
-"""Preparations and layers for `linear.products` that need no kernels: functions of torch's operations, and bare parameters."""
+"""Preparations and layers for `linear.products` that need no kernels."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 Function = Callable[..., Sequence[Tensor]]
 
@@ -31,40 +30,6 @@ class Again:
         wanted = [leaf for leaf in leaves if leaf is not None]
         found = iter(torch.autograd.grad([x for x, _ in given], wanted, [grad for _, grad in given], allow_unused=True))
         return [None if leaf is None else next(found) for leaf in leaves]
-
-
-def made_twice(function: Function, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """function(*inputs), of which autograd keeps the inputs alone: it runs again in the backward pass."""
-    return _MadeTwice.apply(Again(function), *inputs)
-
-
-class _MadeTwice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, again, *inputs):
-        ctx.again = again
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs)
-        return tuple(again.function(*inputs))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        return None, *ctx.again.gradients(ctx.saved_tensors, grads, ())
-
-
-class Matrix:
-    """A parameter [n_in, n_out], as RWKV's low-rank parts are, in a layer's place."""
-
-    def __init__(self, parameter: Tensor) -> None:
-        self.weight = parameter.T
-
-    def factors(self) -> tuple[Tensor | None, ...]:
-        """As Linear's."""
-        return (self.weight,)
-
-    def combine(self, product: Tensor) -> Tensor:
-        """As Linear's."""
-        return product
 
 
 class Rows:

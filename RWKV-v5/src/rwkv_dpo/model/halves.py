@@ -1,6 +1,6 @@
 """What stands before the products of a block's halves, as Preparations over rwkv_dpo.kernels.fused."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,13 +49,15 @@ class Entry:
     norm's weight and bias, and a vector a mix; the other results are the n of segments' last rows [n, C], and x for the way past the half,
     whose gradient is added in the same pass."""
 
-    def __init__(self, forest: Forest) -> None:
+    def __init__(self, forest: Forest, of_before: bool = False) -> None:
+        """of_before: whether mixes say how much of the row before there is."""
+        self.of_before = of_before
         self.rows = Rows(forest.before, forest.uses_start, forest.uses, forest.last_rows, forest.n_roots)
 
     def make(self, *inputs: Any) -> tuple[Any, tuple[Tensor, ...]]:
         """See Preparation."""
         x, handed_in, weight, bias, *mixing = inputs
-        mixed, last = implementation(x).mixes(self.rows, x, handed_in, weight, bias, mixing, NORM_EPS)
+        mixed, last = implementation(x).mixes(self.rows, x, handed_in, weight, bias, mixing, NORM_EPS, self.of_before)
         return mixed.unbind(), (last, x)
 
     def gradients(self, inputs: Gradients, g_prepared: Gradients, g_others: Gradients) -> Gradients:
@@ -63,7 +65,8 @@ class Entry:
         x, handed_in, weight, bias, *mixing = inputs
         assert x is not None
         g_prepared = [*g_prepared, *[None] * (len(mixing) - len(g_prepared))]
-        return implementation(x).mixes_gradients(self.rows, x, handed_in, weight, bias, mixing, NORM_EPS, g_prepared, *g_others)
+        given = (self.rows, x, handed_in, weight, bias, mixing, NORM_EPS)
+        return implementation(x).mixes_gradients(*given, g_prepared, *g_others, self.of_before)
 
 
 class GatedNorm:
@@ -83,6 +86,46 @@ class GatedNorm:
         return implementation(y).gated_norm_gradients(y, *others, self.eps, g_prepared[0])
 
 
+class BonusNorm:
+    """Group norm with one group a head, what the token adds of its own, times the gate. Inputs: y [S, H, N], gate [S, C], r, k, v
+    [S, H, N], r_k, the norm's weight and bias."""
+
+    def __init__(self, eps: float) -> None:
+        self.eps = eps
+
+    def make(self, *inputs: Any) -> tuple[Any, tuple[Tensor, ...]]:
+        """See Preparation."""
+        return (implementation(inputs[0]).bonus_norm(*inputs, self.eps),), ()
+
+    def gradients(self, inputs: Gradients, g_prepared: Gradients, g_others: Gradients) -> Gradients:
+        """See Preparation."""
+        y, *others = inputs
+        assert y is not None
+        return implementation(y).bonus_norm_gradients(y, *others, self.eps, g_prepared[0])
+
+
+class Activation:
+    """A function of each number, whose gradient is one of its result."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], gradient: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """gradient: of (that of the result, the result)."""
+        self.function, self.gradient = function, gradient
+
+    def make(self, *inputs: Any) -> tuple[Any, tuple[Tensor, ...]]:
+        """See Preparation."""
+        return (self.function(inputs[0]),), ()
+
+    def gradients(self, inputs: Gradients, g_prepared: Gradients, g_others: Gradients) -> Gradients:
+        """See Preparation."""
+        assert inputs[0] is not None
+        assert g_prepared[0] is not None
+        return (self.gradient(g_prepared[0], self.function(inputs[0])),)
+
+
+TANH = Activation(torch.tanh, torch.ops.aten.tanh_backward)
+SIGMOID = Activation(torch.sigmoid, torch.ops.aten.sigmoid_backward)
+
+
 class ReluSquared:
     """max(x, 0) ** 2."""
 
@@ -98,19 +141,20 @@ class ReluSquared:
         return implementation(x).relu_squared_gradients(x, g_prepared[0])
 
 
-def sigmoid_gate(gate: Tensor, value: Tensor) -> Tensor:
-    """sigmoid(gate) * value, which keeps its inputs alone."""
-    return _SigmoidGate.apply(gate, value)
+def fused(name: str, *inputs: Tensor, **sizes: int) -> Any:
+    """A function of rwkv_dpo.kernels.fused, of which autograd keeps the inputs alone."""
+    return _Fused.apply(name, sizes, *inputs)
 
 
-class _SigmoidGate(torch.autograd.Function):
+class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, value):
-        ctx.save_for_backward(gate, value)
-        return implementation(gate).sigmoid_gate(gate, value)
+    def forward(ctx, name, sizes, *inputs):
+        ctx.name, ctx.sizes = name, sizes
+        ctx.save_for_backward(*inputs)
+        return getattr(implementation(inputs[0]), name)(*inputs, **sizes)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        gate, value = ctx.saved_tensors
-        return implementation(gate).sigmoid_gate_gradients(gate, value, grad)
+    def backward(ctx, *grads):
+        inputs = ctx.saved_tensors
+        return None, None, *getattr(implementation(inputs[0]), f"{ctx.name}_gradients")(*inputs, *ctx.sizes.values(), *grads)

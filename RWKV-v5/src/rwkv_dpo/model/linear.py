@@ -27,10 +27,10 @@ class Preparation(Protocol):
         """Of the inputs, from those of both results of `make`."""
 
 
-class Cast(nn.Module):
-    """A module whose `weight` is used in the compute dtype: a copy in it is kept from one optimizer step to the next."""
+class Cast:
+    """What has a `weight` that is used in the compute dtype: a copy in it is kept from one optimizer step to the next."""
 
-    weight: nn.Parameter
+    weight: Any
     # Where memory matters more than time, each product makes a copy of its own.
     keeps_cast = True
     _cast: Tensor | None = None
@@ -56,28 +56,56 @@ class Cast(nn.Module):
         return self.weight.data_ptr(), self.weight._version, dtype
 
 
+class Matrix(Cast):
+    """A parameter [n_in, n_out] of a module, as RWKV's low-rank parts are, in a layer's place."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The parameter, whatever tensor stands for it now."""
+        return getattr(self.module, self.name)
+
+    def factors(self) -> tuple[Tensor | None, ...]:
+        """As Linear's."""
+        return ((self.weight if self._in_use is None else self._in_use).T,)
+
+    def combine(self, product: Tensor) -> Tensor:
+        """As Linear's."""
+        return product
+
+
+def casts_in(module: nn.Module) -> Iterator[Cast]:
+    """Every Cast in a module, and what is one of its parameters: those that it keeps by name in `matrices`."""
+    for one in module.modules():
+        if isinstance(one, Cast):
+            yield one
+        yield from getattr(one, "matrices", {}).values()
+
+
 def refresh_casts(model: nn.Module) -> None:
     """Brings the copies that are kept up to date after their weights have changed, all of them in one call."""
-    found = [(one, one._cast) for one in model.modules() if isinstance(one, Cast) and one._cast is not None and one.weight.requires_grad]
+    found = [(one, one._cast) for one in casts_in(model) if one._cast is not None and one.weight.requires_grad]
     if found:
-        torch._foreach_copy_([cast for _, cast in found], [module.weight.detach() for module, _ in found])
-    for module, cast in found:
-        module._cast_of = module._now(cast.dtype)
+        torch._foreach_copy_([cast for _, cast in found], [one.weight.detach() for one, _ in found])
+    for one, cast in found:
+        one._cast_of = one._now(cast.dtype)
 
 
 @contextmanager
-def casting(modules: Sequence[Cast], dtype: torch.dtype) -> Iterator[None]:
-    """Within, these modules use their copies in dtype; gradients return to the weights in one cast, when the last of them is there."""
-    found = [(module, copy) for module in modules if (copy := module.cast(dtype)) is not None]
+def casting(casts: Sequence[Cast], dtype: torch.dtype) -> Iterator[None]:
+    """Within, these use their copies in dtype; gradients return to the weights in one cast, when the last of them is there."""
+    found = [(one, copy) for one in casts if (copy := one.cast(dtype)) is not None]
     if found:
-        in_use = _Copies.apply([copy for _, copy in found], *(module.weight for module, _ in found))
-        for (module, _), copy in zip(found, in_use, strict=True):
-            module.__dict__["_in_use"] = copy  # past nn.Module's own way of setting, which takes longer than the copy
+        in_use = _Copies.apply([copy for _, copy in found], *(one.weight for one, _ in found))
+        for (one, _), copy in zip(found, in_use, strict=True):
+            one.__dict__["_in_use"] = copy  # past nn.Module's own way of setting, which takes longer than the copy
     try:
         yield
     finally:
-        for module, _ in found:
-            module.__dict__["_in_use"] = None
+        for one, _ in found:
+            one.__dict__["_in_use"] = None
 
 
 class _Copies(torch.autograd.Function):
@@ -116,7 +144,7 @@ class Linear(nn.Linear, Cast):  # type: ignore[misc]  # both say that they have 
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows [S, n_in], which are kept for the backward pass; [S, n_out]."""
-        return products(Given(), (x,), [self])[0][0]
+        return products(GIVEN, (x,), [self])[0][0]
 
 
 class Given:
@@ -129,6 +157,9 @@ class Given:
     def gradients(self, inputs: Sequence[Tensor | None], g_prepared: Sequence[Tensor | None], g_others: Any) -> Sequence[Tensor | None]:
         """See Preparation."""
         return g_prepared
+
+
+GIVEN = Given()
 
 
 def products(
@@ -167,7 +198,7 @@ class _Products(torch.autograd.Function):
             prepared, _ = ctx.preparation.make(*inputs)
             for i, (place, weight) in enumerate(zip(places, weights, strict=True)):
                 if needed[n_inputs + i] and grads[i] is not None:
-                    g_weights[i] = (grads[i].T @ prepared[place]).to(weight.dtype)
+                    g_weights[i] = _weight_gradient(grads[i], prepared[place], weight).to(weight.dtype)
             del prepared
         if not any(needed[:n_inputs]):
             return None, None, None, *(None for _ in inputs), *g_weights
@@ -176,6 +207,11 @@ class _Products(torch.autograd.Function):
             if grad is not None:
                 g_prepared[place] = _times_transposed(g_prepared[place], grad, weight)
         return None, None, None, *ctx.preparation.gradients(inputs, g_prepared, grads[len(places) :]), *g_weights
+
+
+def _weight_gradient(grad: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """grad.T @ rows, laid out as the weight is, which may be a parameter's transpose: autograd would copy another layout."""
+    return grad.T @ rows if weight.is_contiguous() else (rows.T @ grad).T
 
 
 def _times(rows: Tensor, weight: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from rwkv_dpo.batches.forest import Forest, LayerState
 from rwkv_dpo.kernels.backends import WKV
 from rwkv_dpo.kernels.linear_logprobs import LEAN, Scores, linear_logprobs
-from rwkv_dpo.model.linear import Cast, casting
+from rwkv_dpo.model.linear import Cast, casting, casts_in
 from rwkv_dpo.model.shape import ModelShape
 
 
@@ -40,9 +40,8 @@ class RWKV(nn.Module):
         self.blocks = nn.ModuleList(Block(shape, mixes, layer, dropout) for layer in range(shape.n_layer))
         self.ln_out = LayerNorm(shape.n_embd)
         self.head = Head(shape.n_embd, shape.vocab_size)
-        for module in self.modules():
-            if isinstance(module, Cast):
-                module.keeps_cast = not self.is_lean
+        for cast in casts_in(self):
+            cast.keeps_cast = not self.is_lean
 
     @property
     def is_lean(self) -> bool:
@@ -88,7 +87,7 @@ class RWKV(nn.Module):
         return [LayerState(before, state.transpose(1, 2).expand(n_roots, -1, -1, -1), before) for state in tuned]
 
 
-class Head(Cast):
+class Head(nn.Module, Cast):
     """The matrix from hidden rows to logits."""
 
     def __init__(self, n_embd: int, vocab_size: int) -> None:
@@ -129,7 +128,7 @@ class Block(nn.Module):
         begin from. v_first: in RWKV-7 the first block's values [S, C], None before it and in other versions."""
         if hasattr(self, "ln0"):
             x = self.ln0(x)
-        with casting(self._cast_modules(), x.dtype):
+        with casting(self._all_casts(), x.dtype):
             return self._halves(x, forest, initial, wkv, v_first)
 
     def _halves(
@@ -140,10 +139,10 @@ class Block(nn.Module):
         x, ffn_last = self.ffn(self._drop(x), self.ln2, forest, _as(x, ffn_shift))
         return self._drop(x), LayerState(att_last, wkv_ends, ffn_last), v_first
 
-    def _cast_modules(self) -> tuple[Cast, ...]:
+    def _all_casts(self) -> tuple[Cast, ...]:
         """Found once: adapters come before the first call, and leave their base layers in place."""
         if self._casts is None:
-            self._casts = tuple(module for module in self.modules() if isinstance(module, Cast))
+            self._casts = tuple(casts_in(self))
         return self._casts
 
     def _drop(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rwkv_dpo.batches.forest import Forest
 from rwkv_dpo.kernels.backends import WKV
-from rwkv_dpo.model.halves import Entry, GatedNorm, LookingBack, ReluSquared, sigmoid_gate
+from rwkv_dpo.model.halves import Entry, GatedNorm, LookingBack, ReluSquared, fused
 from rwkv_dpo.model.linear import Linear, products
 from rwkv_dpo.model.rwkv import LayerNorm, Mixes, run_forest
 from rwkv_dpo.model.shape import ModelShape
@@ -45,8 +45,8 @@ class TimeMix(LookingBack):
 class ChannelMix(nn.Module):
     """The half of a block that looks at each token, and the one before it, alone."""
 
-    # Of key and receptance.
-    mixes = ("time_mix_k", "time_mix_r")
+    # Of key and receptance, and whether they say how much of the token before there is.
+    mixes, of_before = ("time_mix_k", "time_mix_r"), False
 
     def __init__(self, shape: ModelShape, layer: int) -> None:
         super().__init__()
@@ -59,14 +59,10 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows x [S, C] of the residual stream and the norm that they enter by -> the stream after the half [S, C], the norm's output at
         the segments' ends [n, C]. before: what the roots were handed of it."""
-        inputs = (x, before, norm.weight, norm.bias, *self.mixing())
-        (k, r), (last, x) = products(Entry(forest), inputs, (self.key, self.receptance))
+        inputs = (x, before, norm.weight, norm.bias, *(getattr(self, name) for name in self.mixes))
+        (k, r), (last, x) = products(Entry(forest, self.of_before), inputs, (self.key, self.receptance))
         (value,), _ = products(ReluSquared(), (k,), [self.value])
-        return x + sigmoid_gate(r, value), last
-
-    def mixing(self) -> list[Tensor]:
-        """How much of the token itself there is in each mix, by channels."""
-        return [getattr(self, name) for name in self.mixes]
+        return x + fused("sigmoid_gate", r, value), last
 
 
 MIXES = Mixes("5", TimeMix, ChannelMix, "att.time_decay")

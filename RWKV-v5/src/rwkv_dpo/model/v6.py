@@ -11,9 +11,9 @@ from rwkv_dpo.batches.forest import Forest
 from rwkv_dpo.kernels.backends import WKV
 from rwkv_dpo.kernels.wkv5.reference import decay_rate
 from rwkv_dpo.model import v5
-from rwkv_dpo.model.again import Again, Matrix, Rows
-from rwkv_dpo.model.halves import Entry, GatedNorm, LookingBack
-from rwkv_dpo.model.linear import products
+from rwkv_dpo.model.again import Again, Rows
+from rwkv_dpo.model.halves import TANH, Entry, GatedNorm, LookingBack
+from rwkv_dpo.model.linear import Matrix, products
 from rwkv_dpo.model.rwkv import LayerNorm, Mixes, run_forest
 from rwkv_dpo.model.shape import ModelShape
 
@@ -37,6 +37,7 @@ class TimeMix(LookingBack):
         self.time_decay_w1 = nn.Parameter(torch.empty(shape.n_embd, decay_rank))
         self.time_decay_w2 = nn.Parameter(torch.empty(decay_rank, shape.dim_att))
         self.time_faaaa = nn.Parameter(torch.empty(shape.n_head, shape.head_size))
+        self.matrices = {name: Matrix(self, name) for name in ("time_maa_w1", "time_decay_w1", "time_decay_w2")}
         self.add_projections(shape, "receptance", "key", "value", "gate")
 
     def forward(
@@ -46,12 +47,12 @@ class TimeMix(LookingBack):
         """As RWKV-5's."""
         # Rows, the rows before them, and what decides how far each token mixes the two.
         zero = torch.zeros_like(norm.bias)
-        inputs = (x, before, norm.weight, norm.bias, zero + 1, zero, 1 - self.time_maa_x)
-        (own, of_before, depths), (last, x) = products(Entry(forest), inputs, (Rows(), Rows(), Matrix(self.time_maa_w1)))
+        inputs = (x, before, norm.weight, norm.bias, zero, zero + 1, self.time_maa_x)
+        (own, of_before, depths), (last, x) = products(Entry(forest, True), inputs, (Rows(), Rows(), self.matrices["time_maa_w1"]))
         mixing = tuple(getattr(self, f"time_maa_{name}") for name in _MIXES)
-        layers = (Matrix(self.time_decay_w1), self.key, self.value, self.receptance, self.gate)
+        layers = (self.matrices["time_decay_w1"], self.key, self.value, self.receptance, self.gate)
         (w, k, v, r, g), _ = products(Again(token_mixes), (own, of_before, depths, self.time_maa_w2, *mixing), layers)
-        (w,), _ = products(Again(_tanh), (w,), [Matrix(self.time_decay_w2)])
+        (w,), _ = products(TANH, (w,), [self.matrices["time_decay_w2"]])
 
         rows = tuple(part.view(-1, self.n_head, self.head_size) for part in (r, k, v, log_decay(w, self.time_decay)))
         y, ends = run_forest(wkv, forest, initial, rows, (self.time_faaaa,))
@@ -62,11 +63,7 @@ class TimeMix(LookingBack):
 class ChannelMix(v5.ChannelMix):
     """RWKV-5's, whose mixes are told by the token before."""
 
-    mixes = ("time_maa_k", "time_maa_r")
-
-    def mixing(self) -> list[Tensor]:
-        """As RWKV-5's."""
-        return [1 - mix for mix in super().mixing()]
+    mixes, of_before = ("time_maa_k", "time_maa_r"), True
 
 
 def token_mixes(own: Tensor, before: Tensor, depths: Tensor, matrices: Tensor, *mixing: Tensor) -> list[Tensor]:
@@ -77,10 +74,6 @@ def token_mixes(own: Tensor, before: Tensor, depths: Tensor, matrices: Tensor, *
         torch.lerp(own, before, torch.addmm(mix.view(1, -1).to(own.dtype), part, matrix.to(own.dtype)))
         for mix, part, matrix in zip(mixing, parts, matrices, strict=True)
     ]
-
-
-def _tanh(x: Tensor) -> tuple[Tensor]:
-    return (torch.tanh(x),)
 
 
 def log_decay(decay: Tensor, base: Tensor) -> Tensor:

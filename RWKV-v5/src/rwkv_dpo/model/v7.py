@@ -8,20 +8,17 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rwkv_dpo.batches.forest import Forest
 from rwkv_dpo.kernels.backends import WKV
-from rwkv_dpo.model.again import Again, Both, Matrix, made_twice
-from rwkv_dpo.model.halves import Entry, LookingBack, ReluSquared
-from rwkv_dpo.model.linear import Linear, products
+from rwkv_dpo.kernels.fused import implementation
+from rwkv_dpo.model.again import Both
+from rwkv_dpo.model.halves import SIGMOID, TANH, BonusNorm, Entry, LookingBack, ReluSquared, fused
+from rwkv_dpo.model.linear import GIVEN, Linear, Matrix, Preparation, products
 from rwkv_dpo.model.rwkv import LayerNorm, Mixes, run_forest
 from rwkv_dpo.model.shape import ModelShape
-
-# The fastest decay: log w lies between this and 0.
-_LEAST_LOG_W = -math.exp(-0.5)
 
 
 class TimeMix(LookingBack):
@@ -29,17 +26,14 @@ class TimeMix(LookingBack):
     mix them into their own."""
 
     w0: nn.Parameter
-    w1: nn.Parameter
     a0: nn.Parameter
-    a1: nn.Parameter
     v0: nn.Parameter
-    v1: nn.Parameter
-    g1: nn.Parameter
 
     def __init__(self, shape: ModelShape, layer: int) -> None:
         super().__init__(shape)
         for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g"):
             self.register_parameter(name, nn.Parameter(torch.empty(1, 1, shape.n_embd)))
+        self.matrices: dict[str, Matrix] = {}
         # Nothing would read v0, v1 and v2 of the first layer.
         for name, rank in zip("wavg", shape.ranks, strict=True):
             if name == "v" and layer == 0:
@@ -48,6 +42,7 @@ class TimeMix(LookingBack):
                 self.register_parameter(f"{name}0", nn.Parameter(torch.empty(1, 1, shape.dim_att)))
             self.register_parameter(f"{name}1", nn.Parameter(torch.empty(shape.n_embd, rank)))
             self.register_parameter(f"{name}2", nn.Parameter(torch.empty(rank, shape.dim_att)))
+            self.matrices |= {part: Matrix(self, part) for part in (f"{name}1", f"{name}2")}
         self.k_k = nn.Parameter(torch.empty(1, 1, shape.dim_att))
         self.k_a = nn.Parameter(torch.empty(1, 1, shape.dim_att))
         self.r_k = nn.Parameter(torch.empty(shape.n_head, shape.head_size))
@@ -58,44 +53,27 @@ class TimeMix(LookingBack):
         v_first: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
         """As RWKV-5's; v_first [S, C] is None before the first layer."""
-        mixing = (1 - getattr(self, f"x_{name}") for name in "rwkvag")
-        value = self.value if v_first is None else Both(self.value, Matrix(self.v1))
-        layers = (self.receptance, Matrix(self.w1), self.key, value, Matrix(self.a1), Matrix(self.g1))
-        (r, w, k, v, a, g), (last, x) = products(Entry(forest), (x, before, norm.weight, norm.bias, *mixing), layers)
-        w = self._second("w", w, torch.tanh)
-        a = self._second("a", a)
-        g = self._second("g", g, torch.sigmoid)
+        mixing, low = (getattr(self, f"x_{name}") for name in "rwkvag"), self.matrices
+        value = self.value if v_first is None else Both(self.value, low["v1"])
+        layers = (self.receptance, low["w1"], self.key, value, low["a1"], low["g1"])
+        (r, w, k, v, a, g), (last, x) = products(Entry(forest, True), (x, before, norm.weight, norm.bias, *mixing), layers)
+        w, a, g = self._second("w", w, TANH), self._second("a", a), self._second("g", g, SIGMOID)
         if v_first is None:
             v_first = v
         else:
             v, depth = v
-            (v,) = made_twice(_mix_first, v, v_first, self._second("v", depth), self.v0)
-        k, taken, put_back = made_twice(self.keys, k, a, self.a0, self.k_k, self.k_a)
+            v = fused("blend", v, v_first, self._second("v", depth), self.v0)
+        k, taken, put_back = fused("delta_keys", k, a, self.a0, self.k_k, self.k_a, n_heads=self.n_head)
         log_w = log_decay(w, self.w0)
 
         inputs = tuple(part.view(-1, self.n_head, self.head_size) for part in (r, k, v, taken, put_back, log_w))
         y, ends = run_forest(wkv, forest, initial, inputs, ())
-        (out,), _ = products(Again(self.gated_norm), (y, g, *inputs[:3], self.r_k, self.ln_x.weight, self.ln_x.bias), [self.output])
+        (out,), _ = products(BonusNorm(self.norm_eps), (y, g, *inputs[:3], self.r_k, self.ln_x.weight, self.ln_x.bias), [self.output])
         return x + out, last, ends, v_first
 
-    def _second(self, name: str, x: Tensor, between: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    def _second(self, name: str, x: Tensor, between: Preparation = GIVEN) -> Tensor:
         """The second product of a low-rank part."""
-        return products(Again(lambda x: (between(x),)), (x,), [Matrix(getattr(self, f"{name}2"))])[0][0]
-
-    def keys(self, k: Tensor, a: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The key that is written, -kk and kk * a, all [S, H * N]."""
-        a0, k_k, k_a = (x.view(-1).to(k.dtype) for x in (a0, k_k, k_a))
-        rate = torch.sigmoid(a0 + a)
-        kk = F.normalize((k * k_k).view(-1, self.n_head, self.head_size), dim=-1, eps=1e-12).view_as(k)
-        return k * (1 + (rate - 1) * k_a), -kk, kk * rate
-
-    def gated_norm(
-        self, y: Tensor, g: Tensor, r: Tensor, k: Tensor, v: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor
-    ) -> tuple[Tensor]:  # fmt: skip
-        """Group norm with one group a head, what the token adds of its own, times the gate: y, r, k, v [S, H, N] -> [S, H * N]."""
-        bonus = (r * k * r_k.to(r.dtype)).sum(-1, keepdim=True) * v
-        normed = F.layer_norm(y, y.shape[-1:], eps=self.norm_eps).flatten(1)
-        return ((torch.addcmul(bias.to(y.dtype), normed, weight.to(y.dtype)) + bonus.flatten(1)) * g,)
+        return products(between, (x,), [self.matrices[f"{name}2"]])[0][0]
 
 
 class ChannelMix(nn.Module):
@@ -109,13 +87,9 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, norm: LayerNorm, forest: Forest, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """As RWKV-5's."""
-        (k,), (last, x) = products(Entry(forest), (x, before, norm.weight, norm.bias, 1 - self.x_k), [self.key])
+        (k,), (last, x) = products(Entry(forest, True), (x, before, norm.weight, norm.bias, self.x_k), [self.key])
         (value,), _ = products(ReluSquared(), (k,), [self.value])
         return x + value, last
-
-
-def _mix_first(v: Tensor, v_first: Tensor, own: Tensor, v0: Tensor) -> tuple[Tensor]:
-    return (torch.lerp(v, v_first, torch.sigmoid(v0.view(-1).to(v.dtype) + own)),)
 
 
 def log_decay(own: Tensor, w0: Tensor) -> Tensor:
@@ -128,8 +102,7 @@ class _LogDecay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, own, w0):
-        wide = torch.promote_types(own.dtype, torch.float32)
-        log_w = (own.to(wide) + w0.view(-1).to(wide)).sigmoid_().mul_(_LEAST_LOG_W)
+        log_w = implementation(own).log_decay(own, w0)
         ctx.save_for_backward(log_w)
         ctx.type_of_own, ctx.w0 = own.dtype, (w0.dtype, w0.shape)
         return log_w
@@ -138,9 +111,9 @@ class _LogDecay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (log_w,) = ctx.saved_tensors
-        grad = grad * log_w * (1 - log_w / _LEAST_LOG_W)
+        g_own, g_w0 = implementation(log_w).log_decay_gradients(log_w, grad, ctx.type_of_own)
         dtype, shape = ctx.w0
-        return grad.to(ctx.type_of_own), grad.sum(0).view(shape).to(dtype)
+        return g_own, g_w0.view(shape).to(dtype)
 
 
 def _rank(factor: float) -> Callable[[int], int]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from rwkv_dpo.model.linear import Given, products
+from rwkv_dpo.model.linear import GIVEN, products
 
 # peft's name for the only adapter of a model.
 NAME = "default"
@@ -47,7 +47,7 @@ class AdaptedLinear(lora.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # no further arguments
         """Rows [S, n_in], which are kept for the backward pass; [S, n_out]."""
-        return products(Given(), (x,), [self])[0][0]
+        return products(GIVEN, (x,), [self])[0][0]
 
     def _drops(self) -> bool:
         return self.training and not isinstance(self.lora_dropout[NAME], nn.Identity)

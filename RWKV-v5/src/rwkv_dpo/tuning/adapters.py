@@ -125,6 +125,9 @@ def keep_frozen(model: RWKV, but: tuple[str, ...] = (), quant: str = "none") -> 
     for prefix, module in model.named_modules():
         if f"{prefix}.weight" not in but and isinstance(module, Linear | Head | nn.Embedding) and not isinstance(module, QuantizedLinear):
             module.weight.data = module.weight.data.to(model.compute_dtype)
+        for name, matrix in getattr(module, "matrices", {}).items():
+            if f"{prefix}.{name}" not in but:
+                matrix.weight.data = matrix.weight.data.to(model.compute_dtype)
 
 
 def add_adapter(model: RWKV, plan: AdapterPlan, saved: SavedAdapter | None = None, quant: str = "none") -> Adapter:

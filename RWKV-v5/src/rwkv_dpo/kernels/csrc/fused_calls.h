@@ -12,6 +12,7 @@ struct Where {
 struct Rows {
     Where where;
     int32_t n_rows, n_channels, n_roots, n_segments, n_mixes, strip;
+    int32_t of_before;  // whether mixes say how much of the row before there is, and not of the row itself
     double eps;
     const int32_t* before;      // [n_rows] the row before each; n_rows + i: what root i was handed
     const int32_t* uses_start;  // [n_rows + n_roots + 1] into uses

@@ -141,7 +141,9 @@ template <class T> struct Mixes {
                     if (before.row != c.before[row]) before.set(c, c.before[row], x, handed_in, weight, bias);
                     for (int m = 0; m < c.n_mixes; m++) {
                         T* out = row_of<T>(mixed, int64_t(m) * c.n_rows + row, n);
-                        const R *mix = mixing[m], *a = token.normed.data(), *b = before.normed.data();
+                        const R* mix = mixing[m];
+                        // Mixes that say how much of the row before: the other way round.
+                        const R *a = (c.of_before ? before : token).normed.data(), *b = (c.of_before ? token : before).normed.data();
 #pragma omp simd
                         for (int i = 0; i < n; i++) out[i] = narrow<T>(b[i] + (a[i] - b[i]) * mix[i]);
                     }
@@ -169,7 +171,8 @@ template <class T> struct Mixes {
                 for (int m = 0; m < c.n_mixes; m++) {
                     if (!g_mixed[m]) continue;
                     const T* from = row_of<T>(g_mixed[m], use, n);
-                    for (int i = 0; i < n; i++) g[i] += wide(from[i]) * (R(1) - mixing[m][i]);
+                    const R *mix = mixing[m], all = c.of_before ? R(0) : R(1), sign = c.of_before ? R(1) : R(-1);
+                    for (int i = 0; i < n; i++) g[i] += wide(from[i]) * (all + sign * mix[i]);
                 }
             } else if (g_last) {
                 const T* from = row_of<T>(g_last, use - c.n_rows, n);
@@ -202,8 +205,10 @@ template <class T> struct Mixes {
                     for (int m = 0; m < c.n_mixes; m++) {
                         if (!g_mixed[m]) continue;
                         const T* from = row_of<T>(g_mixed[m], row, n);
-                        const R *mix = mixing[m], *a = token.normed.data(), *b = before.normed.data();
-                        R *own = g.data(), *other = g_before.data(), *g_mix = sum + (2 + m) * n;
+                        const R* mix = mixing[m];
+                        const R *a = (c.of_before ? before : token).normed.data(), *b = (c.of_before ? token : before).normed.data();
+                        R *own = (c.of_before ? g_before : g).data(), *other = (c.of_before ? g : g_before).data();
+                        R* g_mix = sum + (2 + m) * n;
 #pragma omp simd
                         for (int i = 0; i < n; i++) {
                             const R value = wide(from[i]);
@@ -434,3 +439,5 @@ extern "C" int sigmoid_gate_backward(const Flat* c, const void* gate, const void
 }
 
 extern "C" const char* kernels_error(int) { return "no error"; }
+
+#include "fused_rwkv7.h"

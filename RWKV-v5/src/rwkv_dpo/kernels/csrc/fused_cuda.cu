@@ -55,6 +55,15 @@ struct Mixing {
     const float* mixing[kMixes];
 };
 
+// Four channels of a mix: how much there is of the row itself.
+template <class T>
+__device__ inline Quad<float> mix_of(const Rows& c, const Mixing<T>& t, int m, int column) {
+    Quad<float> mix = load(t.mixing[m] + column);
+    if (c.of_before)
+        for (int q = 0; q < 4; ++q) mix.at[q] = 1.f - mix.at[q];
+    return mix;
+}
+
 template <class T>
 struct Gradients {
     const T* mixed[kMixes];
@@ -113,7 +122,7 @@ __global__ void __launch_bounds__(THREADS, kBlocks<THREADS>) mixes_out(Rows c, M
         if (in) {
 #pragma unroll
             for (int m = 0; m < M; ++m) {
-                const Quad<float> mix = load(t.mixing[m] + column);
+                const Quad<float> mix = mix_of(c, t, m, column);
                 Quad<float> out;
                 for (int q = 0; q < 4; ++q) out.at[q] = before.normed.at[q] + (token.normed.at[q] - before.normed.at[q]) * mix.at[q];
                 store(mixed + (int64_t(m) * c.n_rows + row) * n + column, out);
@@ -136,7 +145,7 @@ __device__ inline void gather(const Rows& c, const Mixing<T>& t, const Gradients
 #pragma unroll
             for (int m = 0; m < M; ++m) {
                 if (grads.mixed[m] == nullptr) continue;
-                const Quad<float> from = load(grads.mixed[m] + int64_t(use) * n + column), mix = load(t.mixing[m] + column);
+                const Quad<float> from = load(grads.mixed[m] + int64_t(use) * n + column), mix = mix_of(c, t, m, column);
                 for (int q = 0; q < 4; ++q) g.at[q] += from.at[q] * (1.f - mix.at[q]);
             }
         } else if (grads.last != nullptr) {
@@ -207,13 +216,13 @@ __global__ void __launch_bounds__(THREADS, kBlocks<THREADS>)
 #pragma unroll
             for (int m = 0; m < M; ++m) {
                 if (grads.mixed[m] == nullptr) continue;
-                const Quad<float> from = load(grads.mixed[m] + int64_t(row) * n + column), mix = load(t.mixing[m] + column);
+                const Quad<float> from = load(grads.mixed[m] + int64_t(row) * n + column), mix = mix_of(c, t, m, column);
                 Quad<float> g_mix;
                 for (int q = 0; q < 4; ++q) {
                     const float value = from.at[q];
                     g.at[q] += value * mix.at[q];
                     g_before.at[q] += value - value * mix.at[q];
-                    g_mix.at[q] = value * (token.normed.at[q] - before.normed.at[q]);
+                    g_mix.at[q] = value * (token.normed.at[q] - before.normed.at[q]) * (c.of_before ? -1.f : 1.f);
                 }
                 sums.add(2 + m, g_mix);
             }
@@ -263,7 +272,8 @@ struct HeadOf {
     __device__ explicit HeadOf(int head_size) : first(threadIdx.x * 4 / head_size * (head_size / 4)), n_threads(head_size / 4) {
         share = __fdividef(1.f, float(head_size));
     }
-    __device__ float mean(float value) const { return head_sum(value, first, n_threads) * share; }
+    __device__ float sum(float value) const { return head_sum(value, first, n_threads); }
+    __device__ float mean(float value) const { return sum(value) * share; }
 };
 
 // Of a head's channels, four of which this thread has in x.
@@ -544,3 +554,5 @@ extern "C" int sigmoid_gate_backward(const Flat* c, const void* gate, const void
                       static_cast<const T*>(value), static_cast<const T*>(g), static_cast<T*>(g_gate), static_cast<T*>(g_value));
     });
 }
+
+#include "fused_rwkv7.cuh"

@@ -3,18 +3,29 @@
 Rows are tokens of a forest, S of them in C channels; parameters are fp32 (float64 beside float64 rows) or are used as if they were.
 An implementation has these functions:
 
-    mixes(rows, x, handed_in, weight, bias, mixing, eps) -> (mixed, last)
+    mixes(rows, x, handed_in, weight, bias, mixing, eps, of_before) -> (mixed, last)
         x [S, C] is normed: n = layer_norm(x) * weight + bias, rounded to the dtype of x; b is the n of the row before, handed_in
         [n_roots, C] (zero for None) before a root's first.
-        mixed[m] = b + (n - b) * mixing[m], [M, S, C] for M vectors `mixing` of C numbers; last [n_segments, C]: n of the
-        segments' last rows, or what their root was handed.
+        mixed[m] = b + (n - b) * mixing[m], [M, S, C] for M vectors `mixing` of C numbers, or where they are of_before
+        n + (b - n) * mixing[m]; last [n_segments, C]: n of the segments' last rows, or what their root was handed.
     gated_norm(y, gate, weight, bias, eps) -> [S, C]
         layer_norm over each head of y [S, H, N], times weight, plus bias, times silu(gate [S, C])
     relu_squared(x) -> max(x, 0) ** 2
     sigmoid_gate(gate, value) -> sigmoid(gate) * value
 
+those of RWKV-7, whose parameters have C numbers and whose rows are [S, C] = [S, H, N]:
+
+    delta_keys(k, a, a0, k_k, k_a, n_heads) -> (key, taken, put_back)
+        rate = sigmoid(a0 + a); u = k * k_k, each head of it divided by its length, or 1e-12 where that is less;
+        key = k * (1 + (rate - 1) * k_a), taken = -u, put_back = u * rate
+    bonus_norm(y, gate, r, k, v, r_k, weight, bias, eps) -> [S, C]
+        y, r, k, v [S, H, N]: (layer_norm over each head of y, times weight, plus bias, plus (the head's sum of r * k * r_k) * v) * gate
+    blend(own, first, depth, v0) -> own + (first - own) * sigmoid(v0 + depth)
+    log_decay(x, w0) -> -exp(-1/2) * sigmoid(w0 + x), fp32 (float64 of float64)
+
 and for each one NAME_gradients(..., output gradients) -> a gradient for every input tensor, in their order. An output's gradient may be
-None where `mixes` has it; handed_in's is None when handed_in is. mixes_gradients also takes g_past [S, C] or None, what x has as its
+None where `mixes` has it; handed_in's is None when handed_in is. log_decay_gradients(log_w, g_out, dtype) takes the result in place of
+the inputs, and x's dtype. mixes_gradients also takes g_past [S, C] or None, what x has as its
 gradient by the way past the half, and adds it.
 
 `plain` is the definition, in torch's operations for any device and dtype; `cpu` and `cuda` are compiled.

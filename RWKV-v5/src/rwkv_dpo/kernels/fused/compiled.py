@@ -30,14 +30,14 @@ class RowsCall(ctypes.Structure):
 
     _fields_ = (
         ("where", Where),
-        *((name, _int) for name in ("n_rows", "n_channels", "n_roots", "n_segments", "n_mixes", "strip")),
+        *((name, _int) for name in ("n_rows", "n_channels", "n_roots", "n_segments", "n_mixes", "strip", "of_before")),
         ("eps", _double),
         *((name, _pointer) for name in ("before", "uses_start", "uses", "last_rows")),
     )
 
 
 class HeadsCall(ctypes.Structure):
-    """Of `gated_norm`."""
+    """Of functions that look at each head, and of others with parameters."""
 
     _fields_ = (("where", Where), *((name, _int) for name in ("n_rows", "n_heads", "head_size", "strip")), ("eps", _double))
 
@@ -57,12 +57,16 @@ ENTRY_POINTS = {
     "gated_norm_forward": _takes(HeadsCall, 5), "gated_norm_backward": _takes(HeadsCall, 9),
     "relu_squared_forward": _takes(FlatCall, 2), "relu_squared_backward": _takes(FlatCall, 3),
     "sigmoid_gate_forward": _takes(FlatCall, 3), "sigmoid_gate_backward": _takes(FlatCall, 5),
+    "delta_keys_forward": _takes(HeadsCall, 8), "delta_keys_backward": _takes(HeadsCall, 12),
+    "bonus_norm_forward": _takes(HeadsCall, 9), "bonus_norm_backward": _takes(HeadsCall, 16),
+    "blend_forward": _takes(HeadsCall, 5), "blend_backward": _takes(HeadsCall, 10),
+    "log_decay_forward": _takes(HeadsCall, 3), "log_decay_backward": _takes(HeadsCall, 5),
     "kernels_error": EntryPoint(ctypes.c_char_p, (ctypes.c_int,)),
 }  # fmt: skip
 
 
-class Functions:
-    """Those of rwkv_dpo.kernels.fused, by name, by one library."""
+class CommonFunctions:
+    """Those of rwkv_dpo.kernels.fused that more than one version has, by name, by one library."""
 
     def __init__(self, library: ctypes.CDLL, strip: int) -> None:
         """strip: rows whose share in a parameter's gradient is summed by itself. It decides in which order sums are made, and nothing
@@ -71,17 +75,18 @@ class Functions:
         self._functions = {name: getattr(library, name) for name in ENTRY_POINTS}
 
     def mixes(
-        self, rows: "Rows", x: Tensor, handed_in: Tensor | None, weight: Tensor, bias: Tensor, mixing: Sequence[Tensor], eps: float
-    ) -> tuple[Tensor, Tensor]:
+        self, rows: "Rows", x: Tensor, handed_in: Tensor | None, weight: Tensor, bias: Tensor, mixing: Sequence[Tensor], eps: float,
+        of_before: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """See rwkv_dpo.kernels.fused."""
         mixed, last = x.new_empty(len(mixing), *x.shape), x.new_empty(rows.last_rows.numel(), x.shape[1])
         x, handed_in, weight, bias, mixing = _fit(rows, x, handed_in, weight, bias, mixing)
-        self._run("mixes_forward", self._rows(rows, x, mixing, eps), x, handed_in, weight, bias, _pointers(mixing), mixed, last)
+        self._run("mixes_forward", self._rows(rows, x, mixing, eps, of_before), x, handed_in, weight, bias, _pointers(mixing), mixed, last)
         return mixed, last
 
     def mixes_gradients(
         self, rows: "Rows", x: Tensor, handed_in: Tensor | None, weight: Tensor, bias: Tensor, mixing: Sequence[Tensor], eps: float,
-        g_mixed: Sequence[Tensor | None], g_last: Tensor | None, g_past: Tensor | None,
+        g_mixed: Sequence[Tensor | None], g_last: Tensor | None, g_past: Tensor | None, of_before: bool = False,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """See rwkv_dpo.kernels.fused: of x, handed_in, weight, bias, and of each of mixing."""
         shapes = [mix.shape for mix in mixing]
@@ -90,22 +95,22 @@ class Functions:
         g_parameters, partial = self._sums(weight, len(x), (2 + len(mixing)) * x.shape[1])
         g_mixed, g_last, g_past = [_dense(g) for g in g_mixed], _dense(g_last), _dense(g_past)
         self._run(
-            "mixes_backward", self._rows(rows, x, mixing, eps), x, handed_in, weight, bias, _pointers(mixing), _pointers(g_mixed), g_last,
-            g_past, g_x, g_handed_in, partial, g_parameters,
+            "mixes_backward", self._rows(rows, x, mixing, eps, of_before), x, handed_in, weight, bias, _pointers(mixing),
+            _pointers(g_mixed), g_last, g_past, g_x, g_handed_in, partial, g_parameters,
         )
         g_weight, g_bias, *g_mixing = g_parameters.view(-1, x.shape[1]).unbind()
         return g_x, g_handed_in, g_weight, g_bias, *(g.view(shape) for g, shape in zip(g_mixing, shapes, strict=True))
 
     def gated_norm(self, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """See rwkv_dpo.kernels.fused."""
-        y, gate, weight, bias = y.contiguous(), gate.contiguous(), _parameter(weight, y), _parameter(bias, y)
+        y, gate, weight, bias = y.contiguous(), gate.contiguous(), parameter(weight, y), parameter(bias, y)
         out = torch.empty_like(gate)
         self._run("gated_norm_forward", self._heads(y, eps), y, gate, weight, bias, out)
         return out
 
     def gated_norm_gradients(self, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, g_out: Tensor) -> tuple[Tensor, ...]:
         """See rwkv_dpo.kernels.fused: of y, gate, weight and bias."""
-        y, gate, weight, bias, g_out = y.contiguous(), gate.contiguous(), _parameter(weight, y), _parameter(bias, y), g_out.contiguous()
+        y, gate, weight, bias, g_out = y.contiguous(), gate.contiguous(), parameter(weight, y), parameter(bias, y), g_out.contiguous()
         g_y, g_gate = torch.empty_like(y), torch.empty_like(gate)
         g_parameters, partial = self._sums(weight, len(y), 2 * gate.shape[1])
         self._run("gated_norm_backward", self._heads(y, eps), y, gate, weight, bias, g_out, g_y, g_gate, partial, g_parameters)
@@ -139,9 +144,9 @@ class Functions:
         self._run("sigmoid_gate_backward", self._flat(gate), gate, value, g_out, g_gate, g_value)
         return g_gate, g_value
 
-    def _rows(self, rows: "Rows", x: Tensor, mixing: Sequence[Tensor], eps: float) -> RowsCall:
+    def _rows(self, rows: "Rows", x: Tensor, mixing: Sequence[Tensor], eps: float, of_before: bool) -> RowsCall:
         indices = (index.data_ptr() for index in rows[:4])
-        return RowsCall(_where(x), *x.shape, rows.n_roots, rows.last_rows.numel(), len(mixing), self._strip, eps, *indices)
+        return RowsCall(_where(x), *x.shape, rows.n_roots, rows.last_rows.numel(), len(mixing), self._strip, of_before, eps, *indices)
 
     def _heads(self, y: Tensor, eps: float) -> HeadsCall:
         return HeadsCall(_where(y), *y.shape, self._strip, eps)
@@ -175,7 +180,7 @@ def _fit(
         raise ValueError(f"a parameter of mixes hasn't {n_channels} numbers")
     if handed_in is not None and (handed_in.shape != (rows.n_roots, n_channels) or handed_in.dtype != x.dtype):
         raise ValueError(f"handed_in is {handed_in.dtype} {tuple(handed_in.shape)}, beside {rows.n_roots} roots and x {tuple(x.shape)}")
-    weight, bias, *mixing = (_parameter(p, x) for p in (weight, bias, *mixing))
+    weight, bias, *mixing = (parameter(p, x) for p in (weight, bias, *mixing))
     return x.contiguous(), _dense(handed_in), weight, bias, mixing
 
 
@@ -183,7 +188,7 @@ def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _parameter(p: Tensor, x: Tensor) -> Tensor:
+def parameter(p: Tensor, x: Tensor) -> Tensor:
     """In the type that the arithmetic on x has."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return p if p.dtype == dtype and p.is_contiguous() else p.to(dtype).contiguous()

@@ -9,7 +9,8 @@ from rwkv_dpo.kernels.agreement import agreement as agreement_of
 from rwkv_dpo.kernels.build import SOURCES, BuildError, load_library
 from rwkv_dpo.kernels.compilers import cpp_recipe
 from rwkv_dpo.kernels.cpp import CFLAGS
-from rwkv_dpo.kernels.fused.compiled import ENTRY_POINTS, Functions
+from rwkv_dpo.kernels.fused.compiled import ENTRY_POINTS
+from rwkv_dpo.kernels.fused.compiled_rwkv7 import Functions
 from rwkv_dpo.kernels.fused.parity import comparison
 
 SOURCE = SOURCES / "fused_cpu.cpp"

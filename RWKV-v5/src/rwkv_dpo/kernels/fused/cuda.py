@@ -10,7 +10,8 @@ from rwkv_dpo.kernels.agreement import Agreement
 from rwkv_dpo.kernels.agreement import agreement as agreement_of
 from rwkv_dpo.kernels.build import SOURCES, EntryPoint
 from rwkv_dpo.kernels.cuda_library import cannot_run_because, load_kernels
-from rwkv_dpo.kernels.fused.compiled import ENTRY_POINTS, Functions
+from rwkv_dpo.kernels.fused.compiled import ENTRY_POINTS
+from rwkv_dpo.kernels.fused.compiled_rwkv7 import Functions
 from rwkv_dpo.kernels.fused.parity import comparison
 
 SOURCE = SOURCES / "fused_cuda.cu"
@@ -33,8 +34,8 @@ def agreement(device: torch.device, again: bool = False) -> Agreement:
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the kernels have the type and the width of rows x."""
-    return x.shape[-1] % 4 == 0 and x.shape[-1] <= MAX_CHANNELS.get(x.dtype, 0)
+    """Whether the kernels have the type and the width of rows x [S, ...]."""
+    return x.shape[-1] % 4 == 0 and x.shape[1:].numel() <= MAX_CHANNELS.get(x.dtype, 0)
 
 
 @cache

@@ -41,7 +41,17 @@ def _results(functions: Any, dtype: torch.dtype, device: torch.device) -> dict[s
     mixed, last = functions.mixes(*entry)
     gated = (rows(n_rows, _HEADS, _HEAD_SIZE), rows(n_rows, width), parameter(), parameter(), _EPS)
     x, value, grad = rows(n_rows, width), rows(n_rows, width), rows(n_rows, width)
+    delta = (rows(n_rows, width), rows(n_rows, width), parameter(), parameter(), parameter(), _HEADS)
+    bonus = (gated[0], value, *(rows(n_rows, _HEADS, _HEAD_SIZE) for _ in range(3)), parameter(), parameter(), parameter(), _EPS)
+    blended, log_w = (x, value, rows(n_rows, width), parameter()), functions.log_decay(x, parameter())
+    past = functions.mixes(*entry, of_before=True)[0]
     results = {
+        "mixes of before": [past], "log_decay": [log_w],
+        "gradients of mixes of before": functions.mixes_gradients(*entry, [*rows(_MIXES, n_rows, width)], None, None, of_before=True),
+        "delta_keys": functions.delta_keys(*delta), "gradients of delta_keys": functions.delta_keys_gradients(*delta, x, value, grad),
+        "bonus_norm": [functions.bonus_norm(*bonus)], "gradients of bonus_norm": functions.bonus_norm_gradients(*bonus, grad),
+        "blend": [functions.blend(*blended)], "gradients of blend": functions.blend_gradients(*blended, grad),
+        "gradients of log_decay": functions.log_decay_gradients(log_w, grad.to(log_w.dtype), dtype),
         "mixes": [mixed, last], "gradients of mixes": functions.mixes_gradients(*entry, [*rows(_MIXES, n_rows, width)], rows(3, width), x),
         "gated_norm": [functions.gated_norm(*gated)], "gradients of gated_norm": functions.gated_norm_gradients(*gated, grad),
         "relu_squared": [functions.relu_squared(x)], "gradient of relu_squared": functions.relu_squared_gradients(x, grad),
