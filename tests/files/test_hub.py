@@ -7,6 +7,7 @@ machine that answers as its documentation says the Hub does, and reads it again 
 import functools
 import hashlib
 import http.server
+import json
 import os
 import subprocess
 import sys
@@ -149,8 +150,8 @@ def test_without_the_package_the_line_says_what_installs_it(monkeypatch):
         local_file("--load_model", NAME)
 
 
-def test_a_run_is_known_by_what_is_in_the_file(offline, data, tmp_path, capsys, caplog):
-    """The same command with the path of the same bytes is the same run; the checkpoint of the Hub is what is trained and evaluated."""
+def test_a_run_is_known_by_what_is_in_the_file(offline, data, tmp_path, caplog):
+    """The same command with the path of the same bytes is the same run; a report calls the checkpoint by its name."""
     given = functools.partial(runs.flags, data, tmp_path / "out", epoch_count=1)
     train.main(given(load_model=NAME))
     identity = read_identity(tmp_path / "out")
@@ -159,10 +160,9 @@ def test_a_run_is_known_by_what_is_in_the_file(offline, data, tmp_path, capsys, 
     caplog.set_level("INFO")
     train.main(given(load_model="DATA/model.pth"))
     assert "holds the end of this run" in caplog.text
-    trained = str(tmp_path / "out" / "rwkv-final.pth")
-    evaluate.main(["--load_model", NAME, trained, "--pairs", str(data / "valid.save"), "--device", "cpu", "--wkv_backend", "cpu"])
-    # By its own name, not that of its place in the cache.
-    assert capsys.readouterr().out.splitlines()[0].split() == ["RWKV/model.pth", "out/rwkv-final.pth"]
+    trained, report = str(tmp_path / "out" / "rwkv-final.pth"), tmp_path / "report.json"
+    evaluate.main(["--load_model", NAME, trained, "--pairs", str(data / "valid.save"), "--device", "cpu", "--out", str(report)])
+    assert [column["checkpoint"] for column in json.loads(report.read_text())] == [NAME, trained]
 
 
 def test_every_other_command_takes_such_a_name(offline, tmp_path, monkeypatch):
