@@ -13,6 +13,8 @@ if [ $# -eq 0 ]; then
     mypy
     mypy RWKV-v5/*.py
     mypy benchmarks/*.py
+    # Its package has a program for x86-64 Linux.
+    if command -v hadolint >/dev/null; then hadolint Dockerfile; fi
     step "CUDA kernels"
     python tests/kernels/compile_cuda.py
     step "Tests"

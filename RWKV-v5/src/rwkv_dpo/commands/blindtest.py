@@ -32,6 +32,7 @@ from rwkv_dpo.data.pairs import PairSet, check_pairs
 from rwkv_dpo.evaluation.flags import add_device_flags, add_sampling_flags, check_sampling, sampling_of
 from rwkv_dpo.files.atomic import atomic_write
 from rwkv_dpo.files.hashed import file_sha256, path_sha256
+from rwkv_dpo.files.hub import local_file
 from rwkv_dpo.files.json_text import as_json
 
 RESULT = "result.json"
@@ -89,8 +90,8 @@ def listen_on(port: int) -> socket.socket:
 
 def from_models(args: argparse.Namespace) -> tuple[list[str], list[Card], Sequence[dict[str, float]]]:
     """Names of the models, the cards, and what --auto says."""
-    first = args.load_model[0]
-    columns = [Column(path) for path in args.load_model] if not args.peft_load else [Column(first), Column(first, args.peft_load)]
+    paths = [local_file("--load_model", name) for name in args.load_model]
+    columns = [Column(path) for path in paths] if not args.peft_load else [Column(paths[0]), Column(paths[0], args.peft_load)]
     contents = [f"{path_sha256(column.checkpoint)} {path_sha256(column.tuned) if column.tuned else ''}".strip() for column in columns]
     if contents[0] == contents[1] and all(contents):
         refuse(f"--load_model {' '.join(args.load_model)}: the same model twice")
@@ -98,7 +99,7 @@ def from_models(args: argparse.Namespace) -> tuple[list[str], list[Card], Sequen
     flags = {name: getattr(args, name) for name in (*OF_ANSWERS, "seed")}
     test = {"models": contents, "questions": sha256_of([question.prompt for question in questions]), **flags}
     check(args.folder, test)
-    cards, names = read_cards(args.folder), labels([column.tuned or column.checkpoint for column in columns])
+    cards, names = read_cards(args.folder), labels([*args.load_model, args.peft_load][:2])
     held_out: Sequence[dict[str, float]] = ()
     if not cards or args.auto:
         # What can be refused is refused before anything is written, and before hours of answers.
@@ -131,7 +132,7 @@ def loaders(args: argparse.Namespace, columns: Sequence[Column], pairs: PairSet 
 
     device = pick_device(args.device, "--device")
     set_up(device, args.precision)
-    vocab_size = vocabulary_of(args.load_model)
+    vocab_size = vocabulary_of([column.checkpoint for column in columns])
     if pairs is not None:
         check_pairs(pairs, f"--auto {args.auto}", vocab_size)
     return [partial(load_speaker, *column, args.any_base == 1, device, args.precision, args.wkv_backend) for column in columns]

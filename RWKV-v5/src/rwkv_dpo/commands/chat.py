@@ -21,6 +21,7 @@ from rwkv_dpo.data.prompt_files import read_prompts
 from rwkv_dpo.data.tokenizer import WorldTokenizer
 from rwkv_dpo.evaluation.flags import add_device_flags, add_quant_flag, add_sampling_flags, check_sampling, sampling_of
 from rwkv_dpo.files.atomic import atomic_write
+from rwkv_dpo.files.hub import local_file
 from rwkv_dpo.files.json_text import as_json
 
 _COMMANDS = "/reset, /system TEXT, /undo, /retry, /save FILE.jsonl and /quit"
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str]) -> None:
     prompts = [args.prompt] if args.prompt else []
     if args.prompts:
         prompts = [row.prompt for row in read_prompts("--prompts", args.prompts)]
+    checkpoint = local_file("--load_model", args.load_model)
     # Here, not above: --help and a mistyped flag need no PyTorch.
     from rwkv_dpo.devices.device import pick_device, set_up
     from rwkv_dpo.evaluation.answering import load_speaker
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
 
     device = pick_device(args.device, "--device")
     set_up(device, args.precision)
-    model = load_speaker(args.load_model, args.peft_load, args.any_base == 1, device, args.precision, args.wkv_backend, args.quant)
+    model = load_speaker(checkpoint, args.peft_load, args.any_base == 1, device, args.precision, args.wkv_backend, args.quant)
     if prompts:
         answer_all(args, model, prompts)
     else:

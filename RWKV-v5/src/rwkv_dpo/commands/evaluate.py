@@ -22,6 +22,7 @@ from rwkv_dpo.data.prompt_files import as_question
 from rwkv_dpo.data.tokenizer import WorldTokenizer, check_reads_text
 from rwkv_dpo.evaluation.flags import add_device_flags, add_quant_flag
 from rwkv_dpo.files.atomic import atomic_write
+from rwkv_dpo.files.hub import local_file
 from rwkv_dpo.files.json_text import as_json
 from rwkv_dpo.objective.settings import ObjectiveSettings
 
@@ -34,6 +35,7 @@ def run(arguments: Sequence[str]) -> NoReturn:
 def main(arguments: Sequence[str]) -> None:
     """Runs the command. Raises InputError."""
     args = parse_flags(arguments)
+    checkpoints = [local_file("--load_model", name) for name in args.load_model]
     # Here, not above: --help and a mistyped flag need no PyTorch.
     from rwkv_dpo.devices.device import COMPUTE_DTYPES, pick_device, set_up
     from rwkv_dpo.evaluation.compare import compare
@@ -47,26 +49,26 @@ def main(arguments: Sequence[str]) -> None:
         from rwkv_dpo.report.evaluation_plot import write_plot
     device = pick_device(args.device, "--device")
     set_up(device, args.precision)
-    columns = [(path, "") for path in args.load_model] + [(args.load_model[0], tuned) for tuned in args.peft_load]
-    names = [tuned or path for path, tuned in columns]
+    columns = [(path, "") for path in checkpoints] + [(checkpoints[0], tuned) for tuned in args.peft_load]
+    names = [*args.load_model, *args.peft_load]
     with_kl = args.kl == 1 and len(columns) > 1
-    sizes = vocab_sizes(args.load_model)
+    sizes = vocab_sizes(checkpoints)
     for path, size in sizes.items() if args.prompt else ():
         check_reads_text(size, "--prompt", path)
     pairs = open_pair_files(args.pairs, sizes)
     corpora = open_corpora(args.data_file, args.data_type, args.ctx_len, sizes, with_kl)
-    runs = [run_of(name) for name in names]
+    runs = [run_of(tuned or path) for path, tuned in columns]
     for doubt in doubts_of({f"--pairs {name}": of_file for name, of_file in pairs.items()}, names, runs):
         print(f"warning: {doubt}", file=sys.stderr)
     mixtures = [replace(own, options=replace(own.options, beta=args.dpo_beta or own.options.beta)) for own in objectives(runs)]
     found, first = [], None
-    for path, tuned in columns:
+    for name, (path, tuned) in zip(names, columns, strict=True):
         held = "none" if tuned else args.quant  # PiSSA takes its start out of matrices as they are
         dtype = COMPUTE_DTYPES[args.precision]
         model = load_model(path, device=device, compute_dtype=dtype, wkv_backend=args.wkv_backend, quant=held)
         if tuned:
             load_tuned(model, tuned, path, args.any_base == 1, args.quant)
-        found.append(scores_of(model, tuned or path, pairs, corpora[path], first, args))
+        found.append(scores_of(model, name, pairs, corpora[path], first, args))
         # The divergence of the others is measured from it.
         first = first or (model if with_kl and args.data_file else None)
         del model

@@ -15,6 +15,7 @@ from typing import NoReturn
 from rwkv_dpo.base.errors import refuse
 from rwkv_dpo.base.parser import OneLineParser
 from rwkv_dpo.base.script import run_script
+from rwkv_dpo.files.hub import local_file
 
 FORMS = (".pth", ".safetensors")
 
@@ -31,9 +32,10 @@ def main(arguments: Sequence[str]) -> None:
         refuse(f"--out {args.out}: names that end in {' or '.join(FORMS)} are accepted")
     if args.out.exists() and not args.overwrite:
         refuse(f"--out {args.out}: exists; --overwrite 1 replaces it")
+    checkpoint = local_file("--load_model", args.load_model)
     from rwkv_dpo.tuning.export import DTYPES, export  # torch takes seconds; --help and typing errors don't wait
 
-    difference = export(args.load_model, args.peft_load, args.out, DTYPES[args.dtype], args.wkv_backend, args.any_base == 1)
+    difference = export(checkpoint, args.peft_load, args.out, DTYPES[args.dtype], args.wkv_backend, args.any_base == 1)
     print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:,.0f} MB, {args.dtype}); its logits differ by {difference:.1e} of their size")
 
 

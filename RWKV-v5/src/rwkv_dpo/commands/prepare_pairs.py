@@ -31,6 +31,7 @@ from rwkv_dpo.data.splits import PAGE, file_of, identified, is_prepared, split_r
 from rwkv_dpo.data.text_files import ROW_ENDINGS, check_encoding
 from rwkv_dpo.data.tokenizer import WorldTokenizer
 from rwkv_dpo.evaluation.flags import add_quant_flag
+from rwkv_dpo.files.hub import local_file
 from rwkv_dpo.report.figures import lost_shares
 from rwkv_dpo.report.look import look, whole_report
 from rwkv_dpo.report.page import as_page
@@ -145,12 +146,13 @@ def parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuses what makes no sense together, or would fail after hours."""
+    """Refuses what makes no sense together, or would fail after hours. --load_model becomes a path."""
     for name, least in (("limit", 0), ("ctx_len", 2), ("tree_tokens", 0), ("batch_tokens", 1)):
         if getattr(args, name) < least:
             refuse(f"--{name} {getattr(args, name)}: at least {least} is accepted")
     if not (args.valid_ratio >= 0 and args.test_ratio >= 0 and args.valid_ratio + args.test_ratio < 1):
         refuse(f"--valid_ratio {args.valid_ratio} --test_ratio {args.test_ratio}: neither below 0, together below 1")
+    args.load_model = local_file("--load_model", args.load_model)
     if not os.path.isfile(args.load_model):
         refuse(f"--load_model {args.load_model}: no such file")
     parse_sources(args.source)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from rwkv_dpo.base.script import run_script
+from rwkv_dpo.files.hub import local_file
 from rwkv_dpo.run.flags import build_parser as build_parser  # every command has one
 from rwkv_dpo.run.flags import parse_flags
 
@@ -16,6 +17,8 @@ from rwkv_dpo.run.flags import parse_flags
 def main(arguments: Sequence[str]) -> None:
     """Runs the command. Raises InputError."""
     config, given = parse_flags(arguments)
+    # A dry run can do without the checkpoint.
+    config = config.with_flags(load_model=local_file("--load_model", config.model.load_model, downloads=not config.general.dry_run))
     from rwkv_dpo.run.trainer import train  # torch and Lightning take seconds; --help and typing errors don't wait
 
     keep_quiet()
