@@ -1,5 +1,8 @@
 """Every version against the inference package `rwkv` (CPU, fp32), and forests against plain sequences (float64)."""
 
+import copy
+import gc
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -8,6 +11,7 @@ import torch
 from conftest import random_model
 from rwkv_dpo.batches.forest import ForestBuilder
 from rwkv_dpo.kernels.backends import choose_backend
+from rwkv_dpo.model.linear import refresh_casts
 from rwkv_dpo.model.shape import ModelShape
 from rwkv_package import TOLERANCE, one_sequence, package_model
 
@@ -161,6 +165,40 @@ def test_a_block_keeps_no_more_numbers_per_token_than_said(grad_cp, n_kept):
         return sum(event.self_cpu_memory_usage for event in profile.key_averages()) / 4
 
     assert 0.9 < (n_allocated(4) - n_allocated(2)) / 2 / n_tokens / width <= n_kept
+
+
+def test_a_model_that_nobody_holds_leaves_the_memory_at_once(tiny_shape, version):
+    """Not when Python next looks for cycles: the next model is read by then."""
+    gc.disable()
+    try:
+        model = random_model(tiny_shape, torch.float32, version=version)
+        model.compute_dtype = torch.bfloat16
+        model(one_sequence([1, 2, 3]))
+        left = [weakref.ref(parameter) for parameter in model.parameters()]
+        del model
+        assert not any(one() is not None for one in left)
+    finally:
+        gc.enable()
+
+
+def test_a_copy_of_a_model_computes_with_weights_of_its_own(tiny_shape, version):
+    """Also with the copies of them in another dtype."""
+
+    def narrow(model):
+        model.compute_dtype = torch.bfloat16
+        return model
+
+    model, forest = narrow(random_model(tiny_shape, torch.float32, version=version)), one_sequence([1, 2, 3])
+    before = model(forest)[0].clone()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.blocks.parameters():
+            parameter.mul_(2)
+    refresh_casts(copied)
+    assert torch.equal(model(forest)[0], before)
+    doubled = narrow(random_model(tiny_shape, torch.float32, version=version))
+    doubled.load_state_dict(copied.state_dict())
+    assert torch.equal(copied(forest)[0], doubled(forest)[0])
 
 
 def test_dropout_acts_in_training_only(tiny_shape):

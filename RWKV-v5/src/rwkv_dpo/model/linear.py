@@ -4,6 +4,7 @@ Token mixes, squared relu and gated norms are cheap to compute and as large as t
 numbers per token and layer that autograd would keep for an RWKV-5 block, making them twice leaves 12.5.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -60,12 +61,16 @@ class Matrix(Cast):
     """A parameter [n_in, n_out] of a module, as RWKV's low-rank parts are, in a layer's place."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
-        self.module, self.name = module, name
+        # Weakly: in a cycle, a model's memory would wait for Python's garbage collector.
+        self._module, self.name = weakref.ref(module), name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Matrix":
+        return Matrix(memo.get(id(self._module()), self._module()), self.name)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The parameter, whatever tensor stands for it now."""
-        return getattr(self.module, self.name)
+        return getattr(self._module(), self.name)
 
     def factors(self) -> tuple[Tensor | None, ...]:
         """As Linear's."""
