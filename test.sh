@@ -13,6 +13,9 @@ if [ $# -eq 0 ]; then
     mypy
     mypy RWKV-v5/*.py
     mypy benchmarks/*.py
+    step "Documentation"
+    codespell README.md CONTRIBUTING.md docs RWKV-v5 tests benchmarks
+    NO_MKDOCS_2_WARNING=1 mkdocs build --strict
     step "CUDA kernels"
     python tests/kernels/compile_cuda.py
     step "Tests"
