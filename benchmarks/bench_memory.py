@@ -209,7 +209,7 @@ def peak_gb(device: torch.device) -> float:
 def markdown(device: str) -> str:
     """The table of what was recorded, in the order of CONFIGURATIONS."""
     parts = json.loads((RESULTS / f"memory_{device}.json").read_text())
-    rows = ["| 0.4B, micro_bsz 1, bf16 | ctx_len | peak GB | `--dry_run` says | seconds a step |", "|---|---|---|---|---|"]
+    rows = ["| 0.4B, micro_bsz 1, bf16 | ctx_len | peak GB | `--dry_run` says | seconds per step |", "|---|---|---|---|---|"]
     for name in [ORIGINAL, *CONFIGURATIONS]:
         measured = parts.get(name, {}).get("measured", {})
         if "peak GB" not in measured:

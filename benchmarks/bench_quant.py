@@ -162,13 +162,13 @@ def check(model: RWKV, twin: RWKV, step: object) -> None:
 def markdown() -> str:
     """The table of what was recorded."""
     parts = json.loads((RESULTS / "quant.json").read_text())
-    rows = ["| 1.5B, LoRA, one GPU, bf16, ctx_len 1,024 | base GB | of bf16's | peak GB | `--dry_run` says | a step on a CPU takes |",
+    rows = ["| 1.5B, LoRA, one GPU, bf16, ctx_len 1,024 | base GB | relative to bf16 | peak GB | `--dry_run` says | step time on a CPU |",
             "|---|---|---|---|---|---|"]  # fmt: skip
     of_time = next(row["measured"]["of bf16"] for name, row in parts.items() if name.startswith("time"))
     for form in MARKS:
         row = next(row["measured"] for name, row in parts.items() if name.startswith(f"memory, {form}"))
         cells = (f"`--quant {form}`", *(f"{row[name]:.2f}" for name in ("base GB", "base / bf16", "peak GB", "estimate GB")))
-        rows.append(f"| {' | '.join(cells)} | {of_time[form]:.2f} times as long |")
+        rows.append(f"| {' | '.join(cells)} | {of_time[form]:.2f}x |")
     return "\n".join(rows)
 
 

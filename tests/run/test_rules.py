@@ -67,7 +67,7 @@ def test_what_breaks_one_rule_alone_is_refused_in_its_words(i, flags, words):
     ({"dpo_loss": "ipo,ipo"}, "--dpo_loss ipo,ipo: accepted are .*, each once"),
     ({"dpo_loss_weights": "0"}, "--dpo_loss_weights 0: numbers above 0"),
     ({"dpo_loss_weights": "x"}, "--dpo_loss_weights x: numbers above 0"),
-    ({"dpo_loss": "robust", "dpo_label_smoothing": 0.5}, "--dpo_label_smoothing 0.5: from 0 up to but without 0.5"),
+    ({"dpo_loss": "robust", "dpo_label_smoothing": 0.5}, "--dpo_label_smoothing 0.5: 0 or more and below 0.5"),
 ])  # fmt: skip
 def test_an_option_that_a_loss_cannot_use_is_refused_by_both_names(flags, words):
     with pytest.raises(InputError, match=words):

@@ -12,23 +12,23 @@ class BatchSettings:
 
     TITLE: ClassVar[str] = "batches"
 
-    micro_bsz: int = flag(12, "corpus windows, and pairs, in a micro-batch on each device", AT_LEAST_ONE, part=Part.LAYOUT)
+    micro_bsz: int = flag(12, "corpus windows, and pairs, per micro-batch and device", AT_LEAST_ONE, part=Part.LAYOUT)
     batch_tokens: int = flag(
-        0, "fill model calls with up to N tokens of an optimizer step's samples, over all devices, instead of with micro_bsz samples; the "
-        "step stays the same; 0: off", NOT_NEGATIVE, part=Part.LAYOUT,
+        0, "N: pack the samples of an optimizer step, over all devices, into model calls of up to N tokens, instead of micro_bsz samples "
+        "per call; the step stays the same; 0: off", NOT_NEGATIVE, part=Part.LAYOUT,
     )  # fmt: skip
     balance: str = flag(
-        "tokens", "deal pairs so that all devices have equally many tokens, by taking pairs of like length together; "
-        "none: in seeded random order", choices=("none", "tokens"),
+        "tokens", "tokens: batch pairs of similar length, so that all devices have about the same number of tokens; "
+        "none: seeded random order", choices=("none", "tokens"),
     )  # fmt: skip
     chunk_ctx: int = flag(
-        0, "N of at least 16: run windows and pairs in chunks of N tokens with the same gradient, rounding aside, in the memory of one "
-        "chunk and a state at each border, for one more forward pass; 0: whole",
+        0, "N of at least 16: run windows and pairs in chunks of N tokens, with the memory of one chunk and a state at each boundary, for "
+        "one more forward pass; the gradient is the same up to rounding; 0: off",
         Accepts(lambda n: n == 0 or n >= 16, "0 (off), and 16 or more tokens are accepted"), part=Part.LAYOUT,
     )  # fmt: skip
     tbptt: int = flag(
-        0, "1: with --chunk_ctx, states carry no gradients from chunk to chunk: an approximation that spares windows the additional "
-        "pass, and stores nothing at borders", SWITCH,
+        0, "1: with --chunk_ctx, states carry no gradients between chunks: an approximation that saves windows the additional "
+        "pass and stores no states", SWITCH,
     )  # fmt: skip
     magic_prime: int = flag(0, "visit the corpus windows in RWKV-LM's magic_prime order; 0: seeded random order", NOT_NEGATIVE)
     my_pile_shift: int = flag(

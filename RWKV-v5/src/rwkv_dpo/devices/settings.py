@@ -13,14 +13,14 @@ class DeviceSettings:
     TITLE: ClassVar[str] = "devices"
 
     accelerator: str = flag(
-        "gpu", "where to train; auto: a GPU when there is one", choices=("gpu", "cuda", "cpu", "auto"), part=Part.INCIDENTAL
+        "gpu", "where to train; auto: on a GPU if there is one", choices=("gpu", "cuda", "cpu", "auto"), part=Part.INCIDENTAL
     )
     devices: int = flag(
-        1, "devices, or processes on a CPU, on each node; auto: all GPUs, or one process on a CPU; 0,2: those GPUs", AT_LEAST_ONE,
+        1, "GPUs, or CPU processes, per node; auto: all GPUs, or one CPU process; 0,2: those GPUs", AT_LEAST_ONE,
         part=Part.LAYOUT,
     )  # fmt: skip
-    gpu_ids: str = flag("", "which GPUs, as --devices 0,2 says it too; empty: the first ones", part=Part.INCIDENTAL)
-    num_nodes: int = flag(1, "machines", AT_LEAST_ONE, part=Part.LAYOUT)
+    gpu_ids: str = flag("", "which GPUs to use, like --devices 0,2; empty: the first ones", part=Part.INCIDENTAL)
+    num_nodes: int = flag(1, "number of machines", AT_LEAST_ONE, part=Part.LAYOUT)
     strategy: str = flag(
         "auto", "how devices work together",
         choices=(
@@ -30,15 +30,17 @@ class DeviceSettings:
         part=Part.LAYOUT,
     )  # fmt: skip
     ds_bucket_mb: int = flag(
-        200, "size of DeepSpeed's communication buckets, in millions of gradients (4 MB, in fp16 2); no larger than all that train",
+        200, "size of DeepSpeed's communication buckets, in millions of gradients (4 MB each, 2 in fp16), up to all trainable parameters",
         AT_LEAST_ONE, part=Part.LAYOUT,
     )  # fmt: skip
-    precision: str = flag("fp16", "arithmetic; fp16 and bf16 keep fp32 master weights", choices=("fp32", "tf32", "fp16", "bf16"))
+    precision: str = flag(
+        "fp16", "precision of the arithmetic; fp16 and bf16 keep fp32 master weights", choices=("fp32", "tf32", "fp16", "bf16")
+    )
     wkv_backend: str = flag(
         "auto", "implementation of the WKV recurrence", choices=("auto", "reference", "chunked", "cpu", "cuda"), part=Part.INCIDENTAL
     )
     cpu_malloc: int = flag(
-        1, "1: a CPU run keeps freed memory for the next step (faster, up to half as much again); 0: gives it back", SWITCH,
+        1, "1: a CPU run keeps freed memory for the next step (faster, up to half more memory); 0: returns it to the system", SWITCH,
         part=Part.INCIDENTAL,
     )  # fmt: skip
 

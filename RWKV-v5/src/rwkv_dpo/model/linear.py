@@ -65,12 +65,19 @@ class Matrix(Cast):
         self._module, self.name = weakref.ref(module), name
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Matrix":
-        return Matrix(memo.get(id(self._module()), self._module()), self.name)
+        return Matrix(memo.get(id(self.module), self.module), self.name)
+
+    @property
+    def module(self) -> nn.Module:
+        """Whose parameter it is."""
+        module = self._module()
+        assert module is not None
+        return module
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The parameter, whatever tensor stands for it now."""
-        return getattr(self._module(), self.name)
+        return getattr(self.module, self.name)
 
     def factors(self) -> tuple[Tensor | None, ...]:
         """As Linear's."""

@@ -1,4 +1,4 @@
-"""What a run minimises."""
+"""What a run minimizes."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from rwkv_dpo.settings.fields import NOT_NEGATIVE, SHARE, SWITCH, Accepts, flag
 
-# The names of pair_losses.py and ranking_losses.py, and which of them take which options. What AOT's give a pair depends on the others.
+# The names in pair_losses.py and ranking_losses.py, and which of them take which options. AOT's value of a pair depends on the other pairs.
 AOT = ("aot", "aot_unpaired")
 LOSSES_OF_PAIRS = (
     "sigmoid", "cdpo", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
@@ -15,9 +15,9 @@ LOSSES_OF_PAIRS = (
 LOSSES_OF_RANKINGS = ("plackett_luce", "softmax", "all_pairs")
 WITHOUT_REFERENCE = ("simpo", "orpo", "sft")
 SMOOTHED = ("cdpo", "robust", "exo_pair", *AOT)
-# Those whose values mean over tokens have no use for LD-DPO; rankings know an answer by one number, whichever it is compared with.
+# LD-DPO is of no use to losses that average over tokens. Rankings have one value per answer, whichever answer it is compared with.
 BY_SUMS = tuple(name for name in LOSSES_OF_PAIRS if name not in ("ipo", "sigmoid_norm", *WITHOUT_REFERENCE))
-# Those that sort their pairs lose which weight is whose.
+# Losses that sort their pairs lose track of which weight belongs to which pair.
 WEIGHTED = tuple(name for name in LOSSES_OF_PAIRS if name not in AOT)
 DIVERGENT = ("sigmoid", "cdpo", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "discopop", *LOSSES_OF_RANKINGS)
 
@@ -46,42 +46,42 @@ class ObjectiveSettings:
 
     dpo: int = flag(1, "1: preference training; 0: plain language-model training", SWITCH)
     dpo_ref: str = flag(
-        "file", "the reference model: file: that which scored the pair files; recompute: the model as training starts, which scores "
-        "them before the first step", choices=("file", "recompute"),
+        "file", "the reference model: file: the one that scored the pair files; recompute: the model that training starts from, which "
+        "scores them before the first step", choices=("file", "recompute"),
     )  # fmt: skip
     dpo_sync_ref: int = flag(
-        0, "N: with --dpo_ref recompute, move the reference towards the policy after every N optimizer steps, and score all pairs anew "
-        "(TR-DPO); 0: it stays", NOT_NEGATIVE,
+        0, "N: with --dpo_ref recompute, move the reference towards the policy after every N optimizer steps, and score all pairs again "
+        "(TR-DPO); 0: the reference is fixed", NOT_NEGATIVE,
     )  # fmt: skip
     dpo_sync_alpha: float = flag(
-        0.6, "how far: reference = alpha * policy + (1 - alpha) * reference",
+        0.6, "how far the reference moves: reference = alpha * policy + (1 - alpha) * reference",
         Accepts(lambda alpha: 0 < alpha <= 1, "above 0 and up to 1 is accepted"),
     )  # fmt: skip
     dpo_loss: str = flag(
-        "sigmoid", "of preferences, several separated by commas: of pairs: sigmoid (DPO), " + ", ".join(LOSSES_OF_PAIRS[1:]) + "; of all "
-        "answers to a prompt together: " + ", ".join(LOSSES_OF_RANKINGS),
+        "sigmoid", "preference loss, or several separated by commas; of pairs: sigmoid (DPO), " + ", ".join(LOSSES_OF_PAIRS[1:]) + "; of "
+        "all answers to a prompt: " + ", ".join(LOSSES_OF_RANKINGS),
         Accepts(_are_losses, f"accepted are {', '.join((*LOSSES_OF_PAIRS, *LOSSES_OF_RANKINGS))}, each once, separated by commas"),
     )  # fmt: skip
     dpo_loss_weights: str = flag(
-        "", "of the losses of --dpo_loss in their sum, separated by commas; empty: 1 each",
+        "", "weights of the losses of --dpo_loss in their sum, separated by commas; empty: 1 each",
         Accepts(_are_weights, "numbers above 0, separated by commas, are accepted"),
     )  # fmt: skip
     dpo_label_smoothing: float = flag(
-        0.0, "how often a preference is taken to be wrong, for " + ", ".join(SMOOTHED),
-        Accepts(lambda share: 0 <= share < 0.5, "from 0 up to but without 0.5 is accepted"),
+        0.0, "assumed share of wrong preferences, for " + ", ".join(SMOOTHED),
+        Accepts(lambda share: 0 <= share < 0.5, "0 or more and below 0.5 is accepted"),
     )  # fmt: skip
     dpo_f_divergence: str = flag(
-        "reverse_kl", "what keeps the policy near the reference, for losses that compare two answers' log-ratios",
+        "reverse_kl", "divergence that keeps the policy near the reference, for losses that compare two answers' log-ratios",
         choices=("reverse_kl", "forward_kl", "js", "alpha"),
     )  # fmt: skip
     dpo_f_alpha: float = flag(0.5, "alpha of --dpo_f_divergence alpha")
     dpo_ld_alpha: float = flag(
-        1.0, "what the tokens count for by which an answer is longer than the other one, in policy and reference; 1: as much as others",
+        1.0, "weight of the tokens by which an answer is longer than the other one, in policy and reference; 1: the same as others",
         SHARE,
     )  # fmt: skip
     dpo_wpo: int = flag(0, "1: weight each pair by how likely the policy itself is to write its answers (WPO)", SWITCH)
     simpo_gamma: float = flag(0.5, "margin of simpo", NOT_NEGATIVE)
-    dpop_lambda: float = flag(50.0, "what dpop adds where a chosen answer becomes less likely than to the reference", NOT_NEGATIVE)
+    dpop_lambda: float = flag(50.0, "weight of dpop's penalty on chosen answers less likely than under the reference", NOT_NEGATIVE)
     dpo_beta: float = flag(0.01, "strength of the pull towards the reference model")
     dpo_general_corpus_ratio: float = flag(
         0.0, "r in loss = r * language model + (1 - r) * DPO; 0: pairs only, 1: corpus only", SHARE
@@ -94,12 +94,12 @@ class ObjectiveSettings:
 
     @property
     def loss_weights(self) -> tuple[float, ...]:
-        """Those of the losses, where they are as many."""
+        """The weights of the losses, if the numbers match."""
         return tuple(map(float, _names(self.dpo_loss_weights))) if self.dpo_loss_weights else (1.0,) * len(self.losses)
 
     @property
     def uses_reference(self) -> bool:
-        """Whether any of its preference losses does."""
+        """Whether any of its preference losses uses a reference."""
         return not set(self.losses) <= set(WITHOUT_REFERENCE)
 
     @property

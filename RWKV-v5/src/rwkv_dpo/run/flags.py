@@ -120,7 +120,7 @@ def flag_table() -> str:
 
 
 def _table_of(room: type) -> str:
-    rows = [f"**{room.TITLE}**\n", "| flag | default | meaning |", "|---|---|---|"]  # type: ignore[attr-defined]
+    rows = [f"## {room.TITLE.capitalize()}\n", "| flag | default | meaning |", "|---|---|---|"]  # type: ignore[attr-defined]
     for f in fields(room):
         flag = FLAGS[f.name]
         default = f"`{f.default}`" if f.default != "" else ""

@@ -1,4 +1,4 @@
-"""The settings of a run: those of all rooms, composed. Only this folder sees the whole."""
+"""The settings of a run: those of all rooms combined. Only this folder sees the whole."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -23,31 +23,31 @@ _STAGES = Accepts(lambda stage: stage in (0, 1, 2, 3), "0, 1, 2 and 3 are accept
 
 @dataclass(frozen=True)
 class GeneralSettings:
-    """What concerns the run as a whole."""
+    """Settings that concern the run as a whole."""
 
     TITLE: ClassVar[str] = "the run"
 
     dry_run: int = flag(
-        0, "1: don't train, print the parameters, the estimated peak memory by part and what each memory flag would save", SWITCH
+        0, "1: don't train; print the parameters, the estimated peak memory by part, and what each memory flag would save", SWITCH
     )
     recipe: str = flag(
-        "", "settings for a first run on a small model, of which those that are given come first: dpo, lora, state for preferences, "
-        "pretrain for a corpus", choices=("", "dpo", "lora", "state", "pretrain"), part=Part.INCIDENTAL,
+        "", "settings for a first run on a small model: dpo, lora or state for preferences, pretrain for a corpus; flags that are given "
+        "take precedence", choices=("", "dpo", "lora", "state", "pretrain"), part=Part.INCIDENTAL,
     )  # fmt: skip
     random_seed: int = flag(-1, "seed of initial weights, sampling and dropout; -1: 0")
     my_pile_stage: int = flag(
-        0, "RWKV-LM's staged pre-training: 1 makes initial weights, 2 and 3 go on from the newest checkpoint", _STAGES,
+        0, "RWKV-LM's staged pre-training: 1 makes initial weights, 2 and 3 continue from the newest checkpoint", _STAGES,
         part=Part.CONTINUATION,
     )  # fmt: skip
 
     @property
     def seed(self) -> int:
-        """Of all generators."""
+        """The seed of all generators."""
         return max(self.random_seed, 0)
 
     @property
     def is_staged(self) -> bool:
-        """Whether the run goes on with staged pre-training."""
+        """Whether the run continues staged pre-training."""
         return self.my_pile_stage >= 2
 
 
@@ -84,24 +84,24 @@ class RunSettings:
         return {flag: getattr(getattr(self, name), flag) for name, room in ROOMS.items() for flag in flags_of(room)}
 
     def check_values(self) -> None:
-        """Refuses a value that its flag doesn't take. Raises InputError."""
+        """Refuse a value that its flag doesn't accept. Raises InputError."""
         for name in ROOMS:
             check_values(getattr(self, name))
 
     @cached_property
     def length(self) -> RunLength:
-        """Of the run, from the rooms that share it."""
+        """The length of the run, which several rooms determine."""
         samples = self.batches.micro_bsz * self.devices.world_size
         return run_length(self.epochs, samples, self.data.ctx_len, self.general.is_staged)
 
     @cached_property
     def schedule(self) -> Schedule:
-        """Of learning rate and weight decay."""
+        """The schedule of learning rate and weight decay."""
         return schedule_of(self.optimizer, self.epochs, self.length)
 
     @property
     def continues(self) -> bool:
-        """Whether the run goes on with the epochs of an earlier one, from its weights."""
+        """Whether the run continues the epochs of an earlier one, from its weights."""
         return self.epochs.epoch_begin > 0 or self.general.is_staged
 
 
@@ -111,5 +111,5 @@ PARTS: Mapping[str, Part] = {name: flag.part for name, flag in FLAGS.items()}
 
 
 def settings_of(values: Mapping[str, Any]) -> RunSettings:
-    """Of the flags that were given; the others keep their defaults."""
+    """The settings for the given flags; the others keep their defaults."""
     return RunSettings().with_flags(**values)

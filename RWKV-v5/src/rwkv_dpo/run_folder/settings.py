@@ -1,4 +1,4 @@
-"""Where a run writes, and from what it goes on."""
+"""Where a run writes, and what it continues from."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,11 @@ class FolderSettings:
     proj_dir: str = flag("out", "folder for checkpoints, logs and config.json", part=Part.INCIDENTAL)
     overwrite: int = flag(0, "1: use a proj_dir that holds a run with other settings", SWITCH, part=Part.INCIDENTAL)
     resume: str = flag(
-        "auto", "auto: an interrupted run of proj_dir with these settings goes on; none: begin anew; else a file of last/",
+        "auto", "auto: continue an interrupted run in proj_dir that has these settings; none: start a fresh run; else a file in last/",
         part=Part.INCIDENTAL,
     )  # fmt: skip
 
     @property
     def path(self) -> Path:
-        """Of the folder."""
+        """The folder."""
         return Path(self.proj_dir)

@@ -1,4 +1,4 @@
-"""A setting as its room declares it: a dataclass field that knows its flag's help, what it accepts, and what it is to a run's identity."""
+"""A setting as its room declares it: a dataclass field with its flag's help, accepted values, and part in a run's identity."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -9,16 +9,16 @@ from rwkv_dpo.base.errors import refuse
 
 
 class Part(Enum):
-    """What a setting is to the identity of a run."""
+    """The part of a setting in the identity of a run."""
 
     RESULT = "decides what the run ends with"
-    INCIDENTAL = "leaves the result as it is"
-    CONTINUATION = "changes where a run goes on with the epochs of another"
-    LAYOUT = "may change where a run is resumed: how the work is shared out, and into how many samples it is cut"
+    INCIDENTAL = "has no influence on the result"
+    CONTINUATION = "changes when a run continues the epochs of another"
+    LAYOUT = "may change when a run is resumed: how the work is divided, and into how many samples it is cut"
 
 
 class Accepts(NamedTuple):
-    """Which values a setting takes, and how a refusal says so."""
+    """Which values a setting accepts, and the words that a refusal uses."""
 
     holds: Callable[[Any], bool]
     words: str
@@ -26,17 +26,17 @@ class Accepts(NamedTuple):
 
 AT_LEAST_ONE = Accepts(lambda value: value >= 1, "at least 1 is accepted")
 NOT_NEGATIVE = Accepts(lambda value: value >= 0, "0 or more is accepted")
-BELOW_ONE = Accepts(lambda value: 0 <= value < 1, "from 0 up to but without 1 is accepted")
+BELOW_ONE = Accepts(lambda value: 0 <= value < 1, "0 or more and below 1 is accepted")
 SHARE = Accepts(lambda value: 0 <= value <= 1, "0 to 1 is accepted")
 SWITCH = Accepts(lambda value: value in (0, 1), "0 and 1 are accepted")
 
-# Numbers beyond, and nearer to 0, overflow or vanish somewhere in the arithmetic.
+# Larger numbers overflow, and numbers closer to 0 vanish, somewhere in the arithmetic.
 _SMALLEST, _LARGEST = 1e-100, 2**63 - 1
 
 
 @dataclass(frozen=True)
 class Flag:
-    """What a field's metadata holds, under "flag". names_file: its value is the path of something that the run reads."""
+    """The metadata of a field, under "flag". names_file: its value is the path of something that the run reads."""
 
     help: str
     accepts: tuple[Accepts, ...]
@@ -58,7 +58,7 @@ def flags_of(room: Any) -> dict[str, Flag]:
 
 
 def check_values(room: Any) -> None:
-    """Refuses the first value of a room's settings that its flag doesn't take. Raises InputError."""
+    """Refuse the first value of a room's settings that its flag doesn't accept. Raises InputError."""
     for name, flag in flags_of(room).items():
         value = getattr(room, name)
         for accepts in flag.accepts:
@@ -67,4 +67,4 @@ def check_values(room: Any) -> None:
         if flag.choices and value not in flag.choices:
             refuse(f"--{name} {value!r}: accepted are {', '.join(map(repr, flag.choices))}")
         if isinstance(value, (int, float)) and not (value == 0 or _SMALLEST <= abs(value) <= _LARGEST):
-            refuse(f"--{name} {str(value)[:30]}: a number between -2**63 and 2**63 is accepted, 0 or no nearer to it than {_SMALLEST}")
+            refuse(f"--{name} {str(value)[:30]}: a number between -2**63 and 2**63 is accepted, 0 or a magnitude of at least {_SMALLEST}")
