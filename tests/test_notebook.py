@@ -1,16 +1,23 @@
 """washingdpodata.ipynb, run from top to bottom by a Jupyter kernel, with a tiny model as the reference and without the Hub."""
 
 import json
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_model
 from rwkv_dpo.data.pair_files import load_pairs
+from rwkv_dpo.data.pairs import cut_pair
 from rwkv_dpo.data.tokenizer import VOCAB_SIZE
 from rwkv_dpo.files.hashed import file_sha256
 from rwkv_dpo.model.checkpoint import save_weights
 from rwkv_dpo.model.shape import ModelShape
+from save_notebook import fingerprint
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
@@ -78,7 +85,7 @@ def test_without_the_hub_the_demo_preferences_become_three_scored_files(settings
 
 @pytest.mark.slow
 def test_a_file_is_read_from_any_folder_of_the_repository(settings):
-    told = run_notebook({**settings, "SOURCE": str(DEMO), "SPLIT": ""}, n_cells=4, folder=ROOT / "tests" / "data")
+    told = run_notebook({**settings, "SOURCE": str(DEMO), "SPLIT": ""}, n_cells=5, folder=ROOT / "tests" / "data")
     assert told == "40 rows\n"
 
 
@@ -87,7 +94,7 @@ def test_several_sources_are_mixed_in_their_shares(settings, tmp_path):
     rows = "".join(f"N\u00e9{i}?,Oui.,Non.\n" for i in range(30))
     (tmp_path / "other.csv").write_bytes(f"prompt,chosen,rejected\n{rows}".encode("cp1252"))
     sources = [f"{DEMO}:0.75", f"{tmp_path / 'other.csv'}:0.25"]
-    told = run_notebook({**settings, "SOURCE": sources, "SPLIT": "", "ENCODING": "cp1252"}, n_cells=5)
+    told = run_notebook({**settings, "SOURCE": sources, "SPLIT": "", "ENCODING": "cp1252"}, n_cells=6)
     (line,) = (line.split() for line in told.splitlines() if "other.csv" in line)
     assert line[1:] == ["30", "30", "25.0%", "13"]
 
@@ -102,7 +109,7 @@ def test_several_sources_are_mixed_in_their_shares(settings, tmp_path):
 )
 def test_a_mistyped_file_is_named_and_not_replaced(settings, changed, message):
     with pytest.raises(nbclient.exceptions.CellExecutionError) as error:
-        run_notebook({**settings, **changed}, n_cells=4)
+        run_notebook({**settings, **changed}, n_cells=5)
     assert (error.value.ename, error.value.evalue) == ("InputError", message)
 
 
@@ -113,17 +120,47 @@ def test_pair_files_that_other_settings_made_are_kept(settings):
     (folder / "trainset.save").write_text("of another day")
     settings = {**settings, "SOURCE": str(DEMO), "SPLIT": ""}
     with pytest.raises(nbclient.exceptions.CellExecutionError) as error:
-        run_notebook(settings, n_cells=5)
+        run_notebook(settings, n_cells=6)
     assert "pairs holds pair files that these settings don't make (trainset.save): --overwrite 1 replaces them" in error.value.evalue
-    assert "warning" not in run_notebook({**settings, "OVERWRITE": True}, n_cells=5)
+    assert "warning" not in run_notebook({**settings, "OVERWRITE": True}, n_cells=6)
     assert (folder / "trainset.save").read_text() == "of another day"  # until the last cells
 
 
-def test_it_is_committed_small_and_without_outputs():
+@pytest.mark.slow
+def test_as_it_ships_it_trains_a_tiny_model_and_ends_with_a_command_that_train_py_takes(tmp_path, settings):
+    told = run_notebook({**settings, "MODEL": ""})
+    model = f"{settings['OUT_DIR']}/tiny-model/rwkv-final.pth"
+    assert told.startswith(f"MODEL is empty: {model} is a tiny RWKV-7")
+    script, *flags = shlex.split(told.splitlines()[-1])
+    assert script == "./RWKV-v5/train.py"
+    assert flags[flags.index("--load_model") + 1] == model
+    flags += shlex.split("--accelerator cpu --precision fp32 --epoch_steps 2 --epoch_count 1 --proj_dir") + [str(tmp_path / "lora")]
+    done = subprocess.run([sys.executable, ROOT / "RWKV-v5/train.py", *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "lora" / "adapter-final").is_dir()
+
+
+def test_truncation_makes_the_peak_at_half_of_ctx_len_that_it_explains():
+    """By pairs of all lengths up to three contexts."""
+    rng, ctx_len = np.random.default_rng(0), 64
+    rows = [[rng.integers(1, 9, n) for n in rng.integers(1, 3 * ctx_len, 3)] for _ in range(2000)]
+    prompts = np.array([len(cut_pair(*row, ctx_len)[0]) for row in rows if len(row[0]) + max(map(len, row[1:])) > ctx_len])
+    at_half = np.mean(prompts == ctx_len // 2)
+    assert at_half > 0.4
+    assert prompts[prompts != ctx_len // 2].size == 0 or np.bincount(prompts[prompts != ctx_len // 2]).max() < at_half * len(prompts) / 10
+
+
+def test_it_is_committed_small_with_the_outputs_of_its_cells():
+    """python tests/save_notebook.py makes them."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
-    assert len(notebook.cells) <= 12
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            assert cell.outputs == []
-            assert cell.execution_count is None
+    assert NOTEBOOK.stat().st_size < 200_000
+    assert len(notebook.cells) <= 16
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert notebook.metadata["sources_sha256"] == fingerprint(notebook)
+    kinds = [output.output_type for cell in code for output in cell.outputs]
+    assert "error" not in kinds
+    assert kinds.count("display_data") == 3  # lengths, the report, log-probabilities
+    # Nothing of the machine that ran it.
+    assert not re.search(r"/(root|home|tmp|work|usr)/|site-packages|Warning", json.dumps([cell.outputs for cell in code]))
