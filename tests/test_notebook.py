@@ -134,7 +134,7 @@ def test_as_it_ships_it_trains_a_tiny_model_and_ends_with_a_command_that_train_p
     script, *flags = shlex.split(told.splitlines()[-1])
     assert script == "./RWKV-v5/train.py"
     assert flags[flags.index("--load_model") + 1] == model
-    flags += shlex.split("--accelerator cpu --precision fp32 --epoch_steps 2 --epoch_count 1 --proj_dir") + [str(tmp_path / "lora")]
+    flags += [*shlex.split("--accelerator cpu --precision fp32 --epoch_steps 2 --epoch_count 1 --proj_dir"), str(tmp_path / "lora")]
     done = subprocess.run([sys.executable, ROOT / "RWKV-v5/train.py", *flags], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "lora" / "adapter-final").is_dir()

@@ -77,6 +77,13 @@ def test_what_is_said_twice_or_is_no_recipe(data, more, words):
         settings_of(data, f"{PAIRS} {more}")
 
 
+def test_flags_of_what_the_recipe_sets_are_taken(data):
+    s = settings_of(data, f"{PAIRS} --recipe lora --lora_r 4 --quant nf4")
+    assert (s.tuning.peft, s.tuning.lora_r, s.tuning.quant) == ("lora", 4, "nf4")
+    with pytest.raises(InputError, match="--lora_r 4: --peft state has no adapter"):
+        settings_of(data, f"{PAIRS} --recipe state --lora_r 4")
+
+
 @pytest.mark.parametrize(("recipe", "wrote"), [
     ("dpo", "rwkv-final.pth"), ("lora", "adapter-final"), ("state", "state-final.pth"), ("pretrain", "rwkv-final.pth"),
 ])  # fmt: skip

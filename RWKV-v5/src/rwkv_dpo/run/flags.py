@@ -33,9 +33,12 @@ def parse_flags(arguments: Sequence[str]) -> tuple[RunSettings, frozenset[str]]:
     if values.get("load_model") == "0":
         values["load_model"] = ""  # as RWKV-LM's scripts say it
     settings = settings_of(values)
-    check(settings)
-    if not settings.general.my_pile_stage:
-        check_trains(settings)
+    if settings.general.recipe:
+        settings.check_values()  # the rest when the recipe has set what it sets, from which --lora_r may follow
+    else:
+        check(settings)
+        if not settings.general.my_pile_stage:
+            check_trains(settings)
     return settings, frozenset(values)
 
 
