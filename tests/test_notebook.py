@@ -26,6 +26,7 @@ pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "washingdpodata.ipynb"
+COLAB = ROOT / "docs" / "lora_on_colab.ipynb"
 DEMO = ROOT / "RWKV-v5" / "demo" / "preferences.jsonl"
 
 
@@ -47,9 +48,9 @@ def settings(tmp_path, monkeypatch):
     }
 
 
-def run_notebook(settings, n_cells=None, folder=ROOT):
+def run_notebook(settings, n_cells=None, folder=ROOT, path=NOTEBOOK):
     """What the first n_cells cells print, with these settings after those of the parameters cell."""
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook = nbformat.read(path, as_version=4)
     notebook.cells = notebook.cells[:n_cells]
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
     names = [line.split(" = ")[0] for line in parameters.source.splitlines()]
@@ -137,6 +138,19 @@ def test_as_it_ships_it_trains_a_tiny_model_and_ends_with_a_command_that_train_p
     flags += [*shlex.split("--accelerator cpu --precision fp32 --epoch_steps 2 --epoch_count 1 --proj_dir"), str(tmp_path / "lora")]
     done = subprocess.run([sys.executable, ROOT / "RWKV-v5/train.py", *flags], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "lora" / "adapter-final").is_dir()
+
+
+@pytest.mark.slow
+def test_the_notebook_for_colab_prepares_tunes_and_answers(settings, tmp_path, monkeypatch):
+    """On this CPU, in a folder of a checkout: what it installs there, and a GPU, are out of reach."""
+    (tmp_path / "RWKV-v5").symlink_to(ROOT / "RWKV-v5")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    small = {"MODEL": settings["MODEL"], "SOURCE": str(DEMO), "SPLIT": "", "PAIRS": 60, "CTX_LEN": 64}
+    told = run_notebook({**small, "EXTRA": "--epoch_steps 4 --epoch_count 1"}, folder=tmp_path, path=COLAB)
+    assert "trainset.save" in told
+    assert "--recipe lora: " in told
+    assert told.partition("--out lora/merged.pth\n")[2].strip()  # the answers
     assert (tmp_path / "lora" / "adapter-final").is_dir()
 
 

@@ -172,3 +172,16 @@ def test_a_caller_gets_its_own_handlers_back():
     assert signal.set_wakeup_fd(-1) == -1
     for number, handler in zip(signals.SIGNALS, mine, strict=True):
         signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("n", [1, 100_000])
+def test_a_reader_that_leaves_early_is_no_fault(n):
+    """rwkv-dpo evaluate ... | head: whether the pipe breaks at a print or at the end."""
+    code = f"import time; from rwkv_dpo.base.script import run_script; run_script(lambda: (time.sleep(0.5), print('a row\\n' * {n})))"
+    reading, writing = os.pipe()
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "RWKV-v5" / "src")}
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writing)
+    os.close(reading)
+    assert run.communicate()[1] == ""
+    assert run.returncode == 128 + signal.SIGPIPE

@@ -1,5 +1,7 @@
 """How every script runs and ends: an InputError, a signal and a missing package each in one line, with a status."""
 
+import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -25,8 +27,9 @@ def run_script(
     name: str = "",
 ) -> NoReturn:  # fmt: skip
     """Runs a script's main. An InputError becomes one line on standard error and exit status 2; SIGINT (Ctrl-C) and SIGTERM become
-    one, and 128 + the signal's number. leave: ends the process. stopped: what a signal leaves behind, in a few words. speaks: False
-    where another process has that line to tell. name: the program's, where it is not program()."""
+    one, and 128 + the signal's number. A reader of standard output that leaves early ends it without a line. leave: ends the process.
+    stopped: what a signal leaves behind, in a few words. speaks: False where another process has that line to tell. name: the
+    program's, where it is not program()."""
     name, status = name or program(), 0
 
     def tell(number: int) -> None:
@@ -37,6 +40,7 @@ def run_script(
     on_signals(interrupt, overdue=tell)
     try:
         main()
+        sys.stdout.flush()
     except BaseException as error:
         # Some libraries have a handler of their own for Ctrl-C, for as long as they work.
         number = interrupted_by() or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else 0)
@@ -49,10 +53,23 @@ def run_script(
         elif isinstance(error, ModuleNotFoundError):
             print(f"{name}: {missing_package(error)}", file=sys.stderr)
             status = 2
+        elif isinstance(error, BrokenPipeError) and _nobody_reads():
+            # As of `| head`, which has what it wanted. What Python still flushes goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 128 + signal.SIGPIPE
         else:
             raise
     leave_signals()
     leave(status)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has closed it. Windows can't tell."""
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def missing_package(error: ModuleNotFoundError) -> str:
