@@ -13,6 +13,8 @@ if [ $# -eq 0 ]; then
     mypy
     mypy RWKV-v5/*.py
     mypy benchmarks/*.py
+    # Its package has a program for x86-64 Linux.
+    if command -v hadolint >/dev/null; then hadolint Dockerfile; fi
     step "Documentation"
     codespell README.md CONTRIBUTING.md docs RWKV-v5 tests benchmarks
     NO_MKDOCS_2_WARNING=1 mkdocs build --strict

@@ -21,7 +21,7 @@ from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cuda"
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "RWKV-v5"), str(ROOT / "RWKV-v5/src"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "RWKV-v5/src"), str(ROOT / "tests")]
 
 import runs  # noqa: E402 (the path above holds it)
 from rwkv_dpo.base.errors import InputError  # noqa: E402 (as above)
@@ -143,7 +143,7 @@ def live(script: str, flags: list[str], log: Path) -> None:
     checkpoints.not_finite = last.not_finite = lambda weights: ""
     status = 1
     try:
-        run_script(lambda: importlib.import_module(script).main(flags))
+        run_script(lambda: importlib.import_module(f"rwkv_dpo.commands.{script}").main(flags))
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:

@@ -26,6 +26,8 @@ from rwkv_dpo.commands.door import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "RWKV-v5" / "src" / "rwkv_dpo"
+# What a wheel is built of, beside the package.
+SOURCES = ("pyproject.toml", "README.md", "LICENSE")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -43,7 +45,7 @@ def installed(tmp_path_factory) -> Iterator[Installed]:
     base = tmp_path_factory.mktemp("install")
     sources, folder = base / "sources", base / "elsewhere"
     shutil.copytree(PACKAGE.parents[1] / "src", sources / "RWKV-v5" / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in SOURCES:
         shutil.copy(ROOT / name, sources)
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     subprocess.run([*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", base, sources], check=True)
@@ -93,6 +95,16 @@ def test_requirements_txt_and_the_wheel_name_the_same_packages_and_versions(inst
         assert {"pyarrow": "datasets"}.get(package, package) in brings
     (all_of_them,) = (Requirement(line) for line in needed if 'extra == "all"' in line)
     assert all_of_them.extras == extras - {"all"}
+
+
+def test_the_image_is_made_of_files_that_docker_is_given():
+    """Docker can't build here; hadolint reads the rest."""
+    copied = re.findall(r"^COPY (?!--from)(.*) \S+$", (ROOT / "Dockerfile").read_text(), re.M)
+    sources = {source for line in copied for source in line.split()}
+    assert all((ROOT / source).exists() for source in sources)
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {line[1:] for line in ignored if line.startswith("!")} == sources
+    assert {*SOURCES, "RWKV-v5/src", "constraints.txt"} == sources
 
 
 def test_it_says_its_version_and_its_commands(installed):

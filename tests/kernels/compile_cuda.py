@@ -114,7 +114,7 @@ def usages(report: str, ptx: str) -> Iterator[Usage]:
 
 def _readable(mangled: str) -> str:
     """segment_outputs bf16 64, from a C++ symbol."""
-    functions = "mixes|gated_norm|bonus_norm|relu_squared|sigmoid_gate|delta_keys|blend|log_decay"
+    functions = "token_mixes|mixes|gated_norm|bonus_norm|relu_squared|sigmoid_gate|delta_keys|blend|log_decay"
     known = rf"segment_[a-z]+|scan_segments|walk_tokens|sequential_[a-z_]+?|(?:{functions})_[a-z]+|add_up"
     name = re.search(rf"({known})(?=I|E)", mangled)
     types = {"6__half": "fp16", "13__nv_bfloat16": "bf16", "fLi": "fp32"}

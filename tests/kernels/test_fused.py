@@ -159,6 +159,21 @@ def test_gated_norm(compiled, takes, dtype, n_rows, n_heads, head_size):
     close(compiled.gated_norm_gradients(*given, 64e-5, grad.to(dtype)), plain.gated_norm_gradients(*exact, 64e-5, grad), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lacking", [(), (1, 4)])
+@pytest.mark.parametrize(("n_rows", "n_channels"), [(0, 8), (131, 72)])
+def test_token_mixes(compiled, takes, dtype, lacking, n_rows, n_channels):
+    takes(dtype)
+    exact = [random(n_rows, n_channels), random(n_rows, n_channels, seed=1), random(5, n_rows, n_channels, seed=2)]
+    mixing = [random(1, 1, n_channels, seed=3 + m) for m in range(5)]
+    grads = [None if m in lacking else random(n_rows, n_channels, seed=10 + m) for m in range(5)]
+    given, narrow = [x.to(dtype) for x in exact], [mix.to(parameter_dtype(dtype)) for mix in mixing]
+    close(compiled.token_mixes(*given, narrow), plain.token_mixes(*exact, mixing), dtype)
+    got = compiled.token_mixes_gradients(*given, narrow, [None if g is None else g.to(dtype) for g in grads])
+    close(got, plain.token_mixes_gradients(*exact, mixing, grads), dtype)
+    assert [g.shape for g in got] == [x.shape for x in (*given, *narrow)]
+
+
 # By name: inputs, those of parameters last, and what else the function takes; outputs.
 RWKV7 = {
     "delta_keys": ("k a", "a0 k_k k_a", ("n_heads",), 3),
@@ -314,7 +329,7 @@ def test_more_mixes_than_the_kernels_have_are_refused(request):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_address_sanitizer_sees_no_access_out_of_bounds(request):
     shim = build(request.config.cache, cuda.SOURCE, *SANITIZE)
-    chosen = "cuda and on and (odd or gated or elementwise or rwkv_7 or log_decay)"
+    chosen = "cuda and on and (odd or gated or elementwise or rwkv_7 or log_decay or token_mixes)"
     done = run_under_address_sanitizer(
         "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", chosen, str(Path(__file__)), FUSED_SHIM=shim
     )

@@ -21,7 +21,7 @@ class ModelSettings:
     TITLE: ClassVar[str] = "model"
 
     load_model: str = flag(
-        "", "checkpoint (.pth) to start from; empty: make initial weights and save them as rwkv-init.pth",
+        "", "checkpoint (.pth, or hf:OWNER/NAME/FILE on the Hub) to start from; empty: make initial weights and save them as rwkv-init.pth",
         part=Part.CONTINUATION, names_file=True,
     )  # fmt: skip
     load_partial: int = flag(0, "1: weights missing in the checkpoint keep their initial values", SWITCH)

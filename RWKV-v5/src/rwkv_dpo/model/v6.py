@@ -3,16 +3,19 @@
 r receptance, k key, v value, g gate, w decay, u bonus of the current token.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rwkv_dpo.batches.forest import Forest
 from rwkv_dpo.kernels.backends import WKV
+from rwkv_dpo.kernels.fused import implementation
 from rwkv_dpo.kernels.wkv5.reference import decay_rate
 from rwkv_dpo.model import v5
-from rwkv_dpo.model.again import Again, Rows
-from rwkv_dpo.model.halves import TANH, Entry, GatedNorm, LookingBack
+from rwkv_dpo.model.halves import TANH, Entry, GatedNorm, Gradients, LookingBack
+from rwkv_dpo.model.in_place_of_layers import Rows
 from rwkv_dpo.model.linear import Matrix, products
 from rwkv_dpo.model.rwkv import LayerNorm, Mixes, run_forest
 from rwkv_dpo.model.shape import ModelShape
@@ -51,7 +54,7 @@ class TimeMix(LookingBack):
         (own, of_before, depths), (last, x) = products(Entry(forest, True), inputs, (Rows(), Rows(), self.matrices["time_maa_w1"]))
         mixing = tuple(getattr(self, f"time_maa_{name}") for name in _MIXES)
         layers = (self.matrices["time_decay_w1"], self.key, self.value, self.receptance, self.gate)
-        (w, k, v, r, g), _ = products(Again(token_mixes), (own, of_before, depths, self.time_maa_w2, *mixing), layers)
+        (w, k, v, r, g), _ = products(TokenMixes(), (own, of_before, depths, self.time_maa_w2, *mixing), layers)
         (w,), _ = products(TANH, (w,), [self.matrices["time_decay_w2"]])
 
         rows = tuple(part.view(-1, self.n_head, self.head_size) for part in (r, k, v, log_decay(w, self.time_decay)))
@@ -66,14 +69,32 @@ class ChannelMix(v5.ChannelMix):
     mixes, of_before = ("time_maa_k", "time_maa_r"), True
 
 
-def token_mixes(own: Tensor, before: Tensor, depths: Tensor, matrices: Tensor, *mixing: Tensor) -> list[Tensor]:
-    """own + (before - own) * (mixing + tanh(depths) @ matrix) for each of M mixes: own, before [S, C], depths [S, M * m],
-    matrices [M, m, C]."""
-    parts = torch.tanh(depths).chunk(len(mixing), dim=1)
-    return [
-        torch.lerp(own, before, torch.addmm(mix.view(1, -1).to(own.dtype), part, matrix.to(own.dtype)))
-        for mix, part, matrix in zip(mixing, parts, matrices, strict=True)
-    ]
+class TokenMixes:
+    """own + (before - own) * (mixing + tanh(depths) @ matrix) for each of M mixes. Inputs: own, before [S, C], depths [S, M * m], matrices
+    [M, m, C], and a vector a mix."""
+
+    def make(self, *inputs: Any) -> tuple[Any, tuple[Tensor, ...]]:
+        """See Preparation."""
+        own, before, depths, matrices, *mixing = inputs
+        adds = torch.bmm(_parts(torch.tanh(depths), len(mixing)), matrices.to(own.dtype))
+        return implementation(own).token_mixes(own, before, adds, mixing).unbind(), ()
+
+    def gradients(self, inputs: Gradients, g_prepared: Gradients, g_others: Gradients) -> Gradients:
+        """See Preparation."""
+        own, before, depths, matrices, *mixing = (x for x in inputs if x is not None)
+        opened, narrow = torch.tanh(depths), matrices.to(own.dtype)
+        parts = _parts(opened, len(mixing))
+        g_own, g_before, g_adds, *g_mixing = implementation(own).token_mixes_gradients(
+            own, before, torch.bmm(parts, narrow), mixing, g_prepared
+        )
+        g_parts = torch.bmm(g_adds, narrow.transpose(1, 2)).transpose(0, 1).reshape(depths.shape)
+        g_matrices = torch.bmm(parts.transpose(1, 2), g_adds).to(matrices.dtype)
+        return g_own, g_before, torch.ops.aten.tanh_backward(g_parts, opened), g_matrices, *g_mixing
+
+
+def _parts(x: Tensor, n: int) -> Tensor:
+    """Rows [S, n * m] as [n, S, m]."""
+    return x.view(len(x), n, x.shape[1] // n).transpose(0, 1)
 
 
 def log_decay(decay: Tensor, base: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 from rwkv_dpo.batches.forest import Forest
 from rwkv_dpo.kernels.backends import WKV
 from rwkv_dpo.kernels.fused import implementation
-from rwkv_dpo.model.again import Both
 from rwkv_dpo.model.halves import SIGMOID, TANH, BonusNorm, Entry, LookingBack, ReluSquared, fused
+from rwkv_dpo.model.in_place_of_layers import Both
 from rwkv_dpo.model.linear import GIVEN, Linear, Matrix, Preparation, products
 from rwkv_dpo.model.rwkv import LayerNorm, Mixes, run_forest
 from rwkv_dpo.model.shape import ModelShape

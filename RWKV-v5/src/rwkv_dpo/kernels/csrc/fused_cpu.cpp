@@ -440,4 +440,4 @@ extern "C" int sigmoid_gate_backward(const Flat* c, const void* gate, const void
 
 extern "C" const char* kernels_error(int) { return "no error"; }
 
-#include "fused_rwkv7.h"
+#include "fused_newer.h"

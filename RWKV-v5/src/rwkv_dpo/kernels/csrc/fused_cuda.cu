@@ -555,4 +555,4 @@ extern "C" int sigmoid_gate_backward(const Flat* c, const void* gate, const void
     });
 }
 
-#include "fused_rwkv7.cuh"
+#include "fused_newer.cuh"

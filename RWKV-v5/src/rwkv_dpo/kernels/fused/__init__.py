@@ -13,6 +13,11 @@ An implementation has these functions:
     relu_squared(x) -> max(x, 0) ** 2
     sigmoid_gate(gate, value) -> sigmoid(gate) * value
 
+that of RWKV-6:
+
+    token_mixes(own, before, adds, mixing) -> mixed
+        own, before [S, C], adds [M, S, C]: mixed[m] = own + (before - own) * (mixing[m] + adds[m]), for M vectors `mixing` of C numbers
+
 those of RWKV-7, whose parameters have C numbers and whose rows are [S, C] = [S, H, N]:
 
     delta_keys(k, a, a0, k_k, k_a, n_heads) -> (key, taken, put_back)
@@ -24,9 +29,9 @@ those of RWKV-7, whose parameters have C numbers and whose rows are [S, C] = [S,
     log_decay(x, w0) -> -exp(-1/2) * sigmoid(w0 + x), fp32 (float64 of float64)
 
 and for each one NAME_gradients(..., output gradients) -> a gradient for every input tensor, in their order. An output's gradient may be
-None where `mixes` has it; handed_in's is None when handed_in is. log_decay_gradients(log_w, g_out, dtype) takes the result in place of
-the inputs, and x's dtype. mixes_gradients also takes g_past [S, C] or None, what x has as its
-gradient by the way past the half, and adds it.
+None where `mixes` or `token_mixes` has it; handed_in's is None when handed_in is. mixes_gradients also takes g_past [S, C] or None, what x
+has as its gradient by the way past the half, and adds it. log_decay_gradients(log_w, g_out, dtype) takes the result in place of the inputs,
+and x's dtype.
 
 `plain` is the definition, in torch's operations for any device and dtype; `cpu` and `cuda` are compiled.
 """

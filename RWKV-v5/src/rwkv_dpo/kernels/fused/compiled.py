@@ -57,6 +57,7 @@ ENTRY_POINTS = {
     "gated_norm_forward": _takes(HeadsCall, 5), "gated_norm_backward": _takes(HeadsCall, 9),
     "relu_squared_forward": _takes(FlatCall, 2), "relu_squared_backward": _takes(FlatCall, 3),
     "sigmoid_gate_forward": _takes(FlatCall, 3), "sigmoid_gate_backward": _takes(FlatCall, 5),
+    "token_mixes_forward": _takes(RowsCall, 5), "token_mixes_backward": _takes(RowsCall, 10),
     "delta_keys_forward": _takes(HeadsCall, 8), "delta_keys_backward": _takes(HeadsCall, 12),
     "bonus_norm_forward": _takes(HeadsCall, 9), "bonus_norm_backward": _takes(HeadsCall, 16),
     "blend_forward": _takes(HeadsCall, 5), "blend_backward": _takes(HeadsCall, 10),
@@ -81,7 +82,7 @@ class CommonFunctions:
         """See rwkv_dpo.kernels.fused."""
         mixed, last = x.new_empty(len(mixing), *x.shape), x.new_empty(rows.last_rows.numel(), x.shape[1])
         x, handed_in, weight, bias, mixing = _fit(rows, x, handed_in, weight, bias, mixing)
-        self._run("mixes_forward", self._rows(rows, x, mixing, eps, of_before), x, handed_in, weight, bias, _pointers(mixing), mixed, last)
+        self._run("mixes_forward", self._rows(rows, x, mixing, eps, of_before), x, handed_in, weight, bias, pointers(mixing), mixed, last)
         return mixed, last
 
     def mixes_gradients(
@@ -93,10 +94,10 @@ class CommonFunctions:
         x, handed_in, weight, bias, mixing = _fit(rows, x, handed_in, weight, bias, mixing)
         g_x, g_handed_in = torch.empty_like(x), None if handed_in is None else torch.empty_like(handed_in)
         g_parameters, partial = self._sums(weight, len(x), (2 + len(mixing)) * x.shape[1])
-        g_mixed, g_last, g_past = [_dense(g) for g in g_mixed], _dense(g_last), _dense(g_past)
+        g_mixed, g_last, g_past = [dense(g) for g in g_mixed], dense(g_last), dense(g_past)
         self._run(
-            "mixes_backward", self._rows(rows, x, mixing, eps, of_before), x, handed_in, weight, bias, _pointers(mixing),
-            _pointers(g_mixed), g_last, g_past, g_x, g_handed_in, partial, g_parameters,
+            "mixes_backward", self._rows(rows, x, mixing, eps, of_before), x, handed_in, weight, bias, pointers(mixing),
+            pointers(g_mixed), g_last, g_past, g_x, g_handed_in, partial, g_parameters,
         )
         g_weight, g_bias, *g_mixing = g_parameters.view(-1, x.shape[1]).unbind()
         return g_x, g_handed_in, g_weight, g_bias, *(g.view(shape) for g, shape in zip(g_mixing, shapes, strict=True))
@@ -146,13 +147,13 @@ class CommonFunctions:
 
     def _rows(self, rows: "Rows", x: Tensor, mixing: Sequence[Tensor], eps: float, of_before: bool) -> RowsCall:
         indices = (index.data_ptr() for index in rows[:4])
-        return RowsCall(_where(x), *x.shape, rows.n_roots, rows.last_rows.numel(), len(mixing), self._strip, of_before, eps, *indices)
+        return RowsCall(where(x), *x.shape, rows.n_roots, rows.last_rows.numel(), len(mixing), self._strip, of_before, eps, *indices)
 
     def _heads(self, y: Tensor, eps: float) -> HeadsCall:
-        return HeadsCall(_where(y), *y.shape, self._strip, eps)
+        return HeadsCall(where(y), *y.shape, self._strip, eps)
 
     def _flat(self, x: Tensor) -> FlatCall:
-        return FlatCall(_where(x), x.numel())
+        return FlatCall(where(x), x.numel())
 
     def _sums(self, like: Tensor, n_rows: int, width: int) -> tuple[Tensor, Tensor]:
         """Gradients of parameters side by side, and what each strip of rows adds to them."""
@@ -164,7 +165,8 @@ class CommonFunctions:
             raise RuntimeError(f"{function}: {self.library.kernels_error(code).decode()} (CUDA error {code})")
 
 
-def _where(x: Tensor) -> Where:
+def where(x: Tensor) -> Where:
+    """Where a call on x runs, and its type."""
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
     return Where(stream, torch.get_num_threads(), DTYPES[x.dtype])
 
@@ -181,10 +183,11 @@ def _fit(
     if handed_in is not None and (handed_in.shape != (rows.n_roots, n_channels) or handed_in.dtype != x.dtype):
         raise ValueError(f"handed_in is {handed_in.dtype} {tuple(handed_in.shape)}, beside {rows.n_roots} roots and x {tuple(x.shape)}")
     weight, bias, *mixing = (parameter(p, x) for p in (weight, bias, *mixing))
-    return x.contiguous(), _dense(handed_in), weight, bias, mixing
+    return x.contiguous(), dense(handed_in), weight, bias, mixing
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
+def dense(x: Tensor | None) -> Tensor | None:
+    """As the library takes it."""
     return None if x is None else x.contiguous()
 
 
@@ -194,7 +197,7 @@ def parameter(p: Tensor, x: Tensor) -> Tensor:
     return p if p.dtype == dtype and p.is_contiguous() else p.to(dtype).contiguous()
 
 
-def _pointers(tensors: Iterable[Tensor | None]) -> ctypes.Array:
+def pointers(tensors: Iterable[Tensor | None]) -> ctypes.Array:
     """An array of them; the caller keeps the tensors alive meanwhile."""
     found = [None if x is None else x.data_ptr() for x in tensors]
     return (_pointer * len(found))(*found)

@@ -10,7 +10,7 @@ from rwkv_dpo.kernels.build import SOURCES, BuildError, load_library
 from rwkv_dpo.kernels.compilers import cpp_recipe
 from rwkv_dpo.kernels.cpp import CFLAGS
 from rwkv_dpo.kernels.fused.compiled import ENTRY_POINTS
-from rwkv_dpo.kernels.fused.compiled_rwkv7 import Functions
+from rwkv_dpo.kernels.fused.compiled_newer import Functions
 from rwkv_dpo.kernels.fused.parity import comparison
 
 SOURCE = SOURCES / "fused_cpu.cpp"

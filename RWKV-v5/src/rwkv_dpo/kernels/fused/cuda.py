@@ -11,7 +11,7 @@ from rwkv_dpo.kernels.agreement import agreement as agreement_of
 from rwkv_dpo.kernels.build import SOURCES, EntryPoint
 from rwkv_dpo.kernels.cuda_library import cannot_run_because, load_kernels
 from rwkv_dpo.kernels.fused.compiled import ENTRY_POINTS
-from rwkv_dpo.kernels.fused.compiled_rwkv7 import Functions
+from rwkv_dpo.kernels.fused.compiled_newer import Functions
 from rwkv_dpo.kernels.fused.parity import comparison
 
 SOURCE = SOURCES / "fused_cuda.cu"

@@ -11,7 +11,7 @@ from rwkv_dpo.kernels.fused import plain
 
 # Of two roots of 5 and 3 rows, and a child of the first with 4: each row's predecessor, roots beyond the rows, and the segments' last rows.
 _BEFORE, _LAST, _N_ROOTS = (12, 0, 1, 2, 3, 13, 5, 6, 4, 8, 9, 10), (4, 7, 11), 2
-_HEADS, _HEAD_SIZE, _MIXES, _EPS = 2, 64, 4, 1e-5
+_HEADS, _HEAD_SIZE, _MIXES, _TOKEN_MIXES, _EPS = 2, 64, 4, 5, 1e-5
 
 
 def comparison(functions: Any, device: torch.device) -> Compare:
@@ -45,7 +45,10 @@ def _results(functions: Any, dtype: torch.dtype, device: torch.device) -> dict[s
     bonus = (gated[0], value, *(rows(n_rows, _HEADS, _HEAD_SIZE) for _ in range(3)), parameter(), parameter(), parameter(), _EPS)
     blended, log_w = (x, value, rows(n_rows, width), parameter()), functions.log_decay(x, parameter())
     past = functions.mixes(*entry, of_before=True)[0]
+    tokens = (x, value, rows(_TOKEN_MIXES, n_rows, width), [parameter() for _ in range(_TOKEN_MIXES)])
     results = {
+        "token_mixes": [functions.token_mixes(*tokens)],
+        "gradients of token_mixes": functions.token_mixes_gradients(*tokens, [*rows(_TOKEN_MIXES, n_rows, width)]),
         "mixes of before": [past], "log_decay": [log_w],
         "gradients of mixes of before": functions.mixes_gradients(*entry, [*rows(_MIXES, n_rows, width)], None, None, of_before=True),
         "delta_keys": functions.delta_keys(*delta), "gradients of delta_keys": functions.delta_keys_gradients(*delta, x, value, grad),

@@ -86,6 +86,23 @@ def sigmoid_gate_gradients(gate: Tensor, value: Tensor, g_out: Tensor) -> tuple[
     return g_out * value * opened * (1 - opened), g_out * opened
 
 
+def token_mixes(own: Tensor, before: Tensor, adds: Tensor, mixing: Sequence[Tensor]) -> Tensor:
+    """See rwkv_dpo.kernels.fused."""
+    shares = adds + torch.stack([mix.view(1, -1).to(own.dtype) for mix in mixing])
+    return torch.lerp(own, before, shares)
+
+
+def token_mixes_gradients(
+    own: Tensor, before: Tensor, adds: Tensor, mixing: Sequence[Tensor], g_mixed: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """See rwkv_dpo.kernels.fused: of own, before, adds, and of each of mixing."""
+
+    def run(own: Tensor, before: Tensor, adds: Tensor, *mixing: Tensor) -> list[Tensor]:
+        return [*token_mixes(own, before, adds, mixing)]
+
+    return _gradients(run, (own, before, adds, *mixing), g_mixed)
+
+
 def delta_keys(k: Tensor, a: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """See rwkv_dpo.kernels.fused."""
     a0, k_k, k_a = (p.view(-1).to(k.dtype) for p in (a0, k_k, k_a))

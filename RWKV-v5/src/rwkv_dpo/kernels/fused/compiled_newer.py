@@ -1,14 +1,35 @@
-"""RWKV-7's own functions of a block by a compiled library."""
+"""RWKV-6's and RWKV-7's own functions of a block by a compiled library."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rwkv_dpo.kernels.fused.compiled import CommonFunctions, parameter
+from rwkv_dpo.kernels.fused.compiled import CommonFunctions, RowsCall, dense, parameter, pointers, where
 from rwkv_dpo.kernels.fused.plain import LEAST_LENGTH
 
 
 class Functions(CommonFunctions):
     """All of rwkv_dpo.kernels.fused, by name, by one library."""
+
+    def token_mixes(self, own: Tensor, before: Tensor, adds: Tensor, mixing: Sequence[Tensor]) -> Tensor:
+        """See rwkv_dpo.kernels.fused."""
+        (own, before), adds, mixing = _rows(own, before), adds.contiguous(), _parameters(own, *mixing)
+        mixed = torch.empty_like(adds)
+        self._run("token_mixes_forward", self._mixes(own, adds, mixing), own, before, adds, pointers(mixing), mixed)
+        return mixed
+
+    def token_mixes_gradients(
+        self, own: Tensor, before: Tensor, adds: Tensor, mixing: Sequence[Tensor], g_mixed: Sequence[Tensor | None]
+    ) -> tuple[Tensor, ...]:
+        """See rwkv_dpo.kernels.fused: of own, before, adds, and of each of mixing."""
+        shapes = [mix.shape for mix in mixing]
+        (own, before), adds, mixing = _rows(own, before), adds.contiguous(), _parameters(own, *mixing)
+        grads, found = [dense(g) for g in g_mixed], [torch.empty_like(x) for x in (own, before, adds)]
+        sums, partial = self._sums(mixing[0], len(own), len(mixing) * own.shape[1])
+        given = (own, before, adds, pointers(mixing), pointers(grads))
+        self._run("token_mixes_backward", self._mixes(own, adds, mixing), *given, *found, partial, sums)
+        return *found, *(g.view(shape) for g, shape in zip(sums.view(len(mixing), -1).unbind(), shapes, strict=True))
 
     def delta_keys(self, k: Tensor, a: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
         """See rwkv_dpo.kernels.fused."""
@@ -65,6 +86,11 @@ class Functions(CommonFunctions):
         g_w0, partial = self._sums(log_w, len(log_w), log_w.shape[1])
         self._run("log_decay_backward", self._heads(_heads_of(g_x), 0.0), log_w, g_out.contiguous(), g_x, partial, g_w0)
         return g_x, g_w0
+
+    def _mixes(self, own: Tensor, adds: Tensor, mixing: Sequence[Tensor]) -> RowsCall:
+        if adds.shape != (len(mixing), *own.shape) or adds.dtype != own.dtype:
+            raise ValueError(f"{len(mixing)} mixes of rows {tuple(own.shape)} beside what is added to them, {tuple(adds.shape)}")
+        return RowsCall(where(own), *own.shape, 0, 0, len(mixing), self._strip)
 
     def _backward(
         self, function: str, heads: Tensor, eps: float, given: list[Tensor], shaped: tuple[Tensor, ...], parameters: list[Tensor],

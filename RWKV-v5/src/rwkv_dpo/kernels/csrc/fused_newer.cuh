@@ -1,8 +1,69 @@
-// What RWKV-7 has of its own between its matrix products, on NVIDIA GPUs; a part of fused_cuda.cu. The same functions for CPUs, written to
-// be read first, are in fused_rwkv7.h.
+// What RWKV-6 and RWKV-7 have of their own between their matrix products, on NVIDIA GPUs; a part of fused_cuda.cu. The same functions for CPUs, written to
+// be read first, are in fused_newer.h.
 #pragma once
 
 namespace {
+
+constexpr int kTokenMixes = 5;  // of w, k, v, r and g
+
+// The tensors of a token_mixes call.
+template <class T>
+struct Shares {
+    const T *own, *before, *adds;
+    const float* mixing[kTokenMixes];
+    const T* g_mixed[kTokenMixes];
+};
+
+template <class T, int THREADS>
+__global__ void __launch_bounds__(THREADS, kBlocks<THREADS>) token_mixes_out(Rows c, Shares<T> t, T* mixed) {
+    const int column = threadIdx.x * 4, n = c.n_channels, first = blockIdx.x * c.strip;
+    if (column >= n) return;
+#pragma unroll 1
+    for (int row = first; row < min(c.n_rows, first + c.strip); ++row) {
+        const Quad<float> own = load(t.own + int64_t(row) * n + column), before = load(t.before + int64_t(row) * n + column);
+#pragma unroll
+        for (int m = 0; m < kTokenMixes; ++m) {
+            const int64_t at = (int64_t(m) * c.n_rows + row) * n + column;
+            const Quad<float> mix = load(t.mixing[m] + column), add = load(t.adds + at);
+            Quad<float> out;
+            for (int q = 0; q < 4; ++q) out.at[q] = own.at[q] + (before.at[q] - own.at[q]) * (mix.at[q] + add.at[q]);
+            store(mixed + at, out);
+        }
+    }
+}
+
+template <class T, int THREADS>
+__global__ void __launch_bounds__(THREADS, kBlocks<THREADS>)
+    token_mixes_back(Rows c, Shares<T> t, T* g_own, T* g_before, T* g_adds, float* partial) {
+    const int column = threadIdx.x * 4, n = c.n_channels, first = blockIdx.x * c.strip;
+    if (column >= n) return;
+    Sums<kTokenMixes, THREADS <= kFewThreads> sums(partial + int64_t(blockIdx.x) * kTokenMixes * n + column, n, true);
+#pragma unroll 1
+    for (int row = first; row < min(c.n_rows, first + c.strip); ++row) {
+        const Quad<float> own = load(t.own + int64_t(row) * n + column), before = load(t.before + int64_t(row) * n + column);
+        Quad<float> to_own{}, to_before{};
+#pragma unroll
+        for (int m = 0; m < kTokenMixes; ++m) {
+            const int64_t at = (int64_t(m) * c.n_rows + row) * n + column;
+            Quad<float> along{};
+            if (t.g_mixed[m] != nullptr) {
+                const Quad<float> grad = load(t.g_mixed[m] + int64_t(row) * n + column);
+                const Quad<float> mix = load(t.mixing[m] + column), add = load(t.adds + at);
+                for (int q = 0; q < 4; ++q) {
+                    const float share = mix.at[q] + add.at[q];
+                    along.at[q] = grad.at[q] * (before.at[q] - own.at[q]);
+                    to_own.at[q] += grad.at[q] - grad.at[q] * share;
+                    to_before.at[q] += grad.at[q] * share;
+                }
+            }
+            store(g_adds + at, along);
+            sums.add(m, along);
+        }
+        store(g_own + int64_t(row) * n + column, to_own);
+        store(g_before + int64_t(row) * n + column, to_before);
+    }
+    sums.finish();
+}
 
 // Of a head's k * k_k, four channels of which this thread has: 1 / its length, and whether that is long enough to be a length at all.
 struct Length {
@@ -272,6 +333,17 @@ cudaError_t totals(cudaError_t error, const Heads& c, int n_vectors, const void*
 const float* floats(const void* x) { return static_cast<const float*>(x); }
 
 template <class T>
+Shares<T> shares_of(const Rows& c, const void* own, const void* before, const void* adds, const void* const* mixing,
+                    const void* const* g_mixed) {
+    Shares<T> t{static_cast<const T*>(own), static_cast<const T*>(before), static_cast<const T*>(adds), {}, {}};
+    for (int m = 0; m < c.n_mixes; ++m) {
+        t.mixing[m] = floats(mixing[m]);
+        t.g_mixed[m] = g_mixed == nullptr ? nullptr : static_cast<const T*>(g_mixed[m]);
+    }
+    return t;
+}
+
+template <class T>
 Bonus<T> bonus_call(const void* y, const void* gate, const void* r, const void* k, const void* v, const void* r_k, const void* weight,
                     const void* bias) {
     return {static_cast<const T*>(y), static_cast<const T*>(gate), static_cast<const T*>(r), static_cast<const T*>(k),
@@ -279,6 +351,34 @@ Bonus<T> bonus_call(const void* y, const void* gate, const void* r, const void* 
 }
 
 }  // namespace
+
+extern "C" int token_mixes_forward(const Rows* c, const void* own, const void* before, const void* adds, const void* const* mixing,
+                                   void* mixed) {
+    return with_type(c->where.dtype, [=](auto type) {
+        using T = decltype(type);
+        if (c->n_mixes != kTokenMixes) return cudaErrorInvalidConfiguration;
+        const auto t = shares_of<T>(*c, own, before, adds, mixing, nullptr);
+        const int threads = threads_for(c->n_channels);
+        const auto kernel = threads <= kFewThreads ? token_mixes_out<T, kFewThreads> : token_mixes_out<T, kManyThreads<T>>;
+        return launch(kernel, n_strips(c->n_rows, c->strip), threads, stream_of(*c), *c, t, static_cast<T*>(mixed));
+    });
+}
+
+extern "C" int token_mixes_backward(const Rows* c, const void* own, const void* before, const void* adds, const void* const* mixing,
+                                    const void* const* g_mixed, void* g_own, void* g_before, void* g_adds, void* partial,
+                                    void* g_parameters) {
+    return with_type(c->where.dtype, [=](auto type) {
+        using T = decltype(type);
+        if (c->n_mixes != kTokenMixes) return cudaErrorInvalidConfiguration;
+        const auto t = shares_of<T>(*c, own, before, adds, mixing, g_mixed);
+        const int threads = threads_for(c->n_channels), n_parts = n_strips(c->n_rows, c->strip), width = kTokenMixes * c->n_channels;
+        const auto kernel = threads <= kFewThreads ? token_mixes_back<T, kFewThreads> : token_mixes_back<T, kManyThreads<T>>;
+        const cudaError_t error = launch(kernel, n_parts, threads, stream_of(*c), *c, t, static_cast<T*>(g_own),
+                                         static_cast<T*>(g_before), static_cast<T*>(g_adds), static_cast<float*>(partial));
+        if (error != cudaSuccess) return error;
+        return total(stream_of(*c), static_cast<const float*>(partial), n_parts, width, static_cast<float*>(g_parameters));
+    });
+}
 
 extern "C" int delta_keys_forward(const Heads* c, const void* k, const void* a, const void* a0, const void* k_k, const void* k_a, void* key,
                                   void* taken, void* put_back) {

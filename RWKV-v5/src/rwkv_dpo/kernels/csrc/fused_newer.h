@@ -1,4 +1,4 @@
-// What RWKV-7 has of its own between its matrix products, for CPUs; a part of fused_cpu.cpp.
+// What RWKV-6 and RWKV-7 have of their own between their matrix products, for CPUs; a part of fused_cpu.cpp.
 #pragma once
 
 namespace {
@@ -25,6 +25,66 @@ void over_rows(const Heads& c, F f) {
 #pragma omp parallel for schedule(static) num_threads(c.where.n_threads)
     for (int row = 0; row < c.n_rows; row++) f(row);
 }
+
+template <class T> struct TokenMixes {
+    using R = Real<T>;
+
+    static void forward(const Rows& c, const T* own, const T* before, const T* adds, const R* const* mixing, T* mixed) {
+        const int n = c.n_channels;
+#pragma omp parallel for schedule(static) num_threads(c.where.n_threads)
+        for (int row = 0; row < c.n_rows; row++) {
+            const T *a = own + int64_t(row) * n, *b = before + int64_t(row) * n;
+            for (int m = 0; m < c.n_mixes; m++) {
+                const int64_t at = (int64_t(m) * c.n_rows + row) * n;
+                const R* mix = mixing[m];
+#pragma omp simd
+                for (int i = 0; i < n; i++)
+                    mixed[at + i] = narrow<T>(wide(a[i]) + (wide(b[i]) - wide(a[i])) * (mix[i] + wide(adds[at + i])));
+            }
+        }
+    }
+
+    static void backward(const Rows& c, const T* own, const T* before, const T* adds, const R* const* mixing, const T* const* g_mixed,
+                         T* g_own, T* g_before, T* g_adds, R* partial, R* g_parameters) {
+        const int n = c.n_channels, width = c.n_mixes * n;
+#pragma omp parallel num_threads(c.where.n_threads)
+        {
+            std::vector<R> of_own(n), of_before(n);
+#pragma omp for schedule(dynamic)
+            for (int strip = 0; strip < n_strips(c.n_rows, c.strip); strip++) {
+                R* sum = partial + int64_t(strip) * width;
+                std::memset(sum, 0, sizeof(R) * width);
+                for (int row = strip * c.strip; row < std::min(c.n_rows, (strip + 1) * c.strip); row++) {
+                    const T *a = own + int64_t(row) * n, *b = before + int64_t(row) * n;
+                    R *to_own = of_own.data(), *to_before = of_before.data();
+                    std::memset(to_own, 0, sizeof(R) * n);
+                    std::memset(to_before, 0, sizeof(R) * n);
+                    for (int m = 0; m < c.n_mixes; m++) {
+                        const int64_t at = (int64_t(m) * c.n_rows + row) * n;
+                        if (!g_mixed[m]) {
+                            for (int i = 0; i < n; i++) g_adds[at + i] = narrow<T>(0);
+                            continue;
+                        }
+                        const T* from = g_mixed[m] + int64_t(row) * n;
+                        const R* mix = mixing[m];
+                        R* g_mix = sum + int64_t(m) * n;
+#pragma omp simd
+                        for (int i = 0; i < n; i++) {
+                            const R grad = wide(from[i]), share = mix[i] + wide(adds[at + i]), along = grad * (wide(b[i]) - wide(a[i]));
+                            to_own[i] += grad - grad * share;
+                            to_before[i] += grad * share;
+                            g_adds[at + i] = narrow<T>(along);
+                            g_mix[i] += along;
+                        }
+                    }
+                    const int64_t at = int64_t(row) * n;
+                    for (int i = 0; i < n; i++) g_own[at + i] = narrow<T>(to_own[i]), g_before[at + i] = narrow<T>(to_before[i]);
+                }
+            }
+        }
+        add_up(partial, n_strips(c.n_rows, c.strip), width, g_parameters);
+    }
+};
 
 template <class T> struct DeltaKeys {
     using R = Real<T>;
@@ -227,6 +287,30 @@ template <class T> struct LogDecay {
 }  // namespace
 
 // Parameters, their gradients, partial sums and log w are fp32, or double for double.
+extern "C" int token_mixes_forward(const Rows* c, const void* own, const void* before, const void* adds, const void* const* mixing,
+                                   void* mixed) {
+    with_type(c->where.dtype, [=](auto type) {
+        using T = decltype(type);
+        TokenMixes<T>::forward(*c, static_cast<const T*>(own), static_cast<const T*>(before), static_cast<const T*>(adds),
+                               reinterpret_cast<const Real<T>* const*>(mixing), static_cast<T*>(mixed));
+    });
+    return 0;
+}
+
+extern "C" int token_mixes_backward(const Rows* c, const void* own, const void* before, const void* adds, const void* const* mixing,
+                                    const void* const* g_mixed, void* g_own, void* g_before, void* g_adds, void* partial,
+                                    void* g_parameters) {
+    with_type(c->where.dtype, [=](auto type) {
+        using T = decltype(type);
+        using R = Real<T>;
+        TokenMixes<T>::backward(*c, static_cast<const T*>(own), static_cast<const T*>(before), static_cast<const T*>(adds),
+                                reinterpret_cast<const R* const*>(mixing), reinterpret_cast<const T* const*>(g_mixed),
+                                static_cast<T*>(g_own), static_cast<T*>(g_before), static_cast<T*>(g_adds), static_cast<R*>(partial),
+                                static_cast<R*>(g_parameters));
+    });
+    return 0;
+}
+
 extern "C" int delta_keys_forward(const Heads* c, const void* k, const void* a, const void* a0, const void* k_k, const void* k_a, void* key,
                                   void* taken, void* put_back) {
     with_type(c->where.dtype, [=](auto type) {
