@@ -79,9 +79,9 @@ def test_two_checkpoints_answer_as_chat_has_them_do(inputs, tmp_path, monkeypatc
                                  "--system", "Be kind.", *SAMPLING))))  # fmt: skip
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         assert {row["prompt"]: row["answers"] for row in rows} == {card.question.prompt: [card.answers[i]] for card in cards}
-    assert capsys.readouterr().out.endswith("2 votes are kept; the same command goes on where it was\n")
+    assert capsys.readouterr().out.endswith("2 votes are kept; the same command continues where it was\n")
 
-    # The same command goes on, and no model is loaded for it.
+    # The same command continues, and no model is loaded for it.
     monkeypatch.setattr(answering, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     run(monkeypatch, *given, *SAMPLING, "--system", "Be kind.", typed=("b", "e"))
     result = json.loads((tmp_path / "f" / "result.json").read_text())
@@ -226,7 +226,7 @@ def test_a_signal_ends_voting_in_a_line_that_says_what_is_kept(answers, tmp_path
     told = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number
     by = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-    assert told == (f"blindtest.py: stopped by {by}: what is there is kept, every vote with it; the same command goes on where it was\n")
+    assert told == (f"blindtest.py: stopped by {by}: answers and votes so far are kept; the same command continues where it was\n")
     assert done == [1, 2]
     assert len((tmp_path / "f" / "votes.jsonl").read_text().splitlines()) == 2
 
@@ -297,9 +297,9 @@ def test_faults_are_named(inputs, answers, tmp_path, monkeypatch):
     base, models = inputs / "base.pth", ("--load_model", inputs / "base.pth", inputs / "tuned.pth")
     for given, told in (
         ((), r"--load_model A\.pth B\.pth, .* or --answers"),
-        (("--load_model", base), "--load_model: 1 checkpoints, and 2 are judged"),
-        ((*models, base), "--load_model: 3 checkpoints, and 2 are judged"),
-        ((*models, "--peft_load", inputs / "adapter-final"), "--load_model: 2 checkpoints, and 1 is judged"),
+        (("--load_model", base), "--load_model: 1 checkpoints; accepted are 2, or 1 with --peft_load"),
+        ((*models, base), "--load_model: 3 checkpoints; accepted are 2, or 1 with --peft_load"),
+        ((*models, "--peft_load", inputs / "adapter-final"), "--load_model: 2 checkpoints; accepted are 1, the base of the adapter"),
         (("--load_model", base, base), "the same model twice"),
         (("--load_model", base, tmp_path / "small.pth"), r"small\.pth: text becomes tokens .*, 65536 of them; it has a vocabulary of 61"),
         (("--load_model", base, tmp_path / "large.pth"), r"vocabularies of different sizes: 65536 of .*base\.pth, 65544 of .*large\.pth"),

@@ -99,8 +99,8 @@ def test_faults_are_named(checkpoint, tmp_path):
         (("--prompts", tmp_path / "none.txt"), "none.txt: cannot be read: No such file"),
         (("--prompts", tmp_path / "rows.jsonl"), "rows.jsonl: line 2: has no text in a field 'prompt'"),
         (("--prompts", tmp_path / "torn.jsonl"), "torn.jsonl: line 1: not JSON"),
-        (("--prompt", "a", "--prompts", "b"), "--prompt and --prompts: either of them"),
-        (("--out", "b"), "--out: is for --prompt and --prompts"),
+        (("--prompt", "a", "--prompts", "b"), "--prompt and --prompts: only one of them"),
+        (("--out", "b"), "--out needs --prompt or --prompts"),
         (("--top_p", 2), "--top_p 2.0: 0 to 1 is accepted"),
         (("--load_model", small), "small.pth: text becomes tokens of the World tokenizer, 65536 of them; it has a vocabulary of 61"),
     ):

@@ -157,7 +157,7 @@ def test_a_full_disk_is_one_line_and_the_old_corpus_stays(make_data, tmp_path, l
 def test_a_corpus_that_reads_back_as_another_text_is_told(source, monkeypatch):
     monkeypatch.chdir(source.parent)
     monkeypatch.setattr(script.WorldTokenizer, "decode", lambda self, ids: "something else")
-    with pytest.raises(InputError, match=r"demo.bin: document \d reads back as another text"):
+    with pytest.raises(InputError, match=r"demo.bin: document \d reads back as a different text"):
         script.main(["demo.jsonl"])
 
 
@@ -198,6 +198,6 @@ def test_a_corpus_too_short_for_a_magic_prime_says_so_and_prints_none():
     assert script.flags_of(12, 4) == ["--my_exit_tokens 12 --magic_prime 2 --ctx_len 4"]
     assert script.flags_of(11, 4) == [
         "--my_exit_tokens 11 --ctx_len 4",
-        "no --magic_prime: it takes 3 windows or more, and these tokens are 2 of 4",
+        "no --magic_prime: it needs at least 3 windows, and there are 2 of 4 tokens",
     ]
-    assert script.flags_of(4, 4) == ["4 tokens are less than one window of 4: train.py takes a --ctx_len of up to 3"]
+    assert script.flags_of(4, 4) == ["4 tokens are less than one window of 4: use train.py with --ctx_len 3 or less"]

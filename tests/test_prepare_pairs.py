@@ -199,7 +199,7 @@ def test_what_other_flags_made_is_kept_until_overwrite_and_what_is_lost_is_told(
 
     assert "warning:" not in run().err
     first = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
-    assert "out holds the pair files that these flags make; --overwrite 1 makes them anew" in run().out
+    assert "out holds the pair files that these flags make; --overwrite 1 makes them again" in run().out
     for flags in (["--seed", 1], ["--original_format", 1], ["--ctx_len", 8]):
         with pytest.raises(InputError, match=r"out holds pair files that these settings don't make \(.*\): --overwrite 1 replaces them"):
             run(*flags)
@@ -208,7 +208,7 @@ def test_what_other_flags_made_is_kept_until_overwrite_and_what_is_lost_is_told(
     told = run("--ctx_len", 8, "--overwrite", 1, "--valid_ratio", 1e-9).err
     assert "warning: 28 of 40 rows were dropped: prompt does not fit\n" in told
     assert "warning: 11 of 11 pairs lost the beginning of their prompt to a ctx_len of 8\n" in told
-    assert f"warning: {folder}/out/validset.save will hold no pair: none of the " in told
+    assert f"warning: {folder}/out/validset.save will be empty: none of the " in told
     assert sum(map(len, load_splits(folder / "out"))) == 11
 
 
@@ -297,7 +297,7 @@ def test_it_starts_as_a_program():
         (["--source", "empty.json"], "empty.json: no usable pair among its 0 rows"),
         (["--ctx_len", "1"], "--ctx_len 1: at least 2 is accepted"),
         (["--batch_tokens", "0"], "--batch_tokens 0: at least 1 is accepted"),
-        (["--valid_ratio", "0.6", "--test_ratio", "0.4"], "--valid_ratio 0.6 --test_ratio 0.4: neither below 0, together below 1"),
+        (["--valid_ratio", "0.6", "--test_ratio", "0.4"], "--valid_ratio 0.6 --test_ratio 0.4: neither may be below 0"),
         (["--valid_ratio", "nan"], "--valid_ratio nan"),
         (["--out_dir", "bad.json"], "--out_dir bad.json: cannot be made: File exists"),
     ],

@@ -45,7 +45,7 @@ CASES = {
                               ("rwkv_dpo.data.spool:Spool.__getitem__", 3), "nothing was written", []),
     "scoring": ("prepare_pairs.py", "--source {inputs}/pairs.json --load_model {inputs}/model.pth --out_dir {out} --batch_tokens 16 "
                 "--device cpu --wkv_backend reference --templates chat",
-                ("rwkv_dpo.evaluation.reference:score_batch", 3), "the same command goes on where it was", ["reference.journal"]),
+                ("rwkv_dpo.evaluation.reference:score_batch", 3), "the same command continues where it was", ["reference.journal"]),
     "evaluating": ("evaluate.py", "--load_model {inputs}/model.pth --pairs {inputs}/test.save --out {out}/report.json --batch_tokens 16 "
                    "--device cpu --wkv_backend reference",
                    ("rwkv_dpo.evaluation.scoring:score_batch", 3), "nothing was written", []),

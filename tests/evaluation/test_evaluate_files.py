@@ -185,7 +185,7 @@ REFUSED = {
     ),
     "a prompt of nothing": (["--prompt", "Why?", " "], r"^--prompt: takes texts, each of them once$"),
     "a prompt twice": (["--prompt", "Why?", "Why?"], r"^--prompt: takes texts, each of them once$"),
-    "a plot without pairs": (["--plot", "r.png"], r"^--plot: draws what pairs give; --pairs names them$"),
+    "a plot without pairs": (["--plot", "r.png"], r"^--plot draws results on pairs, which --pairs names$"),
     "a plot of another kind": (["--plot", "r.pdf", "--pairs", "a.save"], r"^--plot .*r\.pdf: a \.png file is written$"),
     "a plot nowhere": (["--plot", "nowhere/r.png", "--pairs", "a.save"], r"^--plot .*r\.png: its folder does not exist$"),
     "a name that is too long": (["--out", "x" * 300 + "/r.json"], r"^--out x+/r\.json: its folder does not exist$"),

@@ -35,7 +35,7 @@ def test_a_signal_to_all_processes_of_a_gpu_run_saves_and_ends_well(data, tmp_pa
     wait_until(lambda: steps_written(out) >= 3, [process], log)
     os.killpg(process.pid, number)
     assert lives.end([process], log) == [0], log.read_text()
-    assert "the same command goes on (--resume auto)" in log.read_text()
+    assert "the same command continues (--resume auto)" in log.read_text()
     assert 3 <= steps_written(out) < 300
     assert [path.name for path in (out / "last").iterdir() if path.suffix == ".pth"] == [f"step-{steps_written(out)}.pth"]
 
@@ -45,7 +45,7 @@ PHASES = {
     "scoring the reference": ("rwkv_dpo.training.reference:score_batch", 2),
     "the check before the first step": ("rwkv_dpo.training.reference_check:score_pairs", 1),
 }
-STOPPED = "no step was over yet and nothing was saved; the same command starts again"
+STOPPED = "no step was finished and nothing was saved; the same command starts again"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

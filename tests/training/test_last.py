@@ -52,7 +52,7 @@ def test_a_run_is_saved_between_steps_and_stops_anywhere_but_after_its_last_step
                 stopped.append((step, where, halted.message))
     within = [(step, "step") for step in range(1, 36) if step % 12 and (stops or (save_every and step % save_every == 0))]
     assert saved == sorted([*within, (12, "epoch"), (24, "epoch")])
-    said = "stopped after step {} of 36; the same command goes on (--resume auto)"
+    said = "stopped after step {} of 36; the same command continues (--resume auto)"
     assert stopped == [(step, where, said.format(step)) for step, where in saved if stops]
 
 

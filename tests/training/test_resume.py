@@ -186,7 +186,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(data, tmp_path, li
 def test_sigterm_saves_and_exits_well_and_the_same_command_goes_on(data, tmp_path, whole, caplog, step):
     caplog.set_level("INFO")
     run_until(step, flags(data, tmp_path / "out"))
-    assert "the same command goes on (--resume auto)" in caplog.text
+    assert "the same command continues (--resume auto)" in caplog.text
     assert not (tmp_path / "out" / "rwkv-final.pth").exists()
     assert steps_written(tmp_path / "out") < N_STEPS
     train.main(flags(data, tmp_path / "out"))
@@ -219,7 +219,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(data, tmp_p
             assert all(run.is_alive() for run in processes), log.read_text()
         os.kill(processes[rank].pid, signal.SIGTERM)
         assert lives.end(processes, log) == [0, 0], log.read_text()
-    assert log.read_text().count("the same command goes on") == 2
+    assert log.read_text().count("the same command continues") == 2
     lives.trained(flags(data, tmp_path / "out", **TWO), log, 2)
     assert_same(tmp_path / "out", lived(2))
 
@@ -338,7 +338,7 @@ def test_a_full_disk_stops_the_run_and_the_last_good_checkpoint_is_named_and_int
     named = str(error.value).rsplit(" ", 1)[1]
     assert fault_of(named) == ""
     assert not list(out.glob("**/.*"))
-    # With room again, the same command goes on.
+    # With room again, the same command continues.
     subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
     train.main(flags(data, out, save_every=2))
     assert_same(out, whole)

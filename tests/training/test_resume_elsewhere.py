@@ -29,7 +29,7 @@ def test_a_run_goes_on_under_another_strategy_as_if_nothing_had_changed(lives, d
             break
         time.sleep(0.001)
     lives.end(processes, log)
-    assert "the same command goes on" in log.read_text()
+    assert "the same command continues" in log.read_text()
     trained(lives, data, out, **then)
     if then.get("devices") == 3:
         # 3 samples a step instead of 2: another training, but every step is there and the samples follow on.

@@ -60,7 +60,7 @@ def test_the_page_is_written_at_the_start_at_evaluations_at_ends_of_epochs_and_o
 def test_a_resumed_run_shows_all_of_its_steps(data, tmp_path):
     train.main(flags(data, tmp_path / "whole", eval_every=2))
     run_to(3, flags(data, tmp_path / "out", eval_every=2))
-    assert "step 3 of 8, stopped after step 3 of 8; the same command goes on" in page(tmp_path / "out")
+    assert "step 3 of 8, stopped after step 3 of 8; the same command continues" in page(tmp_path / "out")
     train.main(flags(data, tmp_path / "out", eval_every=2))
 
     def curves(folder):

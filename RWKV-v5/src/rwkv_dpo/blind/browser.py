@@ -13,7 +13,7 @@ def judge(ballot: Ballot, listener: socket.socket, opens: bool) -> None:
     """Until the result has been shown. opens: opens a browser, where there is one."""
     site = Site(ballot)
     with serving(site, listener) as address:
-        print(f"{address} asks for votes; Ctrl-C ends this, and the same command goes on where it was", flush=True)
+        print(f"{address} asks for votes; Ctrl-C ends this, and the same command continues where it was", flush=True)
         if opens:
             # From another thread: some browsers keep their caller waiting.
             threading.Thread(target=open_browser, args=(address,), daemon=True).start()

@@ -1,4 +1,4 @@
-"""The folder of one test: by what it is known, so that the same command goes on in it and no other test's votes are mixed in."""
+"""The folder of one test: by what it is known, so that the same command continues in it and no other test's votes are mixed in."""
 
 import json
 import os

@@ -1,11 +1,11 @@
-"""Judge two models blind: their answers side by side, without a word on which is whose, until the result.
+"""Compare two models blind: their answers are shown side by side, and only the result reveals which is whose.
 
     %(prog)s --load_model base.pth out/rwkv-final.pth --folder judged
     %(prog)s --load_model base.pth --peft_load lora/adapter-final --auto testset.save
     %(prog)s --answers base.jsonl tuned.jsonl --terminal 1 --export pairs.jsonl
 
 On the page: left or a (A is better), right or b (B is better), space or = (equal), u (undo), p (pause). Answers and votes are kept in
---folder, and the same command goes on where it was. The result says which model is which, and ends the test.
+--folder, and the same command continues where it was. The result says which model is which and ends the test.
 """
 
 import argparse
@@ -37,17 +37,17 @@ from rwkv_dpo.files.json_text import as_json
 
 RESULT = "result.json"
 PORT = 8477
-# What says nothing to answers that are there already.
+# Flags that have no meaning for existing answers.
 OF_MODELS = (
     "peft_load", "any_base", "questions", "auto", "system", "max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty",
     "repetition_penalty", "penalty_decay", "precision", "wkv_backend", "device",
 )  # fmt: skip
-# What of these the answers depend on, beside models and questions.
+# Those of them that the answers depend on, apart from models and questions.
 OF_ANSWERS = OF_MODELS[4:-2]
 
 
 class Column(NamedTuple):
-    """One of the two: a checkpoint, and the adapter or state on it, if any."""
+    """One of the two models: a checkpoint, and its adapter or state, if any."""
 
     checkpoint: str
     tuned: str = ""
@@ -55,7 +55,7 @@ class Column(NamedTuple):
 
 def run(arguments: Sequence[str]) -> NoReturn:
     """Runs the command, and ends the process with its status."""
-    run_script(lambda: main(arguments), stopped="what is there is kept, every vote with it; the same command goes on where it was")
+    run_script(lambda: main(arguments), stopped="answers and votes so far are kept; the same command continues where it was")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -75,13 +75,13 @@ def main(arguments: Sequence[str]) -> None:
 
             browser.judge(ballot, listener, args.open_browser == 1)
         if not votes.is_ended:
-            print(f"{len(votes.choices)} votes are kept; the same command goes on where it was")
+            print(f"{len(votes.choices)} votes are kept; the same command continues where it was")
             return
         write_end(args, cards, votes.choices, result())
 
 
 def listen_on(port: int) -> socket.socket:
-    """The port of the page, taken now: what keeps it from being had would keep hours of answers waiting."""
+    """The port of the page, opened now: a port in use should be noticed before hours of generating answers."""
     check_package("aiohttp", "--terminal 0", "--terminal 1 needs nothing")
     from rwkv_dpo.blind.server import listen
 
@@ -102,7 +102,7 @@ def from_models(args: argparse.Namespace) -> tuple[list[str], list[Card], Sequen
     cards, names = read_cards(args.folder), labels([*args.load_model, args.peft_load][:2])
     held_out: Sequence[dict[str, float]] = ()
     if not cards or args.auto:
-        # What can be refused is refused before anything is written, and before hours of answers.
+        # Everything that can be refused is refused before anything is written, and before hours of generating answers.
         pairs = open_pairs("auto", args.auto) if args.auto else None
         losses = losses_on(args, columns, pairs) if pairs is not None else ()
         loads = loaders(args, columns, pairs)
@@ -125,7 +125,7 @@ def from_answers(args: argparse.Namespace) -> tuple[list[str], list[Card], Seque
 
 
 def loaders(args: argparse.Namespace, columns: Sequence[Column], pairs: PairSet | None) -> list[Callable[[], Any]]:
-    """What loads each of the models, which can read questions and pairs."""
+    """A loader of each model, after checking that the models can read questions and pairs."""
     from rwkv_dpo.blind.models import vocabulary_of
     from rwkv_dpo.devices.device import pick_device, set_up
     from rwkv_dpo.evaluation.answering import load_speaker
@@ -139,7 +139,7 @@ def loaders(args: argparse.Namespace, columns: Sequence[Column], pairs: PairSet 
 
 
 def answered(args: argparse.Namespace, loads: Sequence[Callable[[], Any]], questions: Sequence[Question]) -> list[Card]:
-    """Has the models answer, and keeps what they say."""
+    """Let the models answer, and keep the answers."""
     from tqdm import tqdm
 
     from rwkv_dpo.blind.models import answer_all, discard_journal
@@ -154,7 +154,7 @@ def answered(args: argparse.Namespace, loads: Sequence[Callable[[], Any]], quest
 
 
 def losses_on(args: argparse.Namespace, columns: Sequence[Column], pairs: PairSet) -> Sequence[Any]:
-    """The preference losses by which each model's margins are told, those of its run; warns of pairs that a model was trained on."""
+    """The preference losses that define each model's margins, from its run; warns of pairs that a model was trained on."""
     from rwkv_dpo.evaluation.origin import doubts_of, objectives, run_of
 
     paths = [column.tuned or column.checkpoint for column in columns]
@@ -165,7 +165,7 @@ def losses_on(args: argparse.Namespace, columns: Sequence[Column], pairs: PairSe
 
 
 def scored(args: argparse.Namespace, loads: Sequence[Callable[[], Any]], losses: Sequence[Any], pairs: PairSet) -> list[dict[str, float]]:
-    """What both models make of the held-out pairs."""
+    """The scores of both models on the held-out pairs."""
     from tqdm import tqdm
 
     from rwkv_dpo.blind.models import score_all
@@ -187,13 +187,13 @@ def write_end(args: argparse.Namespace, cards: Sequence[Card], choices: dict[int
 
 
 def labels(paths: Sequence[str | Path]) -> list[str]:
-    """The last two parts of each path, or all of it where these are the same."""
+    """The last two parts of each path, or the whole path if these are the same."""
     short = ["/".join(Path(path).parts[-2:]) for path in paths]
     return short if short[0] != short[1] else list(map(str, paths))
 
 
 def sha256_of(value: Any) -> str:
-    """Of a JSON value."""
+    """The sha256 of a JSON value."""
     return hashlib.sha256(as_json(value).encode()).hexdigest()
 
 
@@ -201,20 +201,20 @@ def build_parser() -> OneLineParser:
     """The flags."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load_model", nargs="+", default=[], help="two checkpoints, or one with --peft_load")
-    parser.add_argument("--peft_load", default="", help="an adapter folder or a state file: judged against the checkpoint without it")
-    parser.add_argument("--any_base", type=int, choices=(0, 1), default=0, help="1: take an adapter of another base model (0)")
-    parser.add_argument("--answers", type=Path, nargs=2, metavar="FILE", help="two files that chat.py --prompts --out wrote, for models")
-    parser.add_argument("--folder", type=Path, default=Path("blindtest"), help="where answers, votes and the result are kept (blindtest)")
-    parser.add_argument("--questions", type=Path, help="a line each, or the field prompt of every line of a .jsonl file (72 of our own)")
-    parser.add_argument("--system", default="", help="a system message before every question")
-    parser.add_argument("--terminal", type=int, choices=(0, 1), default=0, help="1: ask in the terminal, or a pipe (0: on a page)")
-    parser.add_argument("--port", type=int, default=PORT, help=f"of the page on this machine; 0: any free one ({PORT})")
-    parser.add_argument("--open_browser", type=int, choices=(0, 1), default=1, help="0: print the address alone (1)")
+    parser.add_argument("--peft_load", default="", help="an adapter folder or a state file, compared with the checkpoint without it")
+    parser.add_argument("--any_base", type=int, choices=(0, 1), default=0, help="1: accept an adapter of another base model (0)")
+    parser.add_argument("--answers", type=Path, nargs=2, metavar="FILE", help="two files of chat.py --prompts --out, instead of models")
+    parser.add_argument("--folder", type=Path, default=Path("blindtest"), help="folder for answers, votes and the result (blindtest)")
+    parser.add_argument("--questions", type=Path, help="one per line, or the field prompt of every line of a .jsonl file (72 of our own)")
+    parser.add_argument("--system", default="", help="system message before every question")
+    parser.add_argument("--terminal", type=int, choices=(0, 1), default=0, help="1: ask in the terminal or a pipe; 0: on a page (0)")
+    parser.add_argument("--port", type=int, default=PORT, help=f"port of the page on this machine; 0: any free one ({PORT})")
+    parser.add_argument("--open_browser", type=int, choices=(0, 1), default=1, help="0: only print the address (1)")
     parser.add_argument("--export", type=Path, help="at the end, write the votes as preference pairs, for prepare_pairs.py --source")
-    parser.add_argument("--auto", help="held-out pairs (.save), whose accuracy and margin under both models stand beside the votes")
-    parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens of --auto scored at once (8192)")
+    parser.add_argument("--auto", help="held-out pairs (.save); the result adds both models' accuracy and margin on them")
+    parser.add_argument("--batch_tokens", type=int, default=8192, help="number of tokens of --auto scored at once (8192)")
     add_sampling_flags(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of sampling, and of sides and their order (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling, sides and order (0)")
     add_device_flags(parser)
     return parser
 
@@ -233,16 +233,16 @@ def parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def check_sources(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuses anything but two models, or two files of answers."""
+    """Refuse anything except two models or two files of answers."""
     if args.answers:
         for name in ("load_model", *OF_MODELS):
             if getattr(args, name) != parser.get_default(name):
-                refuse(f"--answers and --{name}: the answers are there; --{name} is for models that have to give them")
+                refuse(f"--answers and --{name}: the answers exist already; --{name} is for models that generate them")
         for path in args.answers:
             if not path.is_file():
                 refuse(f"--answers {path}: {'a folder' if path.is_dir() else 'no such file'}")
     elif not args.load_model:
-        refuse("--load_model A.pth B.pth, --load_model A.pth --peft_load ADAPTER or --answers A.jsonl B.jsonl: one of them is needed")
-    elif (n := len(args.load_model)) != (wanted := 1 if args.peft_load else 2):
-        what = "the checkpoint that the adapter belongs to" if args.peft_load else "two, or one with --peft_load"
-        refuse(f"--load_model: {n} checkpoints, and {wanted} {'is' if wanted == 1 else 'are'} judged: {what}")
+        refuse("one of these is needed: --load_model A.pth B.pth, --load_model A.pth --peft_load ADAPTER, --answers A.jsonl B.jsonl")
+    elif (n := len(args.load_model)) != (1 if args.peft_load else 2):
+        what = "1, the base of the adapter" if args.peft_load else "2, or 1 with --peft_load"
+        refuse(f"--load_model: {n} checkpoints; accepted are {what}")

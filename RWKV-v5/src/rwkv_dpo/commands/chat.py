@@ -1,11 +1,11 @@
-"""Talk to a checkpoint, or have it answer prompts.
+"""Chat with a checkpoint, or let it answer prompts.
 
     %(prog)s --load_model out/rwkv-final.pth
     %(prog)s --load_model base.pth --peft_load lora/adapter-final --prompt "Why is the sky blue?"
     %(prog)s --load_model out/rwkv-final.pth --prompts questions.txt --out answers.jsonl --n 4
 
-Within a chat: /reset begins anew, /system TEXT does with a system message, /undo takes the last turn back, /retry asks for another answer,
-/save FILE.jsonl writes the dialogue, /quit leaves.
+Within a chat: /reset starts over, /system TEXT starts over with a system message, /undo removes the last turn, /retry asks for another
+answer, /save FILE.jsonl writes the dialogue, /quit ends the chat.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def answer_all(args: argparse.Namespace, model: Any, prompts: list[str]) -> None
 
 
 def chat(dialogue: Any) -> None:
-    """Until the input ends, or /quit."""
+    """Chat until the input ends, or until /quit."""
     for line in lines():
         command, _, rest = line.strip().partition(" ")
         if command == "/quit":
@@ -85,7 +85,7 @@ def chat(dialogue: Any) -> None:
 
 
 def obey(dialogue: Any, command: str, rest: str) -> Iterator[str]:
-    """What a command has to say, piece by piece. InputError for one that there isn't."""
+    """The output of a command, piece by piece. InputError for an unknown one."""
     if command == "/reset":
         dialogue.reset()
     elif command == "/system":
@@ -106,7 +106,7 @@ def obey(dialogue: Any, command: str, rest: str) -> Iterator[str]:
 
 
 def lines() -> Iterator[str]:
-    """What is typed, with a history and editing in a terminal; blank lines aside."""
+    """The typed lines, except blank ones, with history and editing in a terminal."""
     if sys.stdin.isatty():
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import InMemoryHistory
@@ -126,15 +126,15 @@ def build_parser() -> OneLineParser:
     """The flags."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load_model", required=True, help="the checkpoint")
-    parser.add_argument("--peft_load", default="", help="an adapter folder or a state file on it")
-    parser.add_argument("--any_base", type=int, choices=(0, 1), default=0, help="1: take an adapter of another base model (0)")
-    parser.add_argument("--system", default="", help="a system message to begin with")
-    parser.add_argument("--prompt", default="", help="answer this, and end")
+    parser.add_argument("--peft_load", default="", help="an adapter folder or a state file for it")
+    parser.add_argument("--any_base", type=int, choices=(0, 1), default=0, help="1: accept an adapter of another base model (0)")
+    parser.add_argument("--system", default="", help="system message at the start")
+    parser.add_argument("--prompt", default="", help="answer this prompt and exit")
     parser.add_argument("--prompts", type=Path, help="answer every line of this file, or the field prompt of every line of a .jsonl file")
-    parser.add_argument("--n", type=int, default=1, help="answers to each of them (1)")
-    parser.add_argument("--out", type=Path, help="write prompts and answers to this file, a JSON line each")
+    parser.add_argument("--n", type=int, default=1, help="number of answers to each prompt (1)")
+    parser.add_argument("--out", type=Path, help="write prompts and answers to this file, one JSON object per line")
     add_sampling_flags(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (0)")
     add_quant_flag(parser)
     add_device_flags(parser)
     return parser
@@ -147,7 +147,7 @@ def parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
         refuse(f"--n {args.n}: at least 1 is accepted")
     check_sampling(args)
     if args.prompt and args.prompts:
-        refuse("--prompt and --prompts: either of them is accepted")
+        refuse("--prompt and --prompts: only one of them is accepted")
     if (args.out or args.n > 1) and not (args.prompt or args.prompts):
-        refuse(f"{'--out' if args.out else '--n'}: is for --prompt and --prompts; within a chat /save FILE.jsonl writes the dialogue")
+        refuse(f"{'--out' if args.out else '--n'} needs --prompt or --prompts; within a chat, /save FILE.jsonl writes the dialogue")
     return args

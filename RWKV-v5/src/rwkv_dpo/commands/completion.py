@@ -12,7 +12,7 @@ from rwkv_dpo.commands.door import COMMANDS, build_parser
 
 
 def answer() -> None:
-    """Tells the shell how its line may go on, and ends the process."""
+    """Tell the shell how its line may continue, and end the process."""
     import argcomplete
 
     typed = os.environ["COMP_LINE"].split()[1:]
@@ -27,7 +27,7 @@ def flags_of(command: str) -> OneLineParser:
     if command == "train":
         from rwkv_dpo.run.settings import FLAGS
 
-        # The settings check their values by themselves, so that the parser knows none.
+        # The settings check their own values, so the parser has none.
         for action in parser._actions:
             if action.dest in FLAGS and (choices := [choice for choice in FLAGS[action.dest].choices if choice]):
                 action.choices = choices

@@ -1,10 +1,10 @@
-"""Looks at this machine, and says what a run would take: GPU, driver, compilers, whether each kernel builds and computes here what plain
-PyTorch does, memory, disk; and what to do about each fault.
+"""Check this machine, and show what a run would use: GPU, driver, compilers, whether each kernel builds and agrees with plain PyTorch,
+memory, disk, and how to fix each problem.
 
-    %(prog)s                     what a run of --accelerator auto would take
+    %(prog)s                     what a run with --accelerator auto would use
     %(prog)s --device cpu --json > machine.json
 
-Exit status: 0 when a run works here as fast as this hardware allows, 1 when something is in the way, 2 when --device is not there.
+Exit status: 0 if a run is as fast as this hardware allows, 1 if there is a problem, 2 if --device does not exist.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def run(arguments: Sequence[str]) -> NoReturn:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the command. Raises InputError, and SystemExit where there is a fault."""
+    """Run the command. Raises InputError, and SystemExit if there is a problem."""
     args = parse_flags(arguments)
     from rwkv_dpo.devices.device import pick_device  # torch takes seconds; --help and typing errors don't wait
     from rwkv_dpo.machine.facts import gather
@@ -38,8 +38,8 @@ def main(arguments: Sequence[str]) -> None:
 def build_parser() -> OneLineParser:
     """The flags."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="what to look at kernels for (auto)")
-    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="device to check kernels for (auto)")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
 
 

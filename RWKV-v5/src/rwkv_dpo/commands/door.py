@@ -1,4 +1,4 @@
-"""The door to every command: `rwkv-dpo COMMAND`, and the scripts in RWKV-v5/."""
+"""The entry point of every command: `rwkv-dpo COMMAND`, and the scripts in RWKV-v5/."""
 
 import importlib
 import os
@@ -12,7 +12,7 @@ from rwkv_dpo.base.script import CONSOLE, leave_without, run_script
 
 
 class Command(NamedTuple):
-    """module: of this room, and the name of the script. what: it does, in a line."""
+    """module: in this room, also the name of the script. what: what it does, in one line."""
 
     module: str
     what: str
@@ -20,13 +20,13 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("train", "train a model on a corpus, on preference pairs, or on both"),
-    "prepare": Command("prepare_pairs", "make pair files of a preference data set"),
-    "data": Command("make_data", "make a binidx corpus of text"),
+    "prepare": Command("prepare_pairs", "make pair files from a preference data set"),
+    "data": Command("make_data", "make a binidx corpus from text"),
     "evaluate": Command("evaluate", "compare checkpoints"),
-    "chat": Command("chat", "talk to a checkpoint, or have it answer prompts"),
-    "blindtest": Command("blindtest", "judge two models blind"),
+    "chat": Command("chat", "chat with a checkpoint, or let it answer prompts"),
+    "blindtest": Command("blindtest", "compare two models blind"),
     "export": Command("export", "merge adapters, and convert checkpoints"),
-    "doctor": Command("doctor", "say what a run would take on this machine, and what is in its way"),
+    "doctor": Command("doctor", "show what a run would use on this machine, and what is wrong"),
 }
 
 
@@ -43,7 +43,7 @@ def main() -> NoReturn:
 
 
 def enter(module: str, arguments: Sequence[str]) -> NoReturn:
-    """Runs a command, and ends the process with its status; in one line where a package that it always needs is missing."""
+    """Run a command, and end the process with its status; with one line if a package that it always needs is missing."""
     try:
         command = importlib.import_module(f"rwkv_dpo.commands.{module}")
     except ModuleNotFoundError as error:
@@ -53,7 +53,7 @@ def enter(module: str, arguments: Sequence[str]) -> NoReturn:
 
 
 def build_parser(flags: Mapping[str, OneLineParser] | None = None) -> OneLineParser:
-    """Of rwkv-dpo itself: the commands, with the flags of those that are given."""
+    """The parser of rwkv-dpo itself: the commands, with the flags of those that are given."""
     parser = OneLineParser(
         prog=CONSOLE, description="Preference tuning for RWKV language models. Each command is also a script, which messages may name.",
         epilog=f"{CONSOLE} COMMAND --help lists a command's flags.", formatter_class=HelpFormatter,

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
         if tuned:
             load_tuned(model, tuned, path, args.any_base == 1, args.quant)
         found.append(scores_of(model, name, pairs, corpora[path], first, args))
-        # The divergence of the others is measured from it.
+        # The divergence of the others is measured from this one.
         first = first or (model if with_kl and args.data_file else None)
         del model
     reports = compare(names, pairs, found, mixtures, with_kl, args.seed)
@@ -112,28 +112,28 @@ def scores_of(
 def build_parser() -> OneLineParser:
     """The flags."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load_model", nargs="+", required=True, help="checkpoints, a column each")
-    parser.add_argument("--peft_load", nargs="+", default=[], help="adapter folders or state files on the first checkpoint, a column each")
-    parser.add_argument("--any_base", type=int, choices=(0, 1), default=0, help="1: take an adapter of another base model (0)")
+    parser.add_argument("--load_model", nargs="+", required=True, help="checkpoints, one column each")
+    parser.add_argument("--peft_load", nargs="+", default=[], help="adapters or state files for the first checkpoint, one column each")
+    parser.add_argument("--any_base", type=int, choices=(0, 1), default=0, help="1: accept an adapter of another base model (0)")
     parser.add_argument("--pairs", nargs="+", default=[], help="preference pairs (.save), scored by the first checkpoint or another")
     beta = ObjectiveSettings.dpo_beta
-    parser.add_argument("--dpo_beta", type=float, help=f"of the rewards (that of the checkpoint's own run; else {beta})")
-    parser.add_argument("--data_file", nargs="+", default=[], help="corpora, as train.py takes them")
-    parser.add_argument("--data_type", nargs="+", default=[], help="as train.py takes it, one for all or one a corpus (what data_file is)")
+    parser.add_argument("--dpo_beta", type=float, help=f"beta of the rewards (that of the checkpoint's own run, or {beta})")
+    parser.add_argument("--data_file", nargs="+", default=[], help="corpora, in the formats of train.py")
+    parser.add_argument("--data_type", nargs="+", default=[], help="format of the corpora, one for all or one each (detected)")
     parser.add_argument("--ctx_len", type=int, default=1024, help="window of the corpus perplexity (1024)")
     parser.add_argument(
-        "--kl", type=int, choices=(0, 1), default=1, help="0: no KL divergence to the first column, whose model then leaves memory (1)"
+        "--kl", type=int, choices=(0, 1), default=1, help="0: skip the KL divergence, for which the first model stays in memory (1)"
     )
     parser.add_argument("--prompt", nargs="+", default=[], help="questions to answer")
-    parser.add_argument("--max_tokens", type=int, default=100, help="of an answer (100)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token (0.7)")
-    parser.add_argument("--top_p", type=float, default=0.9, help="nucleus of sampling (0.9)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling and of the bootstrap (0)")
-    parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens scored at once (8192)")
+    parser.add_argument("--max_tokens", type=int, default=100, help="maximum tokens of an answer (100)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the most likely token (0.7)")
+    parser.add_argument("--top_p", type=float, default=0.9, help="nucleus sampling (0.9)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling and of the bootstrap (0)")
+    parser.add_argument("--batch_tokens", type=int, default=8192, help="number of tokens scored at once (8192)")
     add_quant_flag(parser)
     add_device_flags(parser)
-    parser.add_argument("--out", type=Path, help="also write the report as JSON")
-    parser.add_argument("--plot", type=Path, help="also draw accuracy, calibration and margins of --pairs into this .png file")
+    parser.add_argument("--out", type=Path, help="write the report as JSON")
+    parser.add_argument("--plot", type=Path, help="draw accuracy, calibration and margins of --pairs into this .png file")
     return parser
 
 
@@ -152,7 +152,7 @@ def parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
         if not is_good:
             refuse(f"--{name} {str(getattr(args, name))[:30]}: {accepted} is accepted")
     if args.plot and (args.plot.suffix != ".png" or not args.pairs):
-        refuse(f"--plot {args.plot}: a .png file is written" if args.pairs else "--plot: draws what pairs give; --pairs names them")
+        refuse(f"--plot {args.plot}: a .png file is written" if args.pairs else "--plot draws results on pairs, which --pairs names")
     if not all(prompt.strip() for prompt in args.prompt) or len(set(args.prompt)) < len(args.prompt):
         refuse("--prompt: takes texts, each of them once")
     for name in ("out", "plot"):

@@ -1,10 +1,10 @@
-"""Plain checkpoints from tuned models and other forms: merges adapters, converts between .pth and .safetensors and between types.
+"""Write plain checkpoints: merge adapters, and convert between .pth and .safetensors and between types.
 
     %(prog)s --load_model base.pth --peft_load out/adapter-final --out merged.pth --dtype bf16
     %(prog)s --load_model base.pth --out base.safetensors
     %(prog)s --load_model base.pth --peft_load out/state-final.pth --out state.pth --dtype bf16
 
-The logits of what was written are compared with those of what was read; a file that differs by more than rounding is not kept.
+The logits of the new file are compared with the original's; a file that differs by more than rounding is not kept.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     from rwkv_dpo.tuning.export import DTYPES, export  # torch takes seconds; --help and typing errors don't wait
 
     difference = export(checkpoint, args.peft_load, args.out, DTYPES[args.dtype], args.wkv_backend, args.any_base == 1)
-    print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:,.0f} MB, {args.dtype}); its logits differ by {difference:.1e} of their size")
+    print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:,.0f} MB, {args.dtype}); relative difference of logits {difference:.1e}")
 
 
 def build_parser() -> OneLineParser:
@@ -44,9 +44,9 @@ def build_parser() -> OneLineParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load_model", required=True, help="checkpoint, .pth or .safetensors")
     parser.add_argument("--peft_load", default="", help="adapter folder to merge, or state file to convert")
-    parser.add_argument("--out", type=Path, required=True, help="file to write; its ending says in which form")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(fp32)")
-    parser.add_argument("--any_base", type=int, choices=(0, 1), default=0, help="1: take an adapter of another base model (0)")
+    parser.add_argument("--out", type=Path, required=True, help="file to write; its ending determines the format")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="type of the weights (fp32)")
+    parser.add_argument("--any_base", type=int, choices=(0, 1), default=0, help="1: accept an adapter of another base model (0)")
     parser.add_argument("--overwrite", type=int, choices=(0, 1), default=0, help="1: replace an existing file (0)")
     parser.add_argument("--wkv_backend", default="auto", help="auto, reference, chunked or cpu (auto)")
     return parser

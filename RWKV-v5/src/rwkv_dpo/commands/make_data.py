@@ -1,4 +1,4 @@
-"""Make a binidx corpus (PREFIX.bin, PREFIX.idx) of text, in RWKV World tokens.
+"""Make a binidx corpus (PREFIX.bin, PREFIX.idx) from text, in RWKV World tokens.
 
     %(prog)s demo.jsonl 3 4096     three passes over the documents, each newly shuffled; magic_prime for --ctx_len 4096
 
@@ -54,17 +54,17 @@ def main(arguments: Sequence[str]) -> None:
 def build_parser() -> OneLineParser:
     """The flags."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = f"{', '.join(TEXT_ENDINGS)}, each also packed; a folder or a 'glob' of those; or a Hub id, OWNER/NAME"
+    kinds = f"{', '.join(TEXT_ENDINGS)}, also compressed; a folder or a 'glob' of those; or a Hub id, OWNER/NAME"
     parser.add_argument("input", metavar="INPUT", help=kinds)
-    parser.add_argument("passes", metavar="PASSES", type=int, nargs="?", default=1, help="times each document is written (1)")
-    parser.add_argument("ctx_len", metavar="CTX_LEN", type=int, nargs="?", default=4096, help="for magic_prime (4096)")
+    parser.add_argument("passes", metavar="PASSES", type=int, nargs="?", default=1, help="how often each document is written (1)")
+    parser.add_argument("ctx_len", metavar="CTX_LEN", type=int, nargs="?", default=4096, help="window size, for magic_prime (4096)")
     parser.add_argument("--out", metavar="PREFIX", help="where to write (default: INPUT's name, in the current folder)")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffles (0)")
-    parser.add_argument("--field", default="", help="the field of a row that holds the text (text; without one, chat data by its columns)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffles (0)")
+    parser.add_argument("--field", default="", help="field of a row that holds the text (text, or else chat columns)")
     parser.add_argument("--split_blank_lines", action="store_true", help="a blank line in a .txt ends a document")
-    parser.add_argument("--split", default="train", help="of a Hub data set (train)")
-    parser.add_argument("--encoding", default="utf-8", help="of texts without a byte order mark: cp1252, gb18030 and so on (utf-8)")
-    parser.add_argument("--on_error", choices=("stop", "skip"), default="stop", help="at a row that cannot be read (stop)")
+    parser.add_argument("--split", default="train", help="split of a Hub data set (train)")
+    parser.add_argument("--encoding", default="utf-8", help="encoding of texts without a byte order mark: cp1252, gb18030, ... (utf-8)")
+    parser.add_argument("--on_error", choices=("stop", "skip"), default="stop", help="what to do at a row that cannot be read (stop)")
     return parser
 
 
@@ -87,18 +87,18 @@ def default_prefix(source: str) -> str:
 
 
 class Skip:
-    """Tells of the rows that are left out, and counts them."""
+    """Report and count the rows that are skipped."""
 
     n = 0
 
     def __call__(self, fault: InputError) -> None:
-        """Counts a faulty row, and says which."""
+        """Count and name a faulty row."""
         self.n += 1
         print(f"skipped: {fault}", file=sys.stderr)
 
 
 class FirstAndLast:
-    """Passes texts on; afterwards `first` and `last` are those it met first and last."""
+    """Pass texts through; afterwards, `first` and `last` are the first and the last of them."""
 
     first = last = ""
 
@@ -113,8 +113,8 @@ class FirstAndLast:
 
 
 class ShuffledPasses:
-    """Every document of a spool once a pass, each pass in a new order; afterwards `first_at` and `last_at` are where the spool's
-    first and last document came in the last pass."""
+    """Every document of a spool once per pass, in a new order for each pass; afterwards, `first_at` and `last_at` are the positions of
+    the spool's first and last document in the last pass."""
 
     first_at = last_at = 0
 
@@ -136,18 +136,18 @@ def verify(prefix: str, texts: dict[int, str]) -> None:
     for i, text in texts.items():
         tokens = corpus.document(i).tolist()
         if tokens[-1] != DOCUMENT_END or tokenizer.decode(tokens) != text:
-            refuse(f"{prefix}.bin: document {i + 1} reads back as another text; the disk, or the tokenizer, is at fault")
+            refuse(f"{prefix}.bin: document {i + 1} reads back as a different text: a fault of the disk or of the tokenizer")
 
 
 def flags_of(n_tokens: int, ctx_len: int) -> list[str]:
-    """Lines: what to give train.py for this corpus, and why some of it is left out."""
+    """Lines: the flags of train.py for this corpus, and why some are missing."""
     try:
         return [f"--my_exit_tokens {n_tokens} --magic_prime {largest_magic_prime(n_tokens, ctx_len)} --ctx_len {ctx_len}"]
     except InputError:
         n_windows = n_tokens // ctx_len
     if n_tokens <= ctx_len:
-        return [f"{n_tokens} tokens are less than one window of {ctx_len}: train.py takes a --ctx_len of up to {n_tokens - 1}"]
+        return [f"{n_tokens} tokens are less than one window of {ctx_len}: use train.py with --ctx_len {n_tokens - 1} or less"]
     return [
         f"--my_exit_tokens {n_tokens} --ctx_len {ctx_len}",
-        f"no --magic_prime: it takes 3 windows or more, and these tokens are {n_windows} of {ctx_len}",
+        f"no --magic_prime: it needs at least 3 windows, and there are {n_windows} of {ctx_len} tokens",
     ]

@@ -1,11 +1,11 @@
-"""Make pair files of a preference data set: trainset.save, validset.save, testset.save, report.json and report.html.
+"""Make pair files from a preference data set: trainset.save, validset.save, testset.save, report.json and report.html.
 
     %(prog)s --source preferences.json --load_model base.pth --out_dir pairs --ctx_len 4096
     %(prog)s --source ours.jsonl:0.7 public.parquet:0.3 --load_model base.pth --out_dir pairs
     %(prog)s --source HuggingFaceH4/ultrafeedback_binarized --split train_prefs --limit 1000 --load_model base.pth
 
-Scoring is the long part. Started again with the same flags, a run that was killed goes on from reference.journal in --out_dir.
-Pair files that other flags made are replaced only with --overwrite 1.
+Scoring takes most of the time. If it is interrupted, the same command continues from reference.journal in --out_dir. Pair files made with
+other flags are replaced only with --overwrite 1.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from rwkv_dpo.report.table import as_table, no_pair_of
 
 def run(arguments: Sequence[str]) -> NoReturn:
     """Runs the command, and ends the process with its status."""
-    run_script(lambda: main(arguments), stopped="the same command goes on where it was")
+    run_script(lambda: main(arguments), stopped="the same command continues where it was")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -74,13 +74,13 @@ def main(arguments: Sequence[str]) -> None:
         refuse(no_pair_of(", ".join(args.source), notes))
     for name, ratio in (("train", 1), ("valid", args.valid_ratio), ("test", args.test_ratio)):
         if ratio and not rows[name]:
-            warn(f"{file_of(args.out_dir, name)} will hold no pair: none of the {len(set(prepared.prompt_keys))} prompts falls into it")
+            warn(f"{file_of(args.out_dir, name)} will be empty: none of the {len(set(prepared.prompt_keys))} prompts falls into it")
     if load_templates(args.templates).is_g1 and (version := version_of(read_checkpoint(args.load_model), args.load_model)) != "7":
         warn(f"--templates {args.templates} writes as RWKV-7 G1 models were trained; {args.load_model} is an RWKV-{version} checkpoint")
     unscored = identified(prepared.pairs, rows, args.load_model, args.precision, args.quant)
     if not args.overwrite and is_prepared(args.out_dir, unscored, rows, not args.original_format):
         discard_journal(args.out_dir)
-        print(f"{args.out_dir} holds the pair files that these flags make; --overwrite 1 makes them anew")
+        print(f"{args.out_dir} holds the pair files that these flags make; --overwrite 1 makes them again")
         return
     with Progress(len(prepared.pairs), "pair", "reference", leave=True) as progress:
         pairs = score_with_checkpoint(
@@ -99,42 +99,42 @@ def build_parser() -> OneLineParser:
     parser = OneLineParser(
         description=__doc__, epilog=f"forms of rows:\n{forms}", formatter_class=argparse.RawDescriptionHelpFormatter
     )  # fmt: skip
-    kinds = f"{', '.join(ROW_ENDINGS)}, also packed, a folder, a glob, or a Hub id; several, with shares: a.jsonl:0.7 b.parquet:0.3"
+    kinds = f"{', '.join(ROW_ENDINGS)}, also compressed; a folder, a glob, or a Hub id; several, with shares: a.jsonl:0.7 b.parquet:0.3"
     parser.add_argument("--source", metavar="SOURCE[:SHARE]", nargs="+", required=True, help=kinds)
-    parser.add_argument("--split", default="", help="of a Hub data set (train), or of files that hold several (all)")
-    parser.add_argument("--encoding", default="utf-8", help="of texts without a byte order mark: cp1252, gb18030 and so on (utf-8)")
-    parser.add_argument("--format", choices=FORMATS, default="auto", help="the form of the rows (auto: told by their columns)")
+    parser.add_argument("--split", default="", help="split of a Hub data set (train), or of files that hold several (all)")
+    parser.add_argument("--encoding", default="utf-8", help="encoding of texts without a byte order mark: cp1252, gb18030, ... (utf-8)")
+    parser.add_argument("--format", choices=FORMATS, default="auto", help="form of the rows (auto: recognized by their columns)")
     parser.add_argument(
-        "--columns", default="", metavar="ROLE=COLUMN,...", help=f"names of columns: prompt=ask,chosen=good (roles: {', '.join(ROLES)})"
+        "--columns", default="", metavar="ROLE=COLUMN,...", help=f"column names by role: prompt=ask,chosen=good (roles: {', '.join(ROLES)})"
     )
     parser.add_argument(
-        "--rank_pairs", default="best_worst", help=f"pairs made of several rated answers: {', '.join(RANK_PAIRS)} or random:N (best_worst)"
+        "--rank_pairs", default="best_worst", help=f"how rated answers are paired: {', '.join(RANK_PAIRS)} or random:N (best_worst)"
     )
-    parser.add_argument("--min_gap", type=float, default=0, help="least difference of a pair's scores, where it has any (0)")
+    parser.add_argument("--min_gap", type=float, default=0, help="minimum difference of a pair's scores, if it has any (0)")
     parser.add_argument(
-        "--tree_tokens", type=int, default=0, help="pairs of one prompt are a sample of up to so many tokens (0: 4 times ctx_len)"
+        "--tree_tokens", type=int, default=0, help="maximum tokens of a tree, the pairs of one prompt in one sample (0: 4 times ctx_len)"
     )
     parser.add_argument("--on_error", choices=ON_ERROR, default="stop", help="malformed rows: stop, or skip and count them (stop)")
     parser.add_argument("--load_model", required=True, help="the reference: the .pth that training will start from")
-    parser.add_argument("--out_dir", type=Path, default=Path(), help="where the files go (the current folder)")
-    parser.add_argument("--overwrite", type=int, choices=(0, 1), default=0, help="1: replace pair files that other flags made (0)")
+    parser.add_argument("--out_dir", type=Path, default=Path(), help="folder to write to (the current folder)")
+    parser.add_argument("--overwrite", type=int, choices=(0, 1), default=0, help="1: replace pair files made with other flags (0)")
     parser.add_argument("--limit", type=int, default=0, help="read only this many rows of a source (0: all)")
-    parser.add_argument("--ctx_len", type=int, default=4096, help="tokens of prompt + answer that are kept (4096)")
+    parser.add_argument("--ctx_len", type=int, default=4096, help="maximum tokens of prompt + answer; longer ones are truncated (4096)")
     parser.add_argument(
-        "--templates", default="mix", help="mix: the original's three for single turns; chat: one; g1, g1-think: of RWKV-7 G1 models, "
-        "without and with thinking where the data have none; or your .txt or .json file (mix)",
+        "--templates", default="mix", help="mix: the original's three for single turns; chat: one; g1, g1-think: RWKV-7 G1's, "
+        "without and with empty thinking where the data have none; or a .txt or .json file of your own (mix)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of template and split draws (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of templates and splits (0)")
     parser.add_argument("--valid_ratio", type=float, default=0.1, help="share of prompts in validset.save (0.1)")
     parser.add_argument("--test_ratio", type=float, default=0.1, help="share of prompts in testset.save (0.1)")
     parser.add_argument(
-        "--original_format", type=int, choices=(0, 1), default=0, help="1: the original's form, a list for torch.load, without a header (0)"
+        "--original_format", type=int, choices=(0, 1), default=0, help="1: the original's format, a list for torch.load, no header (0)"
     )
-    parser.add_argument("--precision", choices=("fp32", "tf32", "fp16", "bf16"), default="fp32", help="of the reference (fp32)")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "fp16", "bf16"), default="fp32", help="precision of the reference (fp32)")
     add_quant_flag(parser)
-    parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens scored at once (8192)")
+    parser.add_argument("--batch_tokens", type=int, default=8192, help="number of tokens scored at once (8192)")
     parser.add_argument("--wkv_backend", default="auto", help="auto, reference, chunked, cpu or cuda (auto)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU when there is one (auto)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one (auto)")
     return parser
 
 
@@ -146,12 +146,12 @@ def parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuses what makes no sense together, or would fail after hours. --load_model becomes a path."""
+    """Refuse combinations that make no sense, and what would fail only after hours. --load_model becomes a path."""
     for name, least in (("limit", 0), ("ctx_len", 2), ("tree_tokens", 0), ("batch_tokens", 1)):
         if getattr(args, name) < least:
             refuse(f"--{name} {getattr(args, name)}: at least {least} is accepted")
     if not (args.valid_ratio >= 0 and args.test_ratio >= 0 and args.valid_ratio + args.test_ratio < 1):
-        refuse(f"--valid_ratio {args.valid_ratio} --test_ratio {args.test_ratio}: neither below 0, together below 1")
+        refuse(f"--valid_ratio {args.valid_ratio} --test_ratio {args.test_ratio}: neither may be below 0, and their sum has to be below 1")
     args.load_model = local_file("--load_model", args.load_model)
     if not os.path.isfile(args.load_model):
         refuse(f"--load_model {args.load_model}: no such file")
@@ -163,19 +163,19 @@ def check_flags(args: argparse.Namespace) -> None:
     try:
         args.out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out_dir {args.out_dir}: cannot be made: {error.strerror}") from error
-    # Found out now, not after hours of scoring.
+        raise InputError(f"--out_dir {args.out_dir}: cannot be created: {error.strerror}") from error
+    # Checked now, not after hours of scoring.
     if not os.access(args.out_dir, os.W_OK):
         refuse(f"--out_dir {args.out_dir}: cannot be written to")
 
 
 def warn(line: str) -> None:
-    """A line on standard error."""
+    """Print a warning on standard error."""
     print(f"warning: {line}", file=sys.stderr)
 
 
 def tell_dropped(report: Report) -> None:
-    """The rows that were dropped, each with its place and the reason."""
+    """Print the rows that were dropped, each with its place and the reason."""
     n_dropped = report.counts()["dropped"]
     for reason, places in report.dropped_rows().items():
         for where in places:

@@ -26,8 +26,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def keep_quiet() -> None:
-    """Our own lines, once and not from every rank, and only warnings of others that a user can act on. After Lightning's import,
-    which sets its own levels and knows the rank."""
+    """Show our own lines, from one rank only, and of other packages only warnings that a user can act on. To be called after Lightning's
+    import, which sets its own levels and knows the rank."""
     from pytorch_lightning.utilities import rank_zero_only
 
     rank = rank_zero_only.rank  # type: ignore[attr-defined]  # Lightning sets it when it is imported
@@ -42,8 +42,8 @@ def keep_quiet() -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process; one that belonged to a group, without taking Python down. gloo's threads may still hold tensors of the last
-    exchange, even when the group is destroyed, and letting go of one in an interpreter that is being finalized aborts the process: a
+    """End the process; if it belonged to a group, without finalizing Python. gloo's threads may still hold tensors of the last
+    exchange, even after the group is destroyed. Releasing one while the interpreter is being finalized aborts the process, so that a
     finished run would end as a failed one (pytorch/pytorch#179291)."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
@@ -55,12 +55,12 @@ def leave(status: int) -> NoReturn:
 
 
 def is_first_process() -> bool:
-    """By what torchrun, Lightning or Slurm tell a process, before anything is imported that knows it."""
+    """According to the environment that torchrun, Lightning or Slurm give a process, before anything is imported that knows the rank."""
     return next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0") == "0"
 
 
 def run(arguments: Sequence[str]) -> NoReturn:
     """Runs the command, and ends the process with its status."""
-    # In the middle of the steps a signal lets the step end, saves, and is no such end: training/halt.py.
-    stopped = "no step was over yet and nothing was saved; the same command starts again"
+    # Once steps have begun, a signal doesn't end the run here: the step is finished and saved first (training/halt.py).
+    stopped = "no step was finished and nothing was saved; the same command starts again"
     run_script(lambda: main(arguments), leave, stopped, is_first_process())

@@ -139,7 +139,7 @@ class LastCheckpoints(pl.Callback):
 
     def _stop(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step
-        raise Halted(f"stopped after step {step} of {self.length.total_steps}; the same command goes on (--resume auto)")
+        raise Halted(f"stopped after step {step} of {self.length.total_steps}; the same command continues (--resume auto)")
 
     def _save(self, trainer: pl.Trainer, module: DPOModule) -> None:
         weights, names = full_weights(trainer, module), [name for name, _ in trainable(module.model)]
