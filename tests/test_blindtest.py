@@ -307,7 +307,7 @@ def test_faults_are_named(inputs, answers, tmp_path, monkeypatch):
         ((*models, "--questions", tmp_path / "latin.txt"), r"--questions .*latin\.txt: not UTF-8: .* at byte 1"),
         ((*models, "--questions", tmp_path / "empty.txt"), r"--questions .*empty\.txt: holds no prompt"),
         ((*models, "--auto", tmp_path / "none.save"), r"--auto .*none\.save: no such pair file"),
-        ((*models, "--folder", tmp_path / "file" / "f"), "--folder .*: cannot be made: Not a directory"),
+        ((*models, "--folder", tmp_path / "file" / "f"), "--folder .*: cannot be created: Not a directory"),
         (("--answers", *answers, "--auto", "x.save"), "--answers and --auto: the answers are there"),
         (("--answers", *answers, "--temperature", 0), "--answers and --temperature: the answers are there"),
         (("--answers", *answers, *models), "--answers and --load_model: the answers are there"),

@@ -299,7 +299,7 @@ def test_it_starts_as_a_program():
         (["--batch_tokens", "0"], "--batch_tokens 0: at least 1 is accepted"),
         (["--valid_ratio", "0.6", "--test_ratio", "0.4"], "--valid_ratio 0.6 --test_ratio 0.4: neither may be below 0"),
         (["--valid_ratio", "nan"], "--valid_ratio nan"),
-        (["--out_dir", "bad.json"], "--out_dir bad.json: cannot be made: File exists"),
+        (["--out_dir", "bad.json"], "--out_dir bad.json: cannot be created: File exists"),
     ],
 )
 def test_faults_are_one_line_and_exit_2(prepare_pairs, source, arguments, message):

@@ -125,7 +125,7 @@ def edit(path: Path, at: int, content: bytes) -> None:
         (lambda idx, bin: idx.write_bytes(b""), r"a.idx: not a binidx index"),
         (lambda idx, bin: edit(idx, 0, b"TNTIDX"), r"a.idx: not a binidx index"),
         (lambda idx, bin: idx.write_bytes(idx.read_bytes()[:20]), r"a.idx: truncated: 20 bytes"),
-        (lambda idx, bin: idx.write_bytes(idx.read_bytes()[:-1]), r"a.idx: 121 bytes, but its header promises 4 documents"),
+        (lambda idx, bin: idx.write_bytes(idx.read_bytes()[:-1]), r"a.idx: 121 bytes, but its header claims 4 documents"),
         (lambda idx, bin: edit(idx, 9, b"\x02"), r"a.idx: version 2; only version 1"),
         (lambda idx, bin: edit(idx, 17, b"\x09"), r"a.idx: dtype code 9; accepted are 1 to 8"),
         (lambda idx, bin: edit(idx, 34, b"\x02"), r"a.idx: its sizes and byte offsets disagree"),

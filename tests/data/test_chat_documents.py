@@ -72,7 +72,7 @@ def test_a_text_or_the_field_that_is_named_stays_as_it_is():
         ({"prompt": "p", "chosen": "c", "rejected": "r"}, "no field 'text', found 'prompt', 'chosen', 'rejected'"),
         ({"messages": "Hi"}, "field 'messages' is a str; expected a list of messages"),
         ({"messages": [{"role": "user"}]}, "field 'messages': message 1: expected a role and content, or from and value"),
-        ({"messages": said(("user", "a"), ("tool", "b"))}, "tool turns, which the chat template has no words for"),
+        ({"messages": said(("user", "a"), ("tool", "b"))}, "tool turns, which the chat template cannot express"),
         ({"messages": said(("user", "a"), ("user", "b"))}, "message 2 of the dialogue is from the user; expected the assistant"),
         ({"messages": said(("system", "s"), ("assistant", "b"))}, "message 2 of the dialogue is from the assistant; expected the user"),
         ({"messages": said(("user", "a"))}, "the dialogue ends with a message from the user; expected one from the assistant"),

@@ -52,7 +52,7 @@ def test_what_programs_pack_is_unpacked_whatever_it_is_called(tmp_path, program,
     (tmp_path / "twice.txt").write_bytes(packed(b"one\r\n", program) + packed(b"two", program))
     assert read_text(tmp_path / "twice.txt") == "one\ntwo"
     (tmp_path / "cut.txt").write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=rf"cut.txt: not a whole .{end[1:]} file: "):
+    with pytest.raises(InputError, match=rf"cut.txt: not an intact .{end[1:]} file: "):
         read_text(tmp_path / "cut.txt")
 
 
@@ -68,7 +68,7 @@ def test_a_pack_that_is_made_to_fill_a_memory_is_refused(tmp_path, end):
 def test_an_xz_that_asks_for_more_memory_than_any_text_needs_is_refused(tmp_path):
     filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 30}]
     (tmp_path / "a.txt").write_bytes(lzma.compress(b"text", filters=filters))
-    with pytest.raises(InputError, match=r"a.txt: not a whole .xz file: Memory usage limit"):
+    with pytest.raises(InputError, match=r"a.txt: not an intact .xz file: Memory usage limit"):
         read_text(tmp_path / "a.txt")
 
 
@@ -285,7 +285,7 @@ def test_arrow_files_and_streams_are_told_apart(tmp_path, compression):
     content = (tmp_path / "a.arrow").read_bytes()
     for n in range(0, len(content) - 20, 97):
         (tmp_path / "a.arrow").write_bytes(content[:n])
-        with pytest.raises(InputError, match=r"a.arrow: not a whole .arrow file, after row \d: "):
+        with pytest.raises(InputError, match=r"a.arrow: not an intact .arrow file, after row \d: "):
             rows_of(tmp_path / "a.arrow")
 
 
@@ -318,7 +318,7 @@ def test_parquet_pages_that_are_made_to_fill_a_memory_are_refused_unopened(tmp_p
     columns = {name: [big] for name in "abc"}
     (tmp_path / "a.parquet").write_bytes(parquet_of(columns, compression="zstd", use_dictionary=False))
     before = pa.total_allocated_bytes()
-    with pytest.raises(InputError, match=r"a.parquet: not a whole .parquet file, after row 0: its pages unpack to 2\d+ bytes"):
+    with pytest.raises(InputError, match=r"a.parquet: not an intact .parquet file, after row 0: its pages unpack to 2\d+ bytes"):
         rows_of(tmp_path / "a.parquet")
     assert pa.total_allocated_bytes() == before
 

@@ -104,7 +104,7 @@ def test_a_missing_file_is_named(tmp_path, data_type):
 @pytest.mark.parametrize("array", [np.zeros((2, 2), int), np.zeros(5), np.array([{}])], ids=["2-d", "float", "object"])
 def test_an_array_that_is_no_row_of_integers_is_refused(tmp_path, array):
     np.save(tmp_path / "a.npy", array)
-    with pytest.raises(InputError, match=r"a.npy: (holds|not a whole)"):
+    with pytest.raises(InputError, match=r"a.npy: (holds|not an intact)"):
         open_corpus(str(tmp_path / "a.npy"), "numpy", vocab_size=10, ctx_len=2)
 
 
@@ -116,8 +116,8 @@ def test_broken_files_are_refused(tmp_path):
     np.savez(tmp_path / "a.npz", np.arange(100))
     for name, data_type, message in [
         ("odd", "uint16", "odd: 3 bytes, an odd number"),
-        ("torn.npy", "numpy", "torn.npy: not a whole .npy"),
-        ("cut.npy", "numpy", "cut.npy: not a whole .npy"),
+        ("torn.npy", "numpy", "torn.npy: not an intact .npy"),
+        ("cut.npy", "numpy", "cut.npy: not an intact .npy"),
         ("a.npz", "numpy", "a.npz: an .npz archive"),
         ("torn.npy", "utf-8", "torn.npy: not utf-8 text but a NumPy array"),
         ("torn.npy", "csv", "--data_type csv: accepted are utf-8"),
@@ -230,13 +230,13 @@ def test_a_model_of_neither_world_nor_characters_takes_no_text(tmp_path, content
 def test_a_world_checkpoint_beside_a_vocabulary_of_characters_is_not_guessed_about(tmp_path):
     save_vocabulary(tmp_path, "abc")
     (tmp_path / "story.txt").write_text("abc" * 9)
-    with pytest.raises(InputError, match=r"World.pth has the World's vocabulary, and .*vocab.json beside it numbers 3 characters"):
+    with pytest.raises(InputError, match=r"World.pth has the World vocabulary, but .*vocab.json next to it lists 3 characters"):
         open_corpus(str(tmp_path / "story.txt"), "utf-8", vocab_size=65536, ctx_len=2, checkpoint=str(tmp_path / "World.pth"))
 
 
 def test_rows_are_no_characters(tmp_path):
     write_text(tmp_path / "story.jsonl", [STORY])
-    with pytest.raises(InputError, match=r"story.jsonl: characters are read from one file of plain text; .*--vocab_size 65536"):
+    with pytest.raises(InputError, match=r"story.jsonl: characters are read from one plain text file; .*--vocab_size 65536"):
         open_corpus(str(tmp_path / "story.jsonl"), "utf-8", vocab_size=0, ctx_len=2)
 
 
@@ -245,7 +245,7 @@ def test_a_name_with_brackets_is_a_file_when_there_is_one_and_else_a_pattern(tmp
         (tmp_path / f"story[{i}].txt").write_text(STORY)
     assert open_corpus(str(tmp_path / "story[1].txt"), "utf-8", vocab_size=0, ctx_len=2).characters == "".join(sorted(set(STORY)))
     assert open_corpus(str(tmp_path / "*.txt"), "utf-8", vocab_size=65536, ctx_len=2).tokens.tolist() == 2 * [*world(STORY), 0]
-    with pytest.raises(InputError, match="characters are read from one file"):
+    with pytest.raises(InputError, match="characters are read from one plain text file"):
         open_corpus(str(tmp_path / "*.txt"), "utf-8", vocab_size=0, ctx_len=2)
 
 
@@ -268,7 +268,7 @@ def test_the_file_tells_what_it_is(tmp_path, monkeypatch):
     assert open_corpus("windows.txt", "utf-16le", 0, 4).characters == "".join(sorted(set(STORY)))
     write_binidx("wiki_text_document", [TOKENS])
     for named, data_type, message in [
-        ("wiki", "", r"--data_file wiki: no such file; wiki_text_document names the corpus that json2binidx wrote"),
+        ("wiki", "", r"--data_file wiki: no such file; wiki_text_document is the corpus that json2binidx wrote"),
         ("bare.bin", "", r"bare.bin: no binidx corpus without both bare.bin and .idx; --data_type uint16"),
         ("corpus", "utf-8", r"--data_type utf-8: corpus.bin and .idx are a binidx corpus"),
         ("corpus.bin", "numpy", r"--data_type numpy: corpus.bin and .idx are a binidx corpus"),

@@ -47,7 +47,7 @@ def test_a_row_without_the_text_is_named_or_left_out(tmp_path):
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "a.pdf").touch()
-    with pytest.raises(InputError, match=r"a.pdf: documents are read from .txt, .json, .*, .tsv files, also packed"):
+    with pytest.raises(InputError, match=r"a.pdf: documents are read from .txt, .json, .*, .tsv files, also compressed"):
         list(open_documents(str(tmp_path / "a.pdf")))
 
 

@@ -127,10 +127,10 @@ def test_rows_come_before_a_fault_further_down(tmp_path):
         ("a.csv", b"a,b\n1,'\n2'\n1,2,3\n", r"row 2: 1 fields; the first line names 2 \(parted by ','; line 3\)"),
         ("a.csv", b'a,b\n1,2\n"1,2\n', r"row 2: not CSV: unexpected end of data"),
         ("a.csv", b"a\n\xff\n", r"line 2: not UTF-8"),
-        ("a.parquet", b"PAR1", r"not a whole .parquet file, after row 0"),
-        ("a.jsonl.gz", b"\x1f\x8b" + b"no" * 9, r"cannot be read: Unknown compression method|not a whole .gz file: Unknown compression"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:-20], r"not a whole .gz file|cannot be read"),
-        ("a.txt", b"text", r"rows are read from .json, .jsonl, .ndjson, .parquet, .arrow, .csv, .tsv files, also packed"),
+        ("a.parquet", b"PAR1", r"not an intact .parquet file, after row 0"),
+        ("a.jsonl.gz", b"\x1f\x8b" + b"no" * 9, r"cannot be read: Unknown compression method|not an intact .gz file: Unknown compression"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:-20], r"not an intact .gz file|cannot be read"),
+        ("a.txt", b"text", r"rows are read from .json, .jsonl, .ndjson, .parquet, .arrow, .csv, .tsv files, also compressed"),
     ],
 )
 def test_a_broken_file_is_named_with_the_row_and_what_is_wrong(tmp_path, name, content, message):
@@ -144,7 +144,7 @@ def test_a_parquet_file_cut_anywhere_is_an_input_error(tmp_path):
     content = encoded(ROWS, ".parquet")
     for n in range(0, len(content), len(content) // 23):
         (tmp_path / "a.parquet").write_bytes(content[:n])
-        with pytest.raises(InputError, match=r"a.parquet: (not a whole .parquet file|cannot be read)"):
+        with pytest.raises(InputError, match=r"a.parquet: (not an intact .parquet file|cannot be read)"):
             list(open_rows(tmp_path / "a.parquet"))
 
 

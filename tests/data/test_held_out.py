@@ -22,14 +22,14 @@ def test_pairs_and_prompts_in_common_are_counted_to_the_token():
     held_out = [([5], [6], [7, 8]), ([9], [1], [3]), ([9, 9], [1], [2]), ([1, 2, 3], [4], [5]), ([1], [2, 3], [4])]
     assert overlap(packed(held_out), packed(TRAINED)) == (1, 2)
     assert told(held_out) == (
-        "valid.save is not all held out: of its 5 pairs 2 have a prompt that is in train.save too, and 1 the answers as well"
+        "valid.save is not entirely held out: of its 5 pairs 2 have a prompt that is in train.save too, and 1 the answers as well"
     )
     assert told([([7], [6], [8])]) == told([]) == ""
 
 
 @pytest.mark.parametrize("rows", [TRAINED, TRAINED[1:], [TRAINED[0], TRAINED[0]]])
 def test_pairs_that_are_all_trained_on_are_refused(rows):
-    with pytest.raises(InputError, match=f"^valid.save: all of its {len(rows)} pairs are in train.save too, so that nothing is held out"):
+    with pytest.raises(InputError, match=f"^valid.save: all of its {len(rows)} pairs are in train.save too; nothing is held out"):
         told(rows)
 
 
@@ -38,6 +38,6 @@ def test_two_preparations_of_one_source_are_refused_and_other_files_are_not():
         return check_held_out(packed([([7], [6], [8])], **one), packed(TRAINED, **other), "valid.save", "train.save")
 
     first, second = {"source_id": "s", "preparation_id": "a" * 64}, {"source_id": "s", "preparation_id": "b" * 64}
-    with pytest.raises(InputError, match=r"^valid.save and train.save are of two preparations of the same preferences \(a{8}\.\.\. and b"):
+    with pytest.raises(InputError, match=r"^valid.save and train.save are from two preparations of the same preferences \(a{8}\.\.\. and b"):
         check(first, second)
     assert check(first, first) == check(first, {**second, "source_id": "t"}) == check(first, {}) == check({}, {}) == ""

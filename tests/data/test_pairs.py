@@ -197,7 +197,7 @@ def test_a_file_that_is_no_pair_file_is_refused(tmp_path, content):
 def test_a_torn_packed_file_is_refused(tmp_path, n_lost):
     save_pairs(tmp_path / "a.save", packed())
     (tmp_path / "a.save").write_bytes((tmp_path / "a.save").read_bytes()[:-n_lost])
-    with pytest.raises(InputError, match=r"a.save: not a whole pair file"):
+    with pytest.raises(InputError, match=r"a.save: not an intact pair file"):
         load_pairs(tmp_path / "a.save")
 
 
@@ -206,7 +206,7 @@ def test_a_flipped_byte_in_the_tokens_is_noticed(tmp_path):
     content = (tmp_path / "a.save").read_bytes()
     place = content.index(packed().tokens.tobytes())
     (tmp_path / "a.save").write_bytes(content[:place] + b"\x7f" + content[place + 1 :])
-    with pytest.raises(InputError, match=r"a.save: not a whole pair file"):
+    with pytest.raises(InputError, match=r"a.save: not an intact pair file"):
         load_pairs(tmp_path / "a.save")
 
 
@@ -221,7 +221,7 @@ def test_a_flipped_byte_in_the_tokens_is_noticed(tmp_path):
         ({"tokens": np.zeros(11)}, "its arrays disagree"),
         ({"tokens": packed().tokens[:, None]}, "its arrays disagree"),
         ({"offsets": np.array([0, 3, 4, 6, 7, 11])}, "its arrays disagree"),
-        ({"tokens": np.array([{}] * 11)}, "not a whole pair file"),
+        ({"tokens": np.array([{}] * 11)}, "not an intact pair file"),
         ({"header": {"format": "another"}}, "its header does not say 'rwkv_dpo pairs'"),
         ({"header": []}, "its header does not say"),
         ({"header": {"format": "rwkv_dpo pairs", "version": 3}}, "pair format version 3; versions 1 and 2 are known"),
@@ -250,7 +250,7 @@ def test_arrays_of_another_version_of_numpys_form_are_refused(tmp_path, version)
         for name, content in members.items():
             assert content.startswith(b"\x93NUMPY\x01\x00")
             archive.writestr(name, content[:6] + bytes(version) + content[8:] if name == "tokens.npy" else content)
-    with pytest.raises(InputError, match=r"b\.save: not a whole pair file: its tokens are not of \.npy version 1\.0"):
+    with pytest.raises(InputError, match=r"b\.save: not an intact pair file: its tokens are not of \.npy version 1\.0"):
         load_pairs(tmp_path / "b.save")
 
 

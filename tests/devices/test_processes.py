@@ -47,7 +47,7 @@ def test_gpus_that_are_not_there_or_on_a_cpu_are_refused(data, tmp_path, monkeyp
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     cuda = torch.device("cuda")
     processes.check_devices(DeviceSettings(devices=2, gpu_ids="0,1"), cuda)
-    with pytest.raises(InputError, match="--devices 0,2: GPU 2 is not there; 0 to 1 are accepted"):
+    with pytest.raises(InputError, match="--devices 0,2: there is no GPU 2; 0 to 1 are accepted"):
         processes.check_devices(DeviceSettings(devices=2, gpu_ids="0,2"), cuda)
     with pytest.raises(InputError, match="--devices 3: this machine has 2"):
         processes.check_devices(DeviceSettings(devices=3), cuda)

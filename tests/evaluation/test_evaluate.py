@@ -198,7 +198,7 @@ def test_pairs_of_the_run_are_told_and_those_of_another_preparation_refused(two_
     save_pairs(two_models / "new.save", pack_pairs([([1, 2], [9], [5]), ([2], [3], [4])], np.zeros((2, 2))))
     for name, told in (
         ("some.save", f"all of its 1 pairs are in {two_models / 'pairs.save'}, which {tuned} was trained with, too"),
-        ("new.save", "is not all held out: of its 2 pairs 1 have a prompt that is in"),
+        ("new.save", "is not entirely held out: of its 2 pairs 1 have a prompt that is in"),
     ):
         report_of(two_models, "--load_model", tuned, "--pairs", two_models / name)
         assert told in capsys.readouterr().err
@@ -208,7 +208,7 @@ def test_pairs_of_the_run_are_told_and_those_of_another_preparation_refused(two_
     assert capsys.readouterr().err == ""
     other = replace(pairs, header={"source_id": "s", "preparation_id": "b" * 64})
     save_pairs(two_models / "other.save", other)
-    with pytest.raises(InputError, match=r"--pairs .*other.save and .*pairs.save, which .*pth was trained with, are of two prep"):
+    with pytest.raises(InputError, match=r"--pairs .*other.save and .*pairs.save, which .*pth was trained with, are from two prep"):
         report_of(two_models, "--load_model", tuned, "--pairs", two_models / "other.save")
 
 

@@ -14,8 +14,8 @@ README_RUN = settings_of({"epoch_steps": 2000, "epoch_count": 4, "accumulate_gra
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"my_exit": -1}, "--my_exit -1: nothing would be trained, since the run begins with epoch 0"),
-    ({"epoch_begin": 7, "my_exit": 3}, "--my_exit 3: nothing would be trained, since the run begins with epoch 7"),
+    ({"my_exit": -1}, "--my_exit -1: nothing would be trained, because the run begins with epoch 0"),
+    ({"epoch_begin": 7, "my_exit": 3}, "--my_exit 3: nothing would be trained, because the run begins with epoch 7"),
     ({"my_pile_shift": -2}, r"--my_pile_shift -2: -1 \(none\), and 0 or more"),
     ({"my_pile_shift": 5}, "--my_pile_shift 5 shifts the windows of --magic_prime, which is not given"),
 ])  # fmt: skip
@@ -28,11 +28,11 @@ def test_a_run_that_would_do_nothing_is_refused(changes, message):
 
 def test_a_stage_without_steps_is_refused():
     stage = README_RUN.with_flags(my_pile_stage=3, magic_prime=80963, epoch_count=2, epoch_begin=2)
-    with pytest.raises(InputError, match="--my_pile_stage 3: out holds the last of its 2 epochs; nothing is left to train"):
+    with pytest.raises(InputError, match="--my_pile_stage 3: out already holds the last of its 2 epochs; nothing is left to train"):
         check_trains(stage)
     # An epoch of 100 steps, each of 20 windows of 4,096 tokens.
     exits = stage.with_flags(epoch_begin=1, my_exit_tokens=100 * 20 * 4096)
-    with pytest.raises(InputError, match=r"--my_exit_tokens 8192000: nothing would be trained, .* before 1 have taken 100 .* tokens 100"):
+    with pytest.raises(InputError, match=r"--my_exit_tokens 8192000: nothing would be trained: .* before 1 took 100 .* tokens allow 100"):
         check_trains(exits)
     check_trains(exits.with_flags(my_exit_tokens=100 * 20 * 4096 + 1))
 

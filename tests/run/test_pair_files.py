@@ -50,7 +50,7 @@ def test_held_out_pairs_that_are_trained_on_are_refused_and_shared_prompts_are_t
     ids = [{"source_id": "s", "preparation_id": letter * 64} for letter in "ab"]
     save_pairs(tmp_path / "a.save", replace(train_pairs, header=ids[0]))
     save_pairs(tmp_path / "b.save", replace(valid_pairs, header=ids[1]))
-    with pytest.raises(InputError, match=r"--dpo_valid_file .*b.save and --dpo_train_file .*a.save are of two preparations"):
+    with pytest.raises(InputError, match=r"--dpo_valid_file .*b.save and --dpo_train_file .*a.save are from two preparations"):
         run(data, tmp_path / "out2", dpo_train_file=tmp_path / "a.save", dpo_valid_file=tmp_path / "b.save")
 
 

@@ -67,8 +67,8 @@ def test_a_dry_run_is_of_the_accelerator_that_is_named(data):
 
 
 @pytest.mark.parametrize(("more", "words"), [
-    ("--epochs 2 --epoch_steps 5", "--epochs 2: --epoch_steps says it too"),
-    ("--epochs 2 --epoch_count 5", "--epochs 2: --epoch_count says it too"),
+    ("--epochs 2 --epoch_steps 5", "--epochs 2: --epoch_steps sets the same"),
+    ("--epochs 2 --epoch_count 5", "--epochs 2: --epoch_count sets the same"),
     ("--recipe dpo --epochs -1", "--epochs -1: 0 or more is accepted"),
     ("--recipe best", "--recipe 'best': accepted are '', 'dpo', 'lora', 'state', 'pretrain'"),
 ])  # fmt: skip

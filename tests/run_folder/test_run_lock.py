@@ -19,7 +19,7 @@ def test_the_second_start_in_a_folder_says_who_holds_it_and_the_first_goes_on(da
     while not (out / "metrics.jsonl").exists():
         assert first.is_alive(), log.read_text()
     for changes in ({}, {"overwrite": 1, "lr_init": 1e-5}, {"resume": "none"}):
-        with pytest.raises(InputError, match=rf"another run is at work in it \(process {first.pid} on {socket.gethostname()}, since 20"):
+        with pytest.raises(InputError, match=rf"another run is using it \(process {first.pid} on {socket.gethostname()}, since 20"):
             train.main(runs.flags(data, out, epoch_steps=4000, epoch_count=1, **changes))
     assert first.is_alive()
     os.kill(first.pid, signal.SIGTERM)

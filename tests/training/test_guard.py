@@ -90,7 +90,7 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path, caplog, cha
     broken = weights(data / "model.pth")
     broken["blocks.1.att.key.weight"][3, 2] = float("nan")
     save_weights(broken, tmp_path / "broken.pth")
-    message = rf"{told}: not written: blocks.1.att.key.weight is not finite \(bad steps, .* step 2.*\); nothing was saved to go on from$"
+    message = rf"{told}: not written: blocks.1.att.key.weight is not finite \(bad steps, .* step 2.*\); nothing was saved to continue from$"
     with pytest.raises(InputError, match=message):
         train.main(flags(data, tmp_path / "out", load_model=tmp_path / "broken.pth", save_every=1, **{"epoch_steps": 4, **changes}))
     assert not list((tmp_path / "out").rglob("*.pth"))

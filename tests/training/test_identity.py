@@ -146,7 +146,7 @@ def test_everything_that_an_earlier_run_wrote_is_set_aside_together(data, tmp_pa
 def test_a_file_of_the_run_folder_that_the_run_starts_from_is_not_moved_or_written_over(data, tmp_path):
     out = tmp_path / "out"
     train.main(flags(data, out))
-    with pytest.raises(InputError, match=r"rwkv-final\.pth: this run starts from it and would write over it; name another --proj_dir"):
+    with pytest.raises(InputError, match=r"rwkv-final\.pth: this run starts from it and would overwrite it; name another --proj_dir"):
         train.main(flags(data, out, load_model=out / "rwkv-final.pth", overwrite=1))
     assert (out / "rwkv-final.pth").exists()
     new = {"load_model": None, "vocab_size": 61, "n_layer": 1, "n_embd": 32, "head_size_a": 32, "dpo": 0}

@@ -179,7 +179,7 @@ def no_weights(content):
     (moment_of_nothing, r"the optimizer's exp_avg of nothing is \(1,\); the weight is missing"),
     (no_step, "not a checkpoint to resume from"),
     (no_form, r"step-3\.pth: not a checkpoint to resume from \('form'\)$"),
-    (other_form, "a checkpoint of form 1, of another version; 2 is accepted"),
+    (other_form, "a checkpoint of format 1, of another version; 2 is accepted"),
     (no_weights, "not a checkpoint to resume from"),
 ])  # fmt: skip
 def test_a_checkpoint_that_does_not_fit_is_refused_by_the_name_of_what_is_odd(data, interrupted, tmp_path, change, message):

@@ -111,7 +111,7 @@ def test_train_py_launches_its_other_processes_itself(data, tmp_path, one_proces
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])
 def test_two_processes_share_the_scoring_of_the_reference(lives, data, tmp_path, one_process, strategy):
     output = trained(lives, data, tmp_path / "out", devices=2, strategy=strategy, dpo_ref="recompute")
-    assert output.count("scored 50 pairs with the model as training starts") == 1
+    assert output.count("scored 50 pairs with the model that training starts from") == 1
     scored = load_pairs(tmp_path / "out" / "reference.save").ref_logps
     # fp32 sums of up to 30 terms; a row that both ranks, or none, had scored would be off by all of it.
     np.testing.assert_allclose(scored, load_pairs(data / "scored.save").ref_logps, rtol=1e-5)

@@ -111,7 +111,9 @@ def test_the_samples_of_a_bad_call_are_named(data, tmp_path, caplog):
 def test_what_is_longer_than_a_call_is_refused_by_its_row(data, tmp_path):
     pairs = load_pairs(data / "train.save")
     tokens, row = int(pairs.tree_tokens.max()), int(pairs.tree_tokens.argmax()) + 1
-    words = rf"^--batch_tokens {tokens - 1}: row {row} of --dpo_train_file .*train.save has {tokens} tokens; as many and more are accepted$"
+    words = (
+        rf"^--batch_tokens {tokens - 1}: row {row} of --dpo_train_file .*train.save has {tokens} tokens; at least that many are accepted$"
+    )
     for dry_run in (0, 1):
         with pytest.raises(InputError, match=words):
             train.main(flags(data, tmp_path / "out", batch_tokens=tokens - 1, dry_run=dry_run))

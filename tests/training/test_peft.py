@@ -210,19 +210,19 @@ def test_every_flag_changes_the_result(data, tmp_path, lora, changes):
 BAD = [
     ({"peft": "ia3"}, "--peft 'ia3': accepted are"),
     ({"peft": "lora", "lora_r": 0}, "--lora_r 0: at least 1"),
-    ({"peft": "lora", "lora_dropout": 1}, "--lora_dropout 1.0: from 0 up to"),
+    ({"peft": "lora", "lora_dropout": 1}, "--lora_dropout 1.0: 0 or more and below"),
     ({"peft": "lora", "lora_targets": "att.query"}, "--lora_targets att.query: unknown; accepted are att.gate, att.key"),
     ({"peft": "lora", "lora_layers": "0-2"}, "--lora_layers 0-2: not layers of this model"),
     ({"peft": "lora", "train_extra": "all"}, "--train_extra all: unknown; accepted are time, lowrank, ln, emb, head"),
     ({"peft": "lora", "load_model": None}, "--peft lora needs --load_model"),
-    ({"peft": "lora", "load_partial": 1}, "--load_partial 1: --peft lora trains beside"),
+    ({"peft": "lora", "load_partial": 1}, "--load_partial 1: --peft lora needs a checkpoint"),
     ({"peft": "pissa", "weight_decay": 0.1}, "--weight_decay with --peft pissa"),
     ({"peft": "lora", "peft_load": "nowhere"}, r"nowhere/adapter_config.json: no such file"),
     ({"peft": "state", "peft_load": "nowhere.pth"}, r"nowhere.pth: no such checkpoint"),
     ({"peft_load": "x"}, "--peft_load x needs the --peft"),
-    ({"lora_r": 8}, "--lora_r 8: --peft none has no adapter"),
-    ({"peft": "state", "train_extra": "ln"}, "--train_extra ln: --peft state has no adapter"),
-    ({"peft": "state", "strategy": "deepspeed_stage_3"}, "--strategy deepspeed_stage_3: DeepSpeed doesn't share out weights that --peft"),
+    ({"lora_r": 8}, "--lora_r 8: --peft none trains no adapter"),
+    ({"peft": "state", "train_extra": "ln"}, "--train_extra ln: --peft state trains no adapter"),
+    ({"peft": "state", "strategy": "deepspeed_stage_3"}, "--strategy deepspeed_stage_3: DeepSpeed doesn't shard weights that --peft"),
 ]
 
 

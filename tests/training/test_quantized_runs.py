@@ -48,7 +48,7 @@ def test_the_reference_is_the_base_as_it_is_held(data, tmp_path, caplog, method,
     # The same model in the same arithmetic, in batches of other pairs: bf16 rounds to 2^-8.
     assert float(margin) <= (1e-5 if precision == "fp32" else 0.02)
     assert "not the one that scored" not in caplog.text
-    assert re.search(rf"--peft {method}: trains .* stay as they are, 24,576 of them in 0\.0 MB \(--quant {form}\)", caplog.text)
+    assert re.search(rf"--peft {method}: trains .* are frozen, 24,576 of them in 0\.0 MB \(--quant {form}\)", caplog.text)
 
 
 def test_scores_of_another_form_of_the_same_file_are_told_apart(data, tmp_path, scored, caplog):
@@ -63,7 +63,7 @@ def test_scores_of_another_form_of_the_same_file_are_told_apart(data, tmp_path, 
         ("as they are", "none", "nf4", {"quant": "nf4"}), ("in 4 bits", "nf4", "none", {"dpo_train_file": scored}),
     ):  # fmt: skip
         by_header, by_margins = (line for line in warnings(name, **changes) if "scored" in line)
-        assert f"was scored with --quant {as_was}, training has --quant {as_now}, which is another model" in by_header
+        assert f"was scored with --quant {as_was}, training has --quant {as_now}, which is a different model" in by_header
         assert "the starting model is not the one that scored dpo_train_file" in by_margins
 
 

@@ -52,7 +52,7 @@ def test_a_reference_of_fp32_is_compared_in_fp32_in_any_run(data, tmp_path, capl
     assert (arithmetic, explained, is_warned) == ("fp32", 1e-3, False)
     if precision != "fp32":
         # What a user who did all right will meet in metrics.jsonl.
-        assert re.search(rf"training sees them in {precision}, with 0\.0\d+ nats of it", caplog.text)
+        assert re.search(rf"training sees them in {precision}, with 0\.0\d+ nats of rounding", caplog.text)
     margin, *_, is_warned = check(data, tmp_path / "near", caplog, precision, load_model=data / "near.pth")
     assert margin > 1e-3
     assert is_warned

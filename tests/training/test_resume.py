@@ -67,7 +67,7 @@ def test_of_many_other_settings_five_are_named(tmp_path):
     others = {"dpo_beta": 0.5, "ctx_len": 7, "lr_init": 0.25, "lr_final": 0.5, "beta1": 0.5, "beta2": 0.5, "keep": 9}
     with pytest.raises(InputError, match="is of a run with other settings: ") as error:
         chosen(settings.with_flags(**others))
-    named = str(error.value).split("other settings: ")[1].removesuffix("; --resume none begins anew")
+    named = str(error.value).split("other settings: ")[1].removesuffix("; --resume none starts a fresh run")
     assert named.split(", ") == [
         "--ctx_len 7 (was 1024)", "--dpo_beta 0.5 (was 0.01)", "--lr_init 0.25 (was 0.0006)", "--lr_final 0.5 (was 1e-05)",
         "--beta1 0.5 (was 0.9)",
@@ -83,10 +83,10 @@ def test_an_interrupted_run_is_left_behind_only_by_what_continues_it_or_may_over
     assert chosen(before.with_flags(**goes_on)) is None
     assert chosen(before.with_flags(lr_init=0.5, overwrite=1)) is None
     for changes in ({}, {"lr_init": 0.5}, {"load_model": "rwkv-2.pth"}, {**goes_on, "lr_init": 0.5}, {"micro_bsz": 3, "overwrite": 1}):
-        with pytest.raises(InputError, match="none of its checkpoints is whole"):
+        with pytest.raises(InputError, match="all of its checkpoints are damaged"):
             chosen(before.with_flags(**changes))
     (tmp_path / "config.json").unlink()
-    with pytest.raises(InputError, match="none of its checkpoints is whole"):
+    with pytest.raises(InputError, match="all of its checkpoints are damaged"):
         chosen(before.with_flags(lr_init=0.5, overwrite=1))
 
 
@@ -190,7 +190,7 @@ def test_sigterm_saves_and_exits_well_and_the_same_command_goes_on(data, tmp_pat
     assert not (tmp_path / "out" / "rwkv-final.pth").exists()
     assert steps_written(tmp_path / "out") < N_STEPS
     train.main(flags(data, tmp_path / "out"))
-    assert "going on after step" in caplog.text
+    assert "continuing after step" in caplog.text
     assert_same(tmp_path / "out", whole)
 
 
@@ -264,7 +264,7 @@ def test_other_settings_are_not_resumed(data, tmp_path, stopped):
     shutil.copytree(stopped, tmp_path / "out")
     with pytest.raises(InputError, match=r"other settings: --lr_init 0\.002 \(was 0\.001\)"):
         train.main(flags(data, tmp_path / "out", lr_init=2e-3))
-    with pytest.raises(InputError, match=r"--epoch_steps 26: .* counts 12 optimizer steps in an epoch; 24 is accepted"):
+    with pytest.raises(InputError, match=r"--epoch_steps 26: .* counts 12 optimizer steps per epoch; 24 is accepted"):
         train.main(flags(data, tmp_path / "out", epoch_steps=26))
     train.main(flags(data, tmp_path / "out", lr_init=2e-3, overwrite=1, epoch_count=1, epoch_steps=2))
     assert [r["step"] for r in records(tmp_path / "out")] == [1]
@@ -318,7 +318,7 @@ def test_when_no_checkpoint_is_whole_the_run_is_refused(data, tmp_path, stopped)
         path.write_bytes(b"torn")
         with pytest.raises(InputError, match=r"--resume .*step-\d+.pth: does not have the sha256"):
             train.main(flags(data, tmp_path / "out", resume=path))
-    with pytest.raises(InputError, match=r"last: none of its checkpoints is whole \(step-.*--resume none begins anew"):
+    with pytest.raises(InputError, match=r"last: all of its checkpoints are damaged \(step-.*--resume none starts a fresh run"):
         train.main(flags(data, tmp_path / "out"))
     with pytest.raises(InputError, match=r"--resume nowhere.pth: no such checkpoint"):
         train.main(flags(data, tmp_path / "out", resume="nowhere.pth"))

@@ -86,7 +86,7 @@ def test_what_cannot_be_written_is_told_of_once_and_ends_no_run(data, tmp_path, 
     (tmp_path / "out" / "report.html").mkdir()
     train.main(flags(data, tmp_path / "out"))
     assert (tmp_path / "out" / "rwkv-final.pth").exists()
-    (told,) = [message for message in caplog.messages if "goes on without report.html" in message]
+    (told,) = [message for message in caplog.messages if "continues without report.html" in message]
     assert "report.html: cannot be written: Is a directory" in told
 
 

@@ -64,7 +64,7 @@ def test_event_files_that_cannot_be_written_are_told_of_and_end_no_run(data, tmp
     (tmp_path / "out" / "tensorboard").write_text("a file is in the way")
     train.main(flags(data, tmp_path / "out"))
     assert (tmp_path / "out" / "rwkv-final.pth").exists()
-    assert len([message for message in caplog.messages if message.endswith("; the run goes on without it")]) == 1
+    assert len([message for message in caplog.messages if message.endswith("; the run continues without it")]) == 1
 
 
 def test_names_are_trls():

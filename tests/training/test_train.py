@@ -309,7 +309,7 @@ def test_a_dry_run_needs_no_gpu_and_no_files(data, tmp_path, capsys, caplog):
     sizes = {"n_layer": 32, "n_embd": 4096, "vocab_size": 65536, "head_size_a": 64, "ctx_len": 4096, "micro_bsz": 1}
     train.main(flags(data, tmp_path, dry_run=1, load_model=None, accelerator="gpu", wkv_backend=None, dpo_train_file="none.save", **sizes))
     assert "7,518,044,160 parameters" in capsys.readouterr().out
-    assert "none.save is not there" in caplog.text
+    assert "none.save does not exist" in caplog.text
 
 
 README_COMMAND = (
@@ -327,7 +327,7 @@ def test_a_dry_run_needs_no_checkpoint_whose_shape_the_flags_say(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     train.main(README_COMMAND.split())
     assert "461,721,600 parameters" in capsys.readouterr().out
-    assert "--load_model ./RWKV-5-World-0.4B-v2-20231113-ctx4096.pth is not there: its shape is taken from the flags" in caplog.text
+    assert "--load_model ./RWKV-5-World-0.4B-v2-20231113-ctx4096.pth does not exist: its shape is taken from the flags" in caplog.text
     assert list(tmp_path.iterdir()) == []
 
 
@@ -450,7 +450,7 @@ BAD = [
     ({"dpo_general_corpus_ratio": 1.5}, "--dpo_general_corpus_ratio 1.5: 0 to 1"),
     ({"dpo_beta": 0}, "--dpo_beta 0.0: more than 0"),
     ({"micro_bsz": 0}, "--micro_bsz 0: at least 1"),
-    ({"epoch_steps": 5, "accumulate_grad_batches": 2}, "--epoch_steps 5 is not a multiple of --accumulate_grad_batches 2: .* 4 would do"),
+    ({"epoch_steps": 5, "accumulate_grad_batches": 2}, "--epoch_steps 5 is not a multiple of --accumulate_grad_batches 2: .* 4 is"),
     ({"precision": "int8"}, "--precision 'int8': accepted are"),
     ({"accelerator": "tpu"}, "--accelerator 'tpu': accepted are"),
     ({"wkv_backend": "cuda"}, "--wkv_backend cuda can't be used on cpu"),
@@ -513,13 +513,13 @@ def test_pairs_without_reference_scores_are_refused(data, tmp_path):
 
 
 def test_a_folder_that_cannot_be_made_is_refused(data):
-    with pytest.raises(InputError, match="--proj_dir /proc/out: can't be made"):
+    with pytest.raises(InputError, match="--proj_dir /proc/out: can't be created"):
         run(data, Path("/proc/out"))
 
 
 def test_a_proj_dir_that_is_a_file_is_refused(data, tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(InputError, match=r"--proj_dir .*out: can't be made"):
+    with pytest.raises(InputError, match=r"--proj_dir .*out: can't be created"):
         run(data, tmp_path / "out")
 
 

@@ -117,7 +117,7 @@ def test_a_continued_run_keeps_its_first_reference_and_a_new_one_scores_anew(dat
     caplog.clear()
     with caplog.at_level("INFO"):
         records = run(data, tmp_path, **settings, lr_init=1e-2, lr_final=1e-2, load_model=learned, overwrite=1)
-    assert "scored 15 pairs with the model as training starts" in caplog.text
+    assert "scored 15 pairs with the model that training starts from" in caplog.text
     assert records[0]["loss_dpo"] == pytest.approx(np.log(2), abs=1e-5)
     assert (tmp_path / "reference.save").read_bytes() != first
 
@@ -126,7 +126,7 @@ def test_a_continued_run_without_its_scores_says_so(data, tmp_path, caplog):
     run(data, tmp_path, dpo_ref="recompute")
     (tmp_path / "reference.save").unlink()
     run(data, tmp_path, dpo_ref="recompute", load_model=tmp_path / "rwkv-0.pth", epoch_begin=1)
-    assert "reference.save is not there: the reference is the model that this run continues from" in caplog.text
+    assert "reference.save does not exist: the reference is the model that this run continues from" in caplog.text
 
 
 def test_pairs_of_another_checkpoint_or_length_are_told_in_one_line_each(data, tmp_path, caplog):
@@ -145,7 +145,7 @@ def test_pairs_of_another_checkpoint_or_length_are_told_in_one_line_each(data, t
     assert "than training starts from, initial weights; --dpo_ref recompute" in line
     lines = warned("length", ctx_len=13, dpo_valid_file=data / "valid.save")
     assert [line.split(" was ")[0].split()[0] for line in lines] == ["--dpo_train_file", "--dpo_valid_file"]
-    assert lines[0].endswith("was cut to a ctx_len of 12, training has --ctx_len 13; pairs stay as they are")
+    assert lines[0].endswith("was truncated to a ctx_len of 12, training has --ctx_len 13; the pairs are used unchanged")
 
 
 def test_unscored_pairs_are_refused_with_the_ways_out(data, tmp_path):
@@ -159,7 +159,7 @@ def test_a_model_that_gives_no_number_is_told(data, tmp_path):
     with torch.no_grad():
         model.head.weight[3] = float("nan")
     save_weights(model.state_dict(), tmp_path / "nan.pth")
-    with pytest.raises(InputError, match=r"--dpo_ref recompute: the model .* not finite"):
+    with pytest.raises(InputError, match=r"--dpo_ref recompute: the model .* non-finite"):
         run(data, tmp_path / "out", load_model=tmp_path / "nan.pth", dpo_ref="recompute")
     assert not (tmp_path / "out" / "reference.save").exists()
 
@@ -220,7 +220,7 @@ def test_scores_of_another_reference_are_not_taken_from_a_journal(data, tmp_path
         journal.append(np.full((1, 2), -7.0).tobytes())
     with caplog.at_level("INFO"):
         run(data, tmp_path, dpo_ref="recompute")
-    assert "scored 10 pairs with the model as training starts" in caplog.text
+    assert "scored 10 pairs with the model that training starts from" in caplog.text
     assert "of 10 pairs from" not in caplog.text
 
 

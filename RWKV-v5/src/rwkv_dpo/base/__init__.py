@@ -1,5 +1,5 @@
-"""What any command needs before it does anything: its command line, faults in one line, signals, how far it is.
+"""What any command needs before it does anything: its command line, errors in one line, signals, progress.
 
 May import: tqdm.
-Must not enter: anything that knows of files, models or settings.
+Must not enter: anything that knows about files, models or settings.
 """

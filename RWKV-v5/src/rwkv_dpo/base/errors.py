@@ -1,4 +1,4 @@
-"""The one error type for anything a user can put right: flags, files, rows, checkpoints."""
+"""The one error type for anything that a user can fix: flags, files, rows, checkpoints."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,15 +7,15 @@ from typing import NoReturn
 
 
 class InputError(ValueError):
-    """A fault in what the user gave. Its message is one line: the flag or file, what was found, what is accepted.
+    """An error in the user's input. Its message is one line: the flag or file, what was found, what is accepted.
 
-    Scripts print the message and exit with status 2; everything else is a bug and keeps its traceback. What a message quotes comes
+    Scripts print the message and exit with status 2; any other exception is a bug and keeps its traceback. What a message quotes comes
     from files that may be anything: characters that would break the line or steer a terminal are escaped, the middle of a very long
     message is left out.
     """
 
     def __init__(self, message: str) -> None:
-        # Escapes are longer than what they stand for, and a message may be too long to escape first.
+        # Escapes are longer than the characters they replace, and a message may be too long to escape first.
         super().__init__(_shortened(_printable(_shortened(message))))
 
 
@@ -31,13 +31,13 @@ def _printable(text: str) -> str:
 
 
 def refuse(message: str) -> NoReturn:
-    """Raise InputError; lets a check read as one line."""
+    """Raise InputError, so that a check reads as one line."""
     raise InputError(message)
 
 
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """What the system refuses within (no permission, a disk that fails) becomes an InputError that names the file."""
+    """Turn an error of the system within (no permission, a failing disk) into an InputError that names the file."""
     try:
         yield
     except OSError as error:
@@ -45,7 +45,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def read_utf8(named: str, path: Path) -> str:
-    """The text of a small file, without a byte order mark. InputError, which begins with `named`, for one that can't be read or isn't
+    """The text of a small file, without a byte order mark. Raises InputError, beginning with `named`, if it can't be read or isn't
     UTF-8."""
     try:
         return path.read_text("utf-8-sig")

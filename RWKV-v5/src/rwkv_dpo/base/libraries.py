@@ -1,5 +1,4 @@
-"""Packages that some flags alone need: whether they are there, what installs them, and bitsandbytes without what it says while it is
-imported.
+"""Packages that only some flags need: whether they are installed, how to install them, and bitsandbytes without the output of its import.
 
 Importing them takes seconds, so that only functions that need one do.
 """
@@ -13,9 +12,9 @@ from typing import Any
 
 from rwkv_dpo.base.errors import refuse
 
-# Of a checkout; of an installed package a folder like any other.
+# In a checkout; for an installed package it is a folder like any other.
 ROOT = Path(__file__).resolve().parents[4]
-# By the package that is imported, the extra of pyproject.toml that brings it.
+# By imported package: the extra of pyproject.toml that installs it.
 EXTRAS = {
     "aiohttp": "serve", "bitsandbytes": "quant", "datasets": "datasets", "deepspeed": "deepspeed", "pyarrow": "datasets",
     "tensorboard": "tensorboard", "wandb": "wandb",
@@ -23,13 +22,14 @@ EXTRAS = {
 
 
 def check_package(package: str, needed_by: str, instead: str = "") -> None:
-    """InputError where it isn't installed. needed_by: a flag or file, as it was typed. instead: what can do without."""
+    """Raises InputError if it isn't installed. needed_by: a flag or file, as it was typed. instead: what works without it."""
     if sys.modules.get(package) is None and importlib.util.find_spec(package) is None:
         refuse(f"{needed_by} needs the package {package}: {what_installs(package)}{f'; {instead}' if instead else ''}")
 
 
 def what_installs(package: str) -> str:
-    """The command. pip knows rwkv-dpo where it is installed, and then installs what of it is missing; in a checkout it may not be."""
+    """The command that installs it. pip knows rwkv-dpo if it is installed, and then installs what is missing; in a checkout it may not know
+    it."""
     if is_checkout():
         return f"pip install {package}"
     return f"pip install 'rwkv-dpo[{EXTRAS[package]}]'" if package in EXTRAS else "pip install rwkv-dpo"
@@ -41,13 +41,13 @@ def is_checkout() -> bool:
 
 
 def quiet_bitsandbytes() -> None:
-    """Before anything imports it, as peft does by itself where it is installed: leaves out its warning of a 4-bit kernel for inference
-    that nothing here calls."""
+    """To be called before anything imports it, which peft does by itself if it is installed: drop its warning about a 4-bit inference
+    kernel that nothing here calls."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def bitsandbytes(module: str) -> Any:
     """One of its modules, by its name within the package."""
-    # Python's own table finds one that is imported already, so that this may stand in a product.
+    # Python's own table returns a module that is already imported, so this call is cheap enough for every product.
     quiet_bitsandbytes()
     return importlib.import_module(f"bitsandbytes.{module}")

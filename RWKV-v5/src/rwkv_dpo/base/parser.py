@@ -1,4 +1,4 @@
-"""The command line of every script: argparse, with its faults in one line."""
+"""The command line of every script: argparse, with its errors in one line."""
 
 import argparse
 import difflib
@@ -8,12 +8,12 @@ from typing import Any, NoReturn
 from rwkv_dpo.base.errors import refuse
 from rwkv_dpo.base.script import program
 
-# Share of letters in common from which a name is taken for a slip of the fingers: n_layers, dpo_betta, but not lora for lora_r.
+# Share of letters in common above which a name counts as a typo: n_layers, dpo_betta, but not lora for lora_r.
 _NEAR = 0.85
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reports faults as InputError, so that every script prints them the same way; takes no abbreviations."""
+    """Reports errors as InputError, so that every script prints them the same way; accepts no abbreviations."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **{"prog": program(), **settings})
@@ -32,7 +32,7 @@ class OneLineParser(argparse.ArgumentParser):
         return self.refuse_unknown(unknown[0]) if unknown else given
 
     def refuse_unknown(self, argument: str) -> NoReturn:
-        """With the flag that may have been meant, when it is one or two letters away."""
+        """Refuse an unknown flag, naming the flag that may have been meant if it is one or two letters away."""
         if not argument.startswith("-"):
             refuse(f"{argument!r}: not expected; flags look like --name value")
         name = argument.split("=")[0]
@@ -46,7 +46,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """In columns for a terminal of today."""
+    """With columns wide enough for today's terminals."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=120)

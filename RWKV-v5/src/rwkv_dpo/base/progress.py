@@ -1,4 +1,4 @@
-"""How far something is that takes long: a bar in a terminal, and elsewhere, where each state of a bar would stay, a plain line now and
+"""Progress of something that takes long: a bar in a terminal; elsewhere, where every state of a bar would remain, a plain line now and
 then."""
 
 import sys
@@ -24,13 +24,13 @@ class Progress:
         self, total: int, unit: str, what: str = "", every_s: float = EVERY_S, shows: bool = True, done: int = 0, leave: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        """done: of the total, before. leave: a bar stays when it has ended. shows: False for nothing at all."""
+        """done: number already done, of the total. leave: keep the bar when it is finished. shows: False for no output at all."""
         self.total, self.unit, self.what, self.every_s, self.clock = total, unit, what, every_s, clock
         is_bar = shows and sys.stderr.isatty()
         self.bar: Any = tqdm(
             total=total, initial=done, desc=what or None, unit=unit, leave=leave, dynamic_ncols=True, disable=not is_bar
         )  # fmt: skip
-        # A line that is logged meanwhile stands above the bar.
+        # A line that is logged in the meantime appears above the bar.
         self.redirected = logging_redirect_tqdm() if is_bar else None
         self.speaks = shows and not is_bar
         self.first, self.done, self.told = done, done, done
@@ -48,7 +48,7 @@ class Progress:
         self.bar.close()
 
     def update(self, n: int = 1, figures: dict[str, str] | None = None) -> None:
-        """So many more are done. figures: what else to show, by short names."""
+        """So many more are done. figures: other values to show, by short names."""
         self.done += n
         if figures:
             self.bar.set_postfix(figures, refresh=False)
@@ -57,13 +57,13 @@ class Progress:
             self.tell(figures)
 
     def tell(self, figures: dict[str, str] | None = None) -> None:
-        """The plain line, unless it was told already."""
+        """Print the plain line, unless it was printed already."""
         if not self.speaks or self.told == self.done:
             return
         self.told, self.spoken = self.done, self.clock()
         seconds = (self.spoken - self.begin) / (self.done - self.first) * (self.total - self.done)
         parts = [f"{self.what} {self.unit}".strip() + f" {self.done:,} of {self.total:,}"]
-        # A rate is said before its unit.
+        # Rates are shown before their unit.
         parts += [f"{value} {name}" if "/" in name else f"{name} {value}" for name, value in (figures or {}).items()]
         parts += [f"{tqdm.format_interval(seconds)} left"] if self.done < self.total else []
         print(", ".join(parts), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""How every script runs and ends: an InputError, a signal and a missing package each in one line, with a status."""
+"""How every script runs and ends: an InputError, a signal or a missing package becomes one line and a status."""
 
 import os
 import select
@@ -16,7 +16,7 @@ CONSOLE = "rwkv-dpo"
 
 
 def program() -> str:
-    """What was typed to get here, as help and messages name it: `train.py`, or `rwkv-dpo train`."""
+    """What was typed to start this program, as help and messages name it: `train.py`, or `rwkv-dpo train`."""
     path = Path(sys.argv[0])
     is_console = path.stem == CONSOLE or path.parts[-2:] == ("rwkv_dpo", "__main__.py")
     return " ".join([CONSOLE, *sys.argv[1:2]]) if is_console else path.name
@@ -26,10 +26,10 @@ def run_script(
     main: Callable[[], object], leave: Callable[[int], NoReturn] = sys.exit, stopped: str = "nothing was written", speaks: bool = True,
     name: str = "",
 ) -> NoReturn:  # fmt: skip
-    """Runs a script's main. An InputError becomes one line on standard error and exit status 2; SIGINT (Ctrl-C) and SIGTERM become
-    one, and 128 + the signal's number. A reader of standard output that leaves early ends it without a line. leave: ends the process.
-    stopped: what a signal leaves behind, in a few words. speaks: False where another process has that line to tell. name: the
-    program's, where it is not program()."""
+    """Runs a script's main. An InputError becomes one line on standard error and exit status 2; SIGINT (Ctrl-C) and SIGTERM become one, and
+    128 + the signal's number. A reader of standard output that leaves early ends it without a line. leave: ends the process. stopped: what
+    a signal leaves behind, in a few words. speaks: False if another process prints that line. name: the program's name, if it is not
+    program()."""
     name, status = name or program(), 0
 
     def tell(number: int) -> None:
@@ -42,7 +42,7 @@ def run_script(
         main()
         sys.stdout.flush()
     except BaseException as error:
-        # Some libraries have a handler of their own for Ctrl-C, for as long as they work.
+        # Some libraries install their own handler for Ctrl-C while they work.
         number = interrupted_by() or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else 0)
         if number:
             tell(number)
@@ -73,7 +73,7 @@ def _nobody_reads() -> bool:
 
 
 def missing_package(error: ModuleNotFoundError) -> str:
-    """The line. Raises the error when it is a module of our own that is missing."""
+    """The line to print. Re-raises the error if a module of our own is missing."""
     package = (error.name or str(error)).partition(".")[0]
     if package in ("", "rwkv_dpo"):
         raise error
@@ -87,6 +87,6 @@ def missing_package(error: ModuleNotFoundError) -> str:
 
 
 def leave_without(error: ModuleNotFoundError) -> NoReturn:
-    """Ends a script whose imports fail, as run_script would."""
+    """End a script whose imports fail, as run_script would."""
     print(f"{program()}: {missing_package(error)}", file=sys.stderr)
     sys.exit(2)

@@ -1,7 +1,7 @@
 """SIGINT (Ctrl-C) and SIGTERM: what they do to a script.
 
 Python runs a signal's handler in the main thread, between two of its instructions. A run spends most of its time within one: in a
-matrix product, or waiting for a GPU or for another process that may be gone. So a thread watches beside it, for those that the main
+matrix product, or waiting for a GPU or for another process that may be gone. Therefore a thread also watches, for signals that the main
 thread does not get to.
 """
 
@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Launchers pass on a Ctrl-C that the terminal has sent to all processes already: what comes so soon is the same one.
+# Launchers pass on a Ctrl-C that the terminal has already sent to all processes: a second one this soon is the same one.
 SAME_WITHIN_S = 1.0
-# For what an interrupted script has to put away.
+# Time for the cleanup of an interrupted script.
 PATIENCE_S = 10.0
 
 
 class Interrupted(BaseException):
-    """A signal asks the script to end. No Exception, so that nobody who deals with faults keeps it."""
+    """A signal asks the script to end. Not an Exception, so that no error handling swallows it."""
 
 
 def interrupt(number: int) -> None:
@@ -38,13 +38,13 @@ def interrupts() -> bool:
 
 
 def interrupted_by() -> int:
-    """The signal that has raised Interrupted, 0 when none has. What arrives may be another exception: C++ makes its own of it."""
+    """The signal that has raised Interrupted, 0 if none has. The exception that arrives may be a different one: C++ makes its own of it."""
     return _answer.number if interrupts() else 0
 
 
 @dataclass
 class _Answer:
-    """What signals do for the time being. `seen`: when the thread saw the first of them; `number`: what the main thread acted on."""
+    """What signals currently do. `seen`: when the thread saw the first of them; `number`: the one that the main thread acted on."""
 
     act: Callable[[int], None]
     at_once: Callable[[], None]
@@ -60,12 +60,9 @@ _answer = _Answer(lambda number: None, lambda: None, None)
 def on_signals(
     act: Callable[[int], None], at_once: Callable[[], None] = lambda: None, overdue: Callable[[int], None] | None = None
 ) -> Callable[[], None]:
-    """From now on SIGINT and SIGTERM do `act`, in the main thread. A Ctrl-C that comes second ends the process at once, with no more
-    than `at_once` before. overdue: called when the process lives PATIENCE_S after a signal, before it is ended; None: it lives on.
-
-    Returns what makes signals do again what they did before. Outside of the main thread, whose caller deals with signals, nothing is
-    changed.
-    """
+    """From now on, SIGINT and SIGTERM call `act` in the main thread. A second Ctrl-C ends the process immediately, after calling only
+    `at_once`. overdue: called if the process still lives PATIENCE_S after a signal, before it is ended; None: it is not ended. Returns a
+    function that restores what signals did before. Outside of the main thread, whose caller deals with signals, nothing is changed."""
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
     answer, handlers = _answer, [signal.getsignal(number) for number in SIGNALS]
@@ -78,12 +75,12 @@ def on_signals(
 
 
 def leave_signals() -> None:
-    """Gives signals back to the system: they end the process, for which there is nothing left to do."""
+    """Give signals back to the system: they end the process, which has nothing left to do."""
     _set(_answer, [signal.SIG_DFL] * len(SIGNALS), -1)
 
 
 def _set(answer: _Answer, handlers: list[Any], descriptor: int) -> int:
-    """Returns the descriptor that was told of signals before."""
+    """Returns the file descriptor that was notified of signals before."""
     global _answer
     if _answer.timer is not None:
         _answer.timer.cancel()
@@ -95,7 +92,8 @@ def _set(answer: _Answer, handlers: list[Any], descriptor: int) -> int:
 
 def _in_main_thread(number: int, frame: Any) -> None:
     # Once only: an Interrupted that came while the first one puts things away would end the script in a traceback. Processes that pass a
-    # signal on to each other do send it twice.
+    # Only once: an Interrupted that arrived during the cleanup of the first one would end the script with a traceback. Processes that pass
+    # a signal on to each other do send it twice.
     if not _answer.number:
         _answer.number = number
         _answer.act(number)
@@ -103,11 +101,11 @@ def _in_main_thread(number: int, frame: Any) -> None:
 
 @functools.cache
 def _watched() -> int:
-    """Starts the thread; the file descriptor that tells it of signals."""
+    """Start the thread; returns the file descriptor that notifies it of signals."""
     here, there = socket.socketpair()
     there.setblocking(False)
     threading.Thread(target=_watch, args=(here,), name="signals", daemon=True).start()
-    # A forked process has no such thread, and its signals are none of this one's.
+    # A forked process has no such thread, and its signals don't concern this one.
     os.register_at_fork(after_in_child=leave_signals)
     return there.detach()
 

@@ -29,7 +29,7 @@ _LARGEST_SIZE = 2**31 - 1
 
 @dataclass(frozen=True)
 class BinIdx:
-    """An open corpus: `tokens` [n_tokens] is memory-mapped, `ends` int64 [n] says where each document stops."""
+    """An open corpus: `tokens` [n_tokens] is memory-mapped, `ends` int64 [n] is the end of each document."""
 
     tokens: np.ndarray
     ends: np.ndarray
@@ -43,7 +43,7 @@ class BinIdx:
 
 
 def read_binidx(prefix: str | Path) -> BinIdx:
-    """Open PREFIX.bin and PREFIX.idx. InputError, naming the file, when one is missing, torn, or they disagree."""
+    """Open PREFIX.bin and PREFIX.idx. InputError, naming the file, if one is missing or truncated, or if they disagree."""
     index_path, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (index_path, bin_path):
         if not os.path.isfile(path):
@@ -70,7 +70,7 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
         refuse_others(path, "a binidx index", (Kind.BINIDX,))
         refuse(f"{path}: not a binidx index (it does not begin with {MAGIC[:7].decode()})")
     if len(content) < _HEADER.size:
-        refuse(f"{path}: truncated: {len(content)} bytes, the header alone takes {_HEADER.size}")
+        refuse(f"{path}: truncated: {len(content)} bytes, and the header alone has {_HEADER.size}")
     _, version, code, n, m = _HEADER.unpack_from(content)
     if version != VERSION:
         refuse(f"{path}: version {version}; only version {VERSION} is known")
@@ -78,18 +78,16 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
         refuse(f"{path}: dtype code {code}; accepted are 1 to 8")
     n_bytes = _HEADER.size + 12 * n + 8 * m
     if len(content) != n_bytes:
-        refuse(f"{path}: {len(content)} bytes, but its header promises {n} documents and {m} index entries: {n_bytes}")
+        refuse(f"{path}: {len(content)} bytes, but its header claims {n} documents and {m} index entries: {n_bytes}")
     sizes = np.frombuffer(content, "<i4", n, _HEADER.size)
     pointers = np.frombuffer(content, "<i8", n, _HEADER.size + 4 * n)
     return np.dtype(DTYPES[code]).newbyteorder("<"), sizes, pointers
 
 
 def write_binidx(prefix: str | Path, documents: Iterable[np.ndarray], dtype: type = np.uint16) -> tuple[int, int]:
-    """Write PREFIX.bin and PREFIX.idx, streaming and atomically; returns the numbers of documents and of tokens.
-
-    Each document is an integer array [T]. InputError for a token that `dtype` cannot hold. Memory holds 4 bytes a document
-    while they come, and some 30 at the end, when the index is written.
-    """
+    """Write PREFIX.bin and PREFIX.idx, streaming and atomically; returns the numbers of documents and of tokens. Each document is an
+    integer array [T]. InputError for a token that `dtype` cannot hold. It takes 4 bytes of memory per document while they arrive, and some
+    30 at the end, when the index is written."""
     code = next(code for code, known in DTYPES.items() if known == dtype)
     stored = np.dtype(dtype).newbyteorder("<")
     sizes = array("i")
@@ -111,6 +109,7 @@ def write_binidx(prefix: str | Path, documents: Iterable[np.ndarray], dtype: typ
             file.flush()
             os.fsync(file.fileno())
         # Two names cannot move at once. Without the old index a reader meets the old pair, the new pair or, after a crash
-        # right here, a corpus that it refuses; never the tokens of one under the sizes of the other.
+        # Two names cannot be replaced at once. Without the old index, a reader meets the old pair, the new pair or, after a crash right
+        # here, a corpus that it refuses; never the tokens of one with the sizes of the other.
         Path(f"{prefix}.idx").unlink(missing_ok=True)
     return n, int(ends[-1]) if n else 0

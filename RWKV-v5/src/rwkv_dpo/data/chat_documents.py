@@ -9,15 +9,15 @@ from rwkv_dpo.data.preference import Messages, Notes, Preference, Unusable
 from rwkv_dpo.data.prompts import MODES, render
 from rwkv_dpo.data.text_files import Row
 
-# Of a row that prefers one answer to another: prepare_pairs.py reads it.
+# Columns of a row that prefers one answer to another: prepare_pairs.py reads it.
 _PREFERRED = frozenset(("chosen", "rejected"))
 _ASKED = ", ".join(name for name in PROMPTS if name not in DIALOGUES)
 _EXPECTED = f"field 'text', or chat data: {' or '.join(DIALOGUES)}, or one of {_ASKED} with one of {', '.join(ANSWER)}"
 
 
 def document_of(row: Row, field: str, source: str) -> str:
-    """The text in `field`, or when that is empty, in 'text', or else what the chat data of the row's columns say, as a chat. InputError,
-    naming `source`, for a row that has none of them, or a dialogue that does not go by turns from a user to an assistant.
+    """The text in `field` (if that is empty, in 'text'), or else the chat data of the row's columns, written as a chat. InputError, naming
+    `source`, for a row that has none of them, or a dialogue that does not alternate from a user to an assistant.
 
     >>> document_of({"instruction": "Add.", "input": "1 + 1", "output": "2"}, "", "row 1")
     'User: Add.\\n1 + 1\\n\\nAssistant: 2\\n\\n'
@@ -28,7 +28,7 @@ def document_of(row: Row, field: str, source: str) -> str:
     try:
         return _written(*turns_of(held, _messages_of(held)))
     except Unusable as error:
-        raise InputError(f"{source}: {error}, which the chat template has no words for") from error
+        raise InputError(f"{source}: {error}, which the chat template cannot express") from error
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Texts that a chat template has been applied to already, turned back into messages: written out once more, they would be wrapped
+"""Texts to which a chat template has already been applied, turned back into messages: written out as they are, they would be wrapped
 twice."""
 
 import re
@@ -11,8 +11,8 @@ WRAPPED = "prompts with a chat template were turned into turns"
 
 
 class _Marks(NamedTuple):
-    """`turn`: what stands before a turn, its speaker as group 1. `end`: what stands around turns and is no text. `first`: who says what
-    stands before the first turn; empty when nothing may."""
+    """`turn`: the mark before a turn, with its speaker as group 1. `end`: marks around turns that are not text. `first`: the speaker of
+    what comes before the first turn; empty if nothing may."""
 
     turn: re.Pattern[str]
     end: re.Pattern[str]
@@ -38,7 +38,7 @@ _MARKS = (
 _LAST_END = re.compile("(?:" + "|".join(marks.end.pattern for marks in _MARKS) + r")\Z")
 _NOTHING = re.compile(r"(?!)")
 # Names before turns are words that people use, too: a text counts only when it begins with one and leaves the last word to the
-# assistant.
+# Names before turns are also ordinary words: a text counts only if it begins with one and leaves the last turn to the assistant.
 _NAMES = (
     _Marks(re.compile(r"(?:\A\s*|\n\n)(System|User|Assistant|Bot):"), _NOTHING),
     _Marks(re.compile(r"(?:\A\s*|\n\n)(System|Human|Assistant):"), _NOTHING),
@@ -64,7 +64,7 @@ def unwrapped_prompt(text: str) -> Messages | None:
     >>> unwrapped_prompt("<|im_start|>system\\nBe kind.<|im_end|>\\n<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n")
     [('system', 'Be kind.'), ('user', 'Hi')]
     """
-    # Without their ends the patterns look through a text again and again.
+    # Without their ends, the patterns would search a text over and over.
     ends = text[-1000:].rstrip().endswith(("\n\nAnswer:", "\n\nResponse:", "\n### Response:"))
     for pattern in _ONE_TURN if ends else ():
         if (found := pattern.match(text)) and not re.search(r"\n\n(?:Question|Input|Answer|Response):|### Response:", found["user"]):
@@ -86,7 +86,7 @@ def unwrapped_dialogue(text: str) -> Messages | None:
 
 
 def unwrapped_answer(text: str) -> str:
-    """An answer without the mark that its template ends it with."""
+    """An answer without the mark with which its template ends it."""
     bare = text.rstrip()
     while found := _LAST_END.search(bare):
         text = bare = bare[: found.start()].rstrip()
@@ -139,6 +139,6 @@ def _llama_2(text: str) -> Messages | None:
 
 
 def is_alternating(messages: Messages) -> bool:
-    """Whether, after a system message or none, user and assistant take turns, the user first."""
+    """Whether, after an optional system message, user and assistant take turns, the user first."""
     turns = messages[1:] if messages and messages[0][0] == "system" else messages
     return bool(turns) and all(role == ("user", "assistant")[i % 2] for i, (role, _) in enumerate(turns))

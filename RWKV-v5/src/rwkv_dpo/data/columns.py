@@ -1,4 +1,4 @@
-"""Which columns of a row are what: the names that data sets give to prompt, system message, answers and their scores."""
+"""The meaning of a row's columns: the names that data sets give to prompt, system message, answers and their scores."""
 
 import re
 from collections.abc import Mapping
@@ -7,13 +7,13 @@ from typing import Any
 from rwkv_dpo.base.errors import refuse
 from rwkv_dpo.data.preference import Row, Unusable, is_missing, number_of
 
-# In the order in which they are taken for what the answers answer; the rest of those that a row has is checked or added to it.
+# In the order in which they are taken for the prompt; if a row has several, the others are checked against it or added to it.
 PROMPTS = (
     "prompt", "conversations", "conversation", "messages", "dialogue", "question", "instruction", "query", "problem", "input", "history",
     "context",
 )  # fmt: skip
 DIALOGUES = ("conversations", "conversation", "messages", "dialogue")
-# What may stand beside a prompt and belongs to it; the others of PROMPTS are prompts by themselves.
+# Columns that may accompany a prompt and belong to it; the others of PROMPTS are prompts themselves.
 BEFORE, AFTER = ("history", "context"), ("input",)
 SYSTEMS = ("system", "system_prompt", "system_message", "developer")
 CHOSEN = (
@@ -31,7 +31,7 @@ ANSWER = ("completion", "response", "answer", "output")
 LABEL = ("label", "kto_tag", "thumbs", "thumbs_up", "desirable")
 SCORE = ("score", "helpfulness", "rating", "overall_score", "reward")
 
-# What --columns may name, and the names that data sets give it.
+# The roles of --columns, and the names that data sets give them.
 ROLES = {
     "prompt": PROMPTS, "system": SYSTEMS, "context": ("context",), "chosen": CHOSEN, "rejected": REJECTED, "answers": ANSWERS,
     "scores": SCORES, "ranks": RANKS, "answer": ANSWER, "label": LABEL, "score": SCORE, "chosen_score": (), "rejected_score": (),
@@ -39,7 +39,7 @@ ROLES = {
 _CANONICAL = {role: names[0] if names else role for role, names in ROLES.items()}
 _MARGINS = ("margin", "score_margin", "rating_margin", "preference_margin")
 _CHOSEN_SCORE = re.compile(r"chosen[_-](?:\w+[_-])?(?:score|rating|reward)|(?:score|rating|reward)[_-]chosen", re.IGNORECASE)
-# Columns of text that say something about a row and are no part of it.
+# Text columns that describe a row and are not part of it.
 _ABOUT = re.compile(
     r"(?:.*[_-])?(?:u?u?id|source|dataset|model|models|category|categories|type|task|topic|domain|language|lang|split|subset|name|url|date|"
     r"time|timestamp|hash|sha\d*|index|score|rating|reward|rationale|critique|feedback|tags?|status|license|version|annotator|worker|"
@@ -49,7 +49,7 @@ _ABOUT = re.compile(
 
 
 def parse_columns(text: str) -> dict[str, str]:
-    """--columns: "prompt=question,chosen=good" as {"prompt": "question", "chosen": "good"}; a dot leads into an object. InputError for
+    """--columns: "prompt=question,chosen=good" as {"prompt": "question", "chosen": "good"}; a dot reaches into an object. InputError for
     anything else.
     """
     named: dict[str, str] = {}
@@ -64,8 +64,8 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row with its columns under the names that forms know: those that --columns names, and of the answers of a pair the usual
-    ones. A role that is named has no other column. InputError when a column isn't there."""
+    """The row with its columns under the names that forms know: those given by --columns, and the usual ones for the answers of a pair. A
+    role that is given has no other column. InputError if the column doesn't exist."""
     if columns:
         values = {role: _found(row, column, role) for role, column in columns.items()}
         hidden = {name for role in columns for name in ROLES[role]} - {"context", "input", "history"} | set(columns.values())
@@ -84,13 +84,13 @@ def _found(row: Row, column: str, role: str) -> Any:
     value: Any = row
     for part in column.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            refuse(f"has the columns {', '.join(map(repr, row)) or 'none'}; --columns {role}={column} names none of them")
+            refuse(f"has the columns {', '.join(map(repr, row)) or 'none'}; --columns {role}={column} matches none of them")
         value = value[part]
     return value
 
 
 def present(row: Row) -> dict[str, Any]:
-    """The columns that hold something: tables pad rows with nulls."""
+    """The columns with content: tables pad rows with nulls."""
     return {name: value for name, value in row.items() if not is_missing(value)}
 
 
@@ -100,7 +100,7 @@ def first_of(row: Row, names: tuple[str, ...]) -> str | None:
 
 
 def unknown_texts(row: Row) -> list[str]:
-    """Columns with words in them that may be a prompt under a name that is not known here."""
+    """Text columns that may be a prompt under an unknown name."""
     known = {name for names in ROLES.values() for name in names}
     return [
         name
@@ -110,8 +110,8 @@ def unknown_texts(row: Row) -> list[str]:
 
 
 def scores_of(row: Row) -> tuple[float, float] | None:
-    """What the row says of the chosen and the rejected answer, of a margin alone (margin, 0); None without any. Unusable for a tie, and
-    when scores say that the rejected one is better."""
+    """The scores of the chosen and the rejected answer; (margin, 0) if there is only a margin; None without any. Unusable for a tie, or if
+    the rejected answer has the better score."""
     found = []
     for name in row:
         if _CHOSEN_SCORE.fullmatch(name):
@@ -125,7 +125,7 @@ def scores_of(row: Row) -> tuple[float, float] | None:
     gaps = [chosen - rejected for chosen, rejected in found]
     if any(gap < 0 for gap in gaps):
         raise Unusable("scores contradict")
-    # distilabel says so where both got the same rating.
+    # distilabel writes this if both got the same rating.
     if (gaps and not any(gaps)) or row.get("status") == "tie":
         raise Unusable("tie")
     return next((scores for scores, gap in zip(found, gaps, strict=True) if gap), None)

@@ -1,4 +1,4 @@
-"""The general corpus: one long row of tokens, whatever file it comes from (the original's --data_type)."""
+"""The general corpus: one long array of tokens, whatever file it comes from (the original's --data_type)."""
 
 import hashlib
 import os
@@ -16,19 +16,20 @@ from rwkv_dpo.data.text_files import ending
 from rwkv_dpo.data.tokenizer import VOCAB_SIZE as WORLD_SIZE
 from rwkv_dpo.files.kinds import Kind, refuse_others
 
-# Up to here every token id is checked when the corpus is opened (a fraction of a second); beyond, as windows are read.
+# Up to this size, every token id is checked when the corpus is opened (a fraction of a second); above it, as windows are read.
 _CHECKED_AT_ONCE = 100_000_000
 _BLOCK = 1 << 22
 _TEXTS = (Kind.TEXT, Kind.CSV, Kind.JSON, Kind.JSON_LINES, Kind.WEB_PAGE)
 _MARKED = (Kind.LFS_POINTER, Kind.PARQUET, Kind.NUMPY, Kind.SAFETENSORS, Kind.PAIRS, Kind.TORCH_DICT, Kind.TORCH_LIST, Kind.TORCH)
-# A fingerprint reads all of a corpus up to so many blocks of so many tokens, and of a larger one as many, evenly spread.
+# A fingerprint reads all of a corpus up to this number of blocks of this many tokens; of a larger corpus it reads as many blocks, evenly
+# spaced.
 _SAMPLED, _SAMPLED_BLOCK = 512, 1 << 16
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """`tokens` [n_tokens] of any integer type, perhaps memory-mapped; `characters`: for character corpora, the vocabulary
-    in order of token id, else empty; `how`: by what text became tokens, in words."""
+    """`tokens` [n_tokens] of any integer type, possibly memory-mapped; `characters`: for character-level corpora, the vocabulary in order
+    of token id, else empty; `how`: how text became tokens, in words."""
 
     source: str
     tokens: np.ndarray
@@ -39,11 +40,11 @@ class Corpus:
 
     @property
     def n_tokens(self) -> int:
-        """Of the whole corpus."""
+        """The size of the whole corpus."""
         return len(self.tokens)
 
     def window(self, start: int, length: int) -> np.ndarray:
-        """int64 [length] tokens from `start` on. InputError when a token is outside the vocabulary."""
+        """int64 [length] tokens from `start` on. InputError if a token is outside the vocabulary."""
         if not 0 <= start <= start + length <= self.n_tokens:
             raise IndexError(f"window {start} + {length} of a corpus of {self.n_tokens} tokens")
         tokens = np.asarray(self.tokens[start : start + length], dtype=np.int64)
@@ -53,15 +54,14 @@ class Corpus:
 
 
 def open_corpus(data_file: str, data_type: str, vocab_size: int, ctx_len: int, checkpoint: str = "") -> Corpus:
-    """Open --data_file as --data_type says: utf-8, utf-16le (text), numpy (.npy), uint16 (raw little-endian), binidx (named without
-    its ending), dummy (sums made up here, no file).
+    """Open --data_file as --data_type says: utf-8, utf-16le (text), numpy (.npy), uint16 (raw little-endian), binidx (named without its
+    ending), dummy (generated sums, no file).
 
-    Text goes through the World tokenizer when vocab_size is the World's. Else it is characters, numbered as the vocab.json beside
-    `checkpoint` says, whose model reads them; without a checkpoint as they are found, and the vocabulary is what is found when
-    vocab_size is 0.
+    Text goes through the World tokenizer if vocab_size is the World's. Otherwise it is characters, numbered as in the vocab.json next to
+    `checkpoint`. Without a checkpoint, they are numbered as they occur, and vocab_size 0 stands for their number.
 
-    InputError when the file is missing or of another form, shorter than ctx_len + 1, or has a token >= vocab_size; for text that
-    the checkpoint's model has no numbers for.
+    InputError if the file is missing, has another format, is shorter than ctx_len + 1 or has a token >= vocab_size; and for text whose
+    characters the checkpoint's model has no numbers for.
     """
     if data_type in _TEXT_READERS:
         corpus = _text_corpus(data_file, data_type, vocab_size, checkpoint)
@@ -75,11 +75,8 @@ def open_corpus(data_file: str, data_type: str, vocab_size: int, ctx_len: int, c
 
 
 def corpus_sha256(corpus: Corpus) -> str:
-    """Fingerprint of the tokens, whatever file and integer type they come from, and of the characters that they number.
-
-    A corpus of more than 33 million tokens is sampled: what is added or taken away shows, a change that leaves all else in its place
-    shows when a sampled block has it.
-    """
+    """Fingerprint of the tokens, whatever file and integer type they come from, and of the characters that they stand for. A corpus of more
+    than 33 million tokens is sampled: any change of its length shows, and a change of its content shows if a sampled block contains it."""
     digest = hashlib.sha256(f"{corpus.n_tokens} {corpus.characters}".encode())
     last = max(corpus.n_tokens - _SAMPLED_BLOCK, 0)
     is_small = corpus.n_tokens <= _SAMPLED * _SAMPLED_BLOCK
@@ -97,21 +94,21 @@ def _text_corpus(data_file: str, data_type: str, vocab_size: int, checkpoint: st
     if vocab_size == WORLD_SIZE:
         if characters:
             refuse(
-                f"{source}: {checkpoint} has the World's vocabulary, and {vocabulary} beside it numbers {len(characters)} characters: "
-                "move away what doesn't belong to the model"
+                f"{source}: {checkpoint} has the World vocabulary, but {vocabulary} next to it lists {len(characters)} characters: move "
+                "away the file that doesn't belong to the model"
             )
         tokens, n_documents = world_tokens(_texts(data_file, data_type))
         how = f"{n_documents:,} {'document' if n_documents == 1 else 'documents'} through the World tokenizer"
         return Corpus(source, tokens, vocab_size, how=how)
     if data_type == "utf-8" and holds_documents(data_file):
         refuse(
-            f"{data_file}: characters are read from one file of plain text; rows, folders and patterns, through the World tokenizer, for "
-            f"models of its vocabulary (without a checkpoint: --vocab_size {WORLD_SIZE})"
+            f"{data_file}: characters are read from one plain text file; rows, folders and patterns are read through the World tokenizer, "
+            f"for models with its vocabulary (without a checkpoint: --vocab_size {WORLD_SIZE})"
         )
     if checkpoint and not characters:
         refuse(
-            f"{source}: text for {checkpoint}, whose {vocab_size} tokens are not the World's: a model of characters has a {vocabulary} "
-            "that numbers them; for another tokenizer give its tokens (--data_type binidx, numpy or uint16)"
+            f"{source}: text for {checkpoint}, whose {vocab_size} tokens are not the World's: a character-level model has a {vocabulary}; "
+            "for another tokenizer, give its tokens (--data_type binidx, numpy or uint16)"
         )
     text = _TEXT_READERS[data_type](data_file)
     tokens, characters = character_tokens(text, characters, source, vocabulary)
@@ -123,7 +120,7 @@ def _text_corpus(data_file: str, data_type: str, vocab_size: int, checkpoint: st
 
 
 def _texts(data_file: str, data_type: str) -> Iterable[str]:
-    """Documents of the forms that make_data.py knows; any other file is one text."""
+    """Documents in the formats that make_data.py knows; any other file is one text."""
     is_file = data_type == "utf-8" and os.path.isfile(data_file) and ending(data_file) not in TEXT_ENDINGS
     if data_type == "utf-8" and not is_file:
         return documents_of(data_file)
@@ -134,9 +131,9 @@ def _texts(data_file: str, data_type: str) -> Iterable[str]:
 
 def _token_corpus(tokens: np.ndarray, source: str, vocab_size: int) -> Corpus:
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        refuse(f"{source}: holds {tokens.dtype.name} {list(tokens.shape)}; a corpus is one row of integers")
+        refuse(f"{source}: holds {tokens.dtype.name} {list(tokens.shape)}; a corpus is a one-dimensional array of integers")
     if vocab_size < 1:
-        refuse(f"--vocab_size {vocab_size}: {source} holds token ids; name the size of their vocabulary")
+        refuse(f"--vocab_size {vocab_size}: {source} holds token ids; give the size of their vocabulary")
     limits = np.iinfo(tokens.dtype)
     if limits.min == 0 and limits.max < vocab_size:
         return Corpus(source, tokens, vocab_size)
@@ -171,20 +168,20 @@ def _read_numpy(data_file: str) -> np.ndarray:
     try:
         with open(path, "rb") as file:
             head = file.read(8)
-        # Later versions are for headers of more than 64 KB, and numpy allocates whatever size they give.
+        # Later versions are for headers of more than 64 KB, and numpy allocates whatever size they claim.
         if head.startswith(np.lib.format.MAGIC_PREFIX) and head[6:] != b"\1\0":
             raise ValueError("not of .npy version 1.0")
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     # Its header is a Python literal: numpy's parser fails in more ways than numpy documents.
     except Exception as error:
         refuse_others(data_file, "a .npy file", (Kind.NUMPY, Kind.ZIP))
-        raise InputError(f"{data_file}: not a whole .npy file of numbers") from error
+        raise InputError(f"{data_file}: not an intact .npy file of numbers") from error
     return array if isinstance(array, np.ndarray) else refuse(f"{data_file}: an .npz archive; expected one array (.npy)")
 
 
 def _read_uint16(data_file: str) -> np.ndarray:
     n_bytes = _existing(data_file).stat().st_size
-    # Any bytes are tokens; those of text and of files with a long mark at their beginning are not meant so.
+    # Any bytes could be tokens, but text and files that begin with a long signature are not meant to be.
     refuse_others(data_file, "bare tokens", [kind for kind in Kind if kind not in (*_TEXTS, *_MARKED)])
     if n_bytes % 2:
         refuse(f"{data_file}: {n_bytes} bytes, an odd number; expected uint16 tokens")
@@ -193,7 +190,7 @@ def _read_uint16(data_file: str) -> np.ndarray:
 
 
 def _made_up_sums(_data_file: str) -> str:
-    """Additions, one a line: a corpus that a small model learns visibly."""
+    """Additions, one per line: a corpus that a small model visibly learns."""
     terms = np.random.default_rng(0).integers(0, 10_000, (50_000, 2)).tolist()
     return "".join(f"{a}+{b}={a + b}\n" for a, b in terms)
 

@@ -1,5 +1,4 @@
-"""What the answers of a row answer: a dialogue, put together from all the columns that are part of it. None of them is dropped in
-silence."""
+"""The dialogue before a row's answers, put together from all the columns that belong to it. None of them is dropped silently."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,15 +9,14 @@ from rwkv_dpo.data.columns import AFTER, BEFORE, DIALOGUES, PROMPTS, SYSTEMS, fi
 from rwkv_dpo.data.messages import IMAGES, is_messages, to_messages
 from rwkv_dpo.data.preference import Messages, Notes, Row, text_of
 
-# Characters: "2" is in "What is 2 + 3?" and may be an input of its own.
+# Characters: "2" is contained in "What is 2 + 3?" and may still be an input of its own.
 _BY_CHANCE = 30
 
 
 def prompt_messages(row: Row, notes: Notes, unwraps: bool = True) -> Messages:
-    """The dialogue before the answers, without system columns. `unwraps`: a prompt that carries a chat template is turned into turns.
-
-    A history and a context stand before the question, an input after it, unless they are in it already. InputError when two columns
-    look like the prompt.
+    """The dialogue before the answers, without system columns. `unwraps`: a prompt that carries a chat template is split into turns. A
+    history and a context come before the question, an input after it, unless it contains them already. InputError if two columns look like
+    the prompt.
     """
     name = first_of(row, PROMPTS)
     if name is None:
@@ -33,7 +31,7 @@ def prompt_messages(row: Row, notes: Notes, unwraps: bool = True) -> Messages:
 
 
 def context_of(row: Row, dialogue: Messages, notes: Notes) -> Messages:
-    """A whole dialogue, its answer included, with the texts of columns beside it (input, context, history) that it does not hold."""
+    """A whole dialogue, including its answer, with the texts of other columns (input, context, history) that it does not contain."""
     lead, answer = dialogue[:-1], dialogue[-1:]
     for name in (*BEFORE, *AFTER):
         if name in row and not is_messages(row[name]) and not _is_empty(row[name]):
@@ -42,7 +40,7 @@ def context_of(row: Row, dialogue: Messages, notes: Notes) -> Messages:
 
 
 def system_of(row: Row, messages: Messages) -> tuple[str, Messages]:
-    """The system message, of the columns and of the dialogue, and the dialogue without one."""
+    """The system message, from the columns and the dialogue, and the dialogue without it."""
     texts = [text_of(row[name], name) for name in SYSTEMS if name in row and not _is_empty(row[name])]
     if messages and messages[0][0] == "system":
         texts.append(messages[0][1])
@@ -55,7 +53,7 @@ def system_of(row: Row, messages: Messages) -> tuple[str, Messages]:
 
 
 def turns_of(row: Row, messages: Messages) -> tuple[str, tuple[str, ...]]:
-    """The system message and the turns of a dialogue. InputError when they don't alternate, the user first."""
+    """The system message and the turns of a dialogue. InputError if they don't alternate, the user first."""
     has_system = bool(messages) and messages[0][0] == "system"
     system, turns = system_of(row, messages)
     for i, (role, _) in enumerate(turns):
@@ -75,7 +73,7 @@ def _read(value: Any, name: str, notes: Notes, unwraps: bool) -> Messages:
 
 
 def _with(messages: Messages, value: Any, name: str, first: str, notes: Notes) -> Messages:
-    """The dialogue with that column put into it."""
+    """The dialogue with that column added to it."""
     if is_messages(value):
         more = to_messages(value, name, notes)
         if name in BEFORE:
@@ -83,30 +81,30 @@ def _with(messages: Messages, value: Any, name: str, first: str, notes: Notes) -
             return [*messages[:n], *more, *messages[n:]]
         said = [text.split() for role, text in more if role == "user"]
         if messages and messages[-1][1].split() in said:
-            # The whole dialogue beside its last or first question.
+            # The whole dialogue, next to its last or first question.
             more = more[:-1] if more[-1][0] == "assistant" else more
             return more if len(more) > len(messages) else messages
-        refuse(f"fields '{first}' and '{name}' are two prompts; --columns prompt={first} or prompt={name} says which it is")
+        refuse(f"fields '{first}' and '{name}' are two prompts; --columns prompt={first} or prompt={name} selects one")
     text = text_of(value, name)
     if any(_holds(said, text) for _, said in messages):
         return messages
     at = max((i for i, (role, _) in enumerate(messages) if role == "user"), default=None)
     if at is None:
-        refuse(f"field '{name}' belongs to a question, and there is none")
+        refuse(f"field '{name}' belongs to a question, but there is none")
     if name not in (*BEFORE, *AFTER):
-        # A question within the prompt is no other one, however short.
+        # A question within the prompt is not a second one, however short.
         if any(text.strip() in said for _, said in messages):
             return messages
         if _holds(text, messages[at][1]):
             return [*messages[:at], ("user", text), *messages[at + 1 :]]
-        refuse(f"fields '{first}' and '{name}' are two prompts; --columns prompt={first} or prompt={name} says which it is")
+        refuse(f"fields '{first}' and '{name}' are two prompts; --columns prompt={first} or prompt={name} selects one")
     question = messages[at][1]
     joined = f"{text}\n\n{question}" if name in BEFORE else f"{question}\n{text}"
     return [*messages[:at], ("user", joined), *messages[at + 1 :]]
 
 
 def _holds(text: str, part: str) -> bool:
-    """Whether a text has that part as its first or last lines, or, where it is too long to be there by chance, anywhere."""
+    """Whether a text has that part as its first or last lines, or, if it is too long to be there by chance, anywhere."""
     text, part = ("\n".join(" ".join(line.split()) for line in one.splitlines() if line.strip()) for one in (text, part))
     return f"\n{text}\n".startswith(f"\n{part}\n") or f"\n{text}\n".endswith(f"\n{part}\n") or (len(part) > _BY_CHANCE and part in text)
 

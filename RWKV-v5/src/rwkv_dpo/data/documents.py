@@ -1,4 +1,4 @@
-"""Documents to train on: the texts of files, folders, globs or a Hub data set, one after the other as a stream."""
+"""Documents to train on: the texts of files, folders, globs or a Hub data set, as one stream."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +20,11 @@ def open_documents(
     on_fault: OnFault = stop,
     encoding: str = "utf-8",
 ) -> Iterator[str]:
-    """The texts of `source` in order, empty ones left out.
+    """The non-empty texts of `source` in order. source: a .txt file (one document, or several separated by blank lines if split), a file of
+    rows (the texts in `field`; if that is empty, in 'text' or in chat data, see chat_documents.py), either also compressed, a folder or a
+    glob of those, or a Hub id, of which `hub_split` is read. `encoding`: of texts without a byte order mark.
 
-    source: a .txt file (one document, or as many as blank lines part when split), a file of rows (the texts in `field`, or when
-    that is empty, in 'text' or of chat data, see chat_documents.py), each also packed, a folder or a glob of those, or a Hub id, of
-    which `hub_split` is read. `encoding`: of texts without a byte order mark.
-
-    A row without such a text goes to `on_fault`, and is left out if that returns; any other fault is an InputError.
+    A row without such a text goes to `on_fault`, and is skipped if that returns; any other error is an InputError.
     """
     if is_hub_id(source, TEXT_ENDINGS):
         texts = _fields(source, open_hub_rows(source, hub_split), field, on_fault)
@@ -42,7 +40,7 @@ def _file(path: Path, field: str, split_blank_lines: bool, reading: Reading) -> 
     elif ending(path) in ROW_ENDINGS:
         yield from _fields(str(path), open_rows(path, *reading), field, reading.on_fault)
     else:
-        refuse(f"{path}: documents are read from {', '.join(TEXT_ENDINGS)} files, also packed")
+        refuse(f"{path}: documents are read from {', '.join(TEXT_ENDINGS)} files, also compressed")
 
 
 def _fields(source: str, rows: Iterator[tuple[str, Row]], field: str, on_fault: OnFault) -> Iterator[str]:

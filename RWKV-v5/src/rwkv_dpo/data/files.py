@@ -1,7 +1,5 @@
-"""Files of rows (.json, .jsonl, .ndjson, .parquet, .arrow, .csv, .tsv) and of text, each also packed: found by name, read as a stream.
-
-A fault is one InputError that names the file and the row (counted from 1) or line.
-"""
+"""Files of rows (.json, .jsonl, .ndjson, .parquet, .arrow, .csv, .tsv) and of text, also compressed: found by name, read as a stream. An
+error is one InputError that names the file and the row (counted from 1) or line."""
 
 import glob
 import os
@@ -21,14 +19,14 @@ _BY_CONTENT: tuple[tuple[bytes, RowReader], ...] = ((PARQUET, parquet_rows), (AR
 _BY_NAME: dict[str, RowReader] = dict(
     zip(ROW_ENDINGS, (json_rows, json_rows, json_rows, parquet_rows, arrow_rows, table_rows, table_rows), strict=True)
 )
-# What `datasets` and the Hub keep beside the rows of a data set.
+# Files that `datasets` and the Hub keep next to the rows of a data set.
 _METADATA = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json"))
 
 
 def expand(pattern: str | Path, endings: tuple[str, ...] = ROW_ENDINGS) -> list[Path]:
-    """The files that `pattern` names, sorted: one file, what a glob finds ("**" for any depth), or all files in a folder, at any
-    depth, with one of the endings, as a clone from the Hub or `datasets.save_to_disk` leaves them: without hidden files, metadata and the
-    caches of `datasets`. InputError when there are none."""
+    """The files that `pattern` names, sorted: one file, the matches of a glob ("**" for any depth), or all files with one of the endings in
+    a folder, at any depth, as a clone from the Hub or `datasets.save_to_disk` leaves them: without hidden files, metadata and the caches of
+    `datasets`. InputError if there are none."""
     path = Path(pattern)
     if os.path.isdir(path):
         found = [one for one in path.rglob("*") if ending(one) in endings and os.path.isfile(one) and _holds_rows(one, path)]
@@ -40,19 +38,17 @@ def expand(pattern: str | Path, endings: tuple[str, ...] = ROW_ENDINGS) -> list[
 
 
 def of_split(paths: list[Path], folder: Path, split: str) -> list[Path]:
-    """Those that hold a split, by a folder's name on the way from `folder` or how their own begins: train/a.parquet,
+    """Those that belong to a split, by the name of a folder below `folder`, or by the beginning of their own: train/a.parquet,
     train-00000-of-00002.parquet, train.jsonl."""
     begins = re.compile(rf"{re.escape(split)}(?![A-Za-z0-9_])")
     return [path for path in paths if split in path.relative_to(folder).parts[:-1] or begins.match(path.name)]
 
 
 def open_rows(path: str | Path, on_fault: OnFault = stop, encoding: str = "utf-8", split: str = "") -> Iterator[tuple[str, Row]]:
-    """("row 3" or "line 7", row) of every row, read as it is asked for: a line or an object of JSON, a row of .parquet or .arrow, one of
-    a table, its texts named by the first line. `encoding`: of texts without a byte order mark; `split`: of a JSON file that holds
-    several, the one that is wanted.
-
-    A file that cannot be read on is an InputError. A row that is faulty by itself (a line that is not JSON, a row with too many
-    fields) goes to `on_fault`, and is left out if that returns.
+    """("row 3" or "line 7", row) for every row, read lazily: a line or an object of JSON, a row of .parquet or .arrow, or a row of a table,
+    whose first line has the names. `encoding`: of texts without a byte order mark; `split`: the one to read from a JSON file that holds
+    several. A file that cannot be read any further is an InputError. A row that is faulty on its own (a line that is not JSON, a row with
+    too many fields) goes to `on_fault`, and is skipped if that returns.
     """
     path = Path(path)
     reader = reader_of(path)
@@ -66,7 +62,7 @@ def open_rows(path: str | Path, on_fault: OnFault = stop, encoding: str = "utf-8
 
 
 def text_field(row: Row, field: str, source: str) -> str:
-    """The text in that field. InputError, naming `source`, when there is none or it cannot be written as UTF-8."""
+    """The text in that field. InputError, naming `source`, if there is none or it cannot be written as UTF-8."""
     if field not in row:
         refuse(f"{source}: no field '{field}', found {', '.join(map(repr, row)) or 'none'}")
     text = row[field]
@@ -87,9 +83,9 @@ def _holds_rows(path: Path, folder: Path) -> bool:
 
 
 def reader_of(path: Path) -> RowReader:
-    """The reader for that file. InputError for a name of another kind, and for what came in a file's place."""
+    """The reader for that file. InputError for a name of another kind, or if the content is not what a file of that name should have."""
     if ending(path) not in ROW_ENDINGS:
-        refuse(f"{path}: rows are read from {', '.join(ROW_ENDINGS)} files, also packed (.gz, .zst, .bz2, .xz)")
+        refuse(f"{path}: rows are read from {', '.join(ROW_ENDINGS)} files, also compressed (.gz, .zst, .bz2, .xz)")
     with opened(path) as file:
         head = file.peek(len(ARROW_FILE))  # type: ignore[attr-defined]  # both kinds of file of `opened` have it
     return next((reader for start, reader in _BY_CONTENT if head.startswith(start)), _BY_NAME[ending(path)])

@@ -1,7 +1,7 @@
-"""The forms in which data sets keep preferences: which columns tell each, and what reads a row of it.
+"""The forms in which data sets store preferences: which columns identify each, and what reads a row of it.
 
-A form is told by the columns that hold something; what is named by --format has to have them, too. A row that tells none is refused
-with the forms that are nearest: what is guessed wrongly would be trained on.
+A form is recognized by the columns with content; a form named by --format has to have them, too. A row that matches none is refused with
+the closest forms: a wrong guess would be trained on.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,8 +32,8 @@ _Names = tuple[str, ...]
 
 
 class Form(NamedTuple):
-    """`columns` as messages name them, the published sets that have them, what has to be there (of each tuple one at least), the kind
-    that all rows of a file are of (empty: pairs, whose reader says), and what reads a row."""
+    """`columns` as messages name them, the published sets that have them, the required columns (of each tuple at least one), the kind
+    shared by all rows of a file (empty: pairs, and the reader says which), and the reader of a row."""
 
     columns: str
     sets: str
@@ -69,7 +69,7 @@ FORMS: dict[str, Form] = {
     "orca": _pair("question or input (and system), chosen and rejected", "orca_dpo_pairs, distilabel",
                   ("question", "input", "query", "problem", "history", "context"), _BOTH),
     "ultrafeedback": _pair("prompt text, chosen and rejected messages", "ultrafeedback_binarized", ("prompt",), _BOTH),
-    "trl": _pair("chosen and rejected, with prompt messages or beginning alike", "TRL", _BOTH),
+    "trl": _pair("chosen and rejected, with prompt messages or a common beginning", "TRL", _BOTH),
     "hh": _pair("chosen and rejected texts with Human: and Assistant: turns", "Anthropic's hh-rlhf", _BOTH),
     "plain": _pair("prompt, chosen and rejected (or reject) texts", "many", ("prompt",), _BOTH),
     "helpsteer2_preference": _two("prompt, response_1, response_2 and preference_strength", "HelpSteer2-preference",
@@ -85,7 +85,7 @@ FORMS: dict[str, Form] = {
                   (("conversation_a",), ("conversation_b",), ("winner",)), RANKING, read_arena),
     "summaries": Form("info, summaries and choice", "summarize_from_feedback",
                       (("info",), ("summaries",), ("choice",)), RANKING, read_summaries),
-    "ranked": Form("a prompt and a list of answers, completions or responses, with scores, ratings or ranks beside or within them",
+    "ranked": Form("a prompt and a list of answers, completions or responses, with scores, ratings or ranks next to or inside them",
                    "UltraFeedback, Nectar", (PROMPTS, ANSWERS), RANKING, read_list),
     "kto": Form("prompt, completion and label, or messages and label", "TRL's, LLaMA-Factory's and ms-swift's KTO",
                 ((*ANSWER, *DIALOGUES), LABEL), ONE_ANSWER, partial(read_one, is_labelled=True)),
@@ -97,8 +97,8 @@ FORMS: dict[str, Form] = {
 def to_preference(
     row: Row, where: str, form: str = "auto", columns: Mapping[str, str] | None = None, notes: Notes | None = None
 ) -> Preference | Ranking | Dropped:
-    """Read one row in the form of that name, or ("auto") in the form that its columns tell. `columns`: --columns, as columns.renamed
-    takes it. `notes`: of the file, or of this row alone.
+    """Read one row in the form of that name, or ("auto") in the form that its columns match. `columns`: --columns, as columns.renamed takes
+    it. `notes`: of the file, or of this row only.
 
     Dropped: no rejected or chosen answer (null or nothing in it), equal or contradicting scores, dialogues with tools or that differ in
     more than their last message. InputError, naming the field: a column is missing or holds something else, a dialogue does not
@@ -119,15 +119,15 @@ def to_preference(
         if FORMS[name].kind:
             notes.agree(FORMS[name].kind)
             return FORMS[name].read(held, where, notes)
-        # What is named "plain" or "trl" is taken to the letter, what looks like it is looked at.
+        # A form named as "plain" or "trl" is taken literally; a row that only looks like one is examined.
         return _read_pair(held, where, notes, name if form != "auto" or name == "hh" else "")
     except Unusable as unusable:
         return Dropped(where, str(unusable))
 
 
 def recognised(row: Row) -> str:
-    """The name of the form that the columns of a row, as columns.renamed gives it, tell. InputError, with the nearest ones, when they
-    tell none."""
+    """The name of the form that the columns of a row, as returned by columns.renamed, match. InputError, with the closest ones, if they
+    match none."""
     held = _with_output_pair(present(row))
     if "chosen" in held and "rejected" in held:
         return _recognised_pair(row, held)
@@ -138,7 +138,7 @@ def recognised(row: Row) -> str:
         return others[0]
     if "chosen" not in row and _told_by(FORMS["swift"], {**row, **held}):
         return "swift"
-    # Of a null no type is known: the pair that it should be tells the form, and the row is dropped.
+    # A null has no type: the pair that it should be determines the form, and the row is dropped.
     if "chosen" in row and "rejected" in row:
         return _recognised_pair(row, held)
     _refuse_unknown(row)
@@ -192,7 +192,7 @@ def _refuse_unknown(row: Row) -> NoReturn:
     def nearness(form: Form) -> float:
         return sum(any(name in row for name in names) for names in form.required) / len(form.required)
 
-    # Those with more to miss come last among equals.
+    # Among equals, those with more missing columns come last.
     nearest = sorted(FORMS, key=lambda name: (-nearness(FORMS[name]), name not in ("plain", "ultrafeedback", "ranked")))[:3]
     listed = ", or ".join(f"{FORMS[name].columns} ({name})" for name in nearest)
     refuse(f"has the columns {_columns_of(row)}; a row has {listed}; --columns prompt=...,chosen=...,rejected=... names others")

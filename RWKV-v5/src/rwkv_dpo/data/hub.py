@@ -17,16 +17,16 @@ def is_hub_id(source: str | Path, file_endings: tuple[str, ...]) -> bool:
 
 
 def open_hub_rows(name: str, split: str) -> Iterator[tuple[str, Row]]:
-    """("row 3", row) of every row of that split, counted from 1. InputError when it cannot be fetched."""
-    check_package("datasets", f"{name}, which is no file or folder here,", "a file of its rows can do without")
-    # Here, not above: it takes seconds to import, and local files do without.
+    """("row 3", row) for every row of that split, counted from 1. InputError if it cannot be fetched."""
+    check_package("datasets", f"{name}, which is no file or folder here,", "a file of its rows can be read without it")
+    # Here, not above: it takes seconds to import, and local files don't need it.
     import datasets
 
     n = 0
     try:
         for n, row in enumerate(datasets.load_dataset(name, split=split, streaming=True), start=1):
             yield f"row {n}", row
-    # What `datasets` raises for a missing network, a missing data set, a missing split and a file it cannot read.
+    # The exceptions of `datasets` for a missing network, a missing data set, a missing split and an unreadable file.
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

@@ -90,7 +90,7 @@ def _read_packed(path: Path) -> PairSet:
             arrays = {name: _member(archive, name, path.stat().st_size) for name in names}
     # A damaged archive can fail anywhere in zipfile, zlib, numpy's header or JSON, and they promise no particular exception.
     except Exception as error:
-        raise InputError(f"{path}: not a whole pair file: {error or type(error).__name__}") from error
+        raise InputError(f"{path}: not an intact pair file: {error or type(error).__name__}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         refuse(f"{path}: not a pair file: its header does not say {FORMAT!r}")
     if not arrays:

@@ -49,10 +49,10 @@ def opened_bytes(path: Path) -> Iterator[BinaryIO]:
             yield io.BufferedReader(content, BEGINNING) if content else file  # type: ignore[misc]
     # pyarrow's and lzma's errors for what is no whole pack are OSErrors too, without a number.
     except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise InputError(f"{path}: not a whole .{kind} file: {error}") from error
+        raise InputError(f"{path}: not an intact .{kind} file: {error}") from error
     except OSError as error:
         if kind and error.errno is None:
-            raise InputError(f"{path}: not a whole .{kind} file: {error}") from error
+            raise InputError(f"{path}: not an intact .{kind} file: {error}") from error
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 

@@ -27,7 +27,7 @@ def check_devices(settings: DeviceSettings, device: torch.device) -> None:
         refuse(f"--devices {settings.devices}: this machine has {n}")
     beyond = [number for number in gpu_ids(settings) if number >= n]
     if beyond:
-        refuse(f"--devices {settings.gpu_ids}: GPU {beyond[0]} is not there; 0 to {n - 1} are accepted")
+        refuse(f"--devices {settings.gpu_ids}: there is no GPU {beyond[0]}; 0 to {n - 1} are accepted")
 
 
 def gpu_ids(settings: DeviceSettings) -> list[int]:

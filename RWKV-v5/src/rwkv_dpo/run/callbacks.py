@@ -1,4 +1,4 @@
-"""The callbacks of a run, in the order in which they need one another, and the commands that its last lines name."""
+"""The callbacks of a run, in the order in which they depend on one another, and the commands that its last lines suggest."""
 
 import os
 import shlex
@@ -34,7 +34,7 @@ from rwkv_dpo.tuning.tuning import Tuning
 def build_callbacks(
     settings: RunSettings, data: RunData, identity: Identity, saved: Saved | None, tuning: Tuning | None
 ) -> list[pl.Callback]:
-    """saved: the checkpoint that the run goes on from."""
+    """saved: the checkpoint that the run continues from."""
     s, halt, flags = settings, Halt(), settings.as_flags()
     folder, length, chunk_ctx = s.folder.path, s.length, s.batches.chunk_ctx
     scored_at_once, shows_bar = chunk_ctx or 2 * s.data.ctx_len, s.training.enable_progress_bar
@@ -71,7 +71,7 @@ def build_callbacks(
 
 
 def measures_of(s: RunSettings, data: RunData, scored_at_once: int) -> list[Measure]:
-    """What is evaluated while the run lasts."""
+    """What is evaluated during the run."""
     measures: list[Measure] = []
     if data.valid is not None:
         some = drawn(data.valid, s.held_out.eval_pairs, s.general.seed)
@@ -82,7 +82,7 @@ def measures_of(s: RunSettings, data: RunData, scored_at_once: int) -> list[Meas
 
 
 def evaluations(s: RunSettings, data: RunData, held_out: HeldOut, checkpoints: Checkpoints) -> list[pl.Callback]:
-    """The callback that evaluates, and those that wait for it; none where there is nothing to do."""
+    """The callback that evaluates, and those that depend on it; none if there is nothing to do."""
     h, folder, halt = s.held_out, s.folder.path, held_out.halt
     callbacks: list[pl.Callback] = [held_out] if held_out.measures or data.prompts else []
     if h.keep_best or h.early_stop:
@@ -94,7 +94,7 @@ def evaluations(s: RunSettings, data: RunData, held_out: HeldOut, checkpoints: C
 
 
 def about(settings: RunSettings, data: RunData) -> About:
-    """What the run's page says that its folder doesn't know."""
+    """What the run's page shows that its folder doesn't record."""
     told, files, length = {}, settings.data, settings.length
     for name, pairs, path in (("training", data.pairs, files.dpo_train_file), ("held-out", data.valid, files.dpo_valid_file)):
         if pairs is not None:
@@ -110,7 +110,7 @@ def about(settings: RunSettings, data: RunData) -> About:
 
 
 def next_commands(settings: RunSettings) -> list[str]:
-    """How to compare what was trained with what it began from, and how to make a checkpoint of an adapter."""
+    """The commands that compare the trained model with the one it started from, and that make a checkpoint of an adapter."""
     peft, files, folder = settings.tuning.peft, settings.data, settings.folder.path
     base = settings.model.load_model if settings.model.load_model not in ("", "0") else ""
     final = str(folder / saved_name(peft, "final"))
@@ -135,5 +135,5 @@ def _command(name: str, *arguments: str) -> str:
     if not path.exists():  # an installed package has no scripts
         return shlex.join([CONSOLE, name, *arguments])
     here = os.path.relpath(path)
-    # The shorter name of the two, and one that a shell takes for a program.
+    # The shorter of the two names, in a form that a shell takes for a program.
     return shlex.join([str(path) if here.startswith("../..") else os.path.join(".", here), *arguments])

@@ -10,7 +10,7 @@ from rwkv_dpo.base.errors import read_utf8, refuse
 from rwkv_dpo.run.settings import ROOMS
 
 ENDINGS = (".yaml", ".yml", ".json", ".toml")
-# What a run's config.json holds beside its flags.
+# What a run's config.json contains apart from its flags.
 _CONTENT = "content"
 
 
@@ -40,10 +40,10 @@ def _read(named: str, path: Path) -> Any:
 
 
 def _yaml(text: str) -> Any:
-    import yaml  # here, so that its lack is told as that of any package
+    import yaml  # here, so that a missing package is reported like any other
 
     try:
-        # Scalars stay as they are written: to YAML 1.1, 1e-5 is no number, and no is false.
+        # Scalars stay as they are written: in YAML 1.1, 1e-5 is not a number, and no is false.
         return yaml.load(text, yaml.BaseLoader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
@@ -66,6 +66,6 @@ def _typed(named: str, name: str, value: Any) -> str:
 
 
 def _chosen(values: Mapping[str, str]) -> dict[str, str]:
-    """Of all the settings of a run, after its recipe, those that aren't the defaults."""
+    """Of all the settings of a run, after its recipe, those that differ from the defaults."""
     defaults = {f.name: _typed("", f.name, f.default) for room in ROOMS.values() for f in fields(room)}
     return {name: value for name, value in values.items() if name != "recipe" and value != defaults.get(name)}

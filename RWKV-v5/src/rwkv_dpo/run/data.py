@@ -1,4 +1,4 @@
-"""What a run reads: corpus and pair files, opened, checked against one another, and what there is to be told of them at its start."""
+"""What a run reads: corpus and pair files, opened, checked against one another, and described at its start."""
 
 import logging
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run reads, each None where it doesn't. valid, valid_corpus: held-out pairs and text; prompts: to be answered."""
+    """What a run reads; None for what it doesn't. valid, valid_corpus: held-out pairs and text; prompts: to be answered."""
 
     corpus: Corpus | None = None
     pairs: PairSet | None = None
@@ -38,7 +38,7 @@ class RunData:
 
 
 def tell_corpus(settings: RunSettings, given: frozenset[str]) -> RunSettings:
-    """--data_type is what the file is, where it was not given."""
+    """If --data_type was not given, say what was detected."""
     if not settings.objective.uses_corpus:
         return settings
     data = settings.data
@@ -75,30 +75,34 @@ def open_data(settings: RunSettings, vocab_size: int) -> RunData:
 
 
 def check_fits(batch_tokens: int, pairs: PairSet, path: str) -> None:
-    """Refuses a --batch_tokens that is smaller than a sample of the --dpo_train_file `path`."""
+    """Refuse a --batch_tokens that is smaller than a sample of the --dpo_train_file `path`."""
     tokens = pairs.tree_tokens
     longest = int(tokens.argmax())
     if batch_tokens and tokens[longest] > batch_tokens:
         first, *others = (row + 1 for row in pairs.tree(longest))
         rows = f"the tree of rows {first} to {others[-1]}" if others else f"row {first}"
         refuse(
-            f"--batch_tokens {batch_tokens}: {rows} of --dpo_train_file {path} has {tokens[longest]} tokens; as many and more are accepted"
+            f"--batch_tokens {batch_tokens}: {rows} of --dpo_train_file {path} has {tokens[longest]} tokens; at least that many are "
+            "accepted"
         )
 
 
 def open_valid_corpus(settings: RunSettings, vocab_size: int) -> Corpus | None:
-    """The held-out corpus. InputError for one of characters, whose numbers are the training corpus's own."""
+    """The held-out corpus. InputError for a character-level one, whose numbers only its own training corpus defines."""
     d = settings.data
     if not d.valid_data_file:
         return None
     corpus = open_corpus(*name_corpus(d.valid_data_file, d.valid_data_type), vocab_size, d.ctx_len, settings.model.load_model)
     if corpus.characters and not settings.model.load_model:
-        refuse(f"--valid_data_file {d.valid_data_file}: becomes characters, which --load_model numbers; tokens (binidx) are accepted")
+        refuse(
+            f"--valid_data_file {d.valid_data_file}: text becomes numbered characters, but the model is from --load_model; tokens "
+            "(binidx) are accepted"
+        )
     return corpus
 
 
 def open_prompts(settings: RunSettings, vocab_size: int) -> Sequence[str]:
-    """Those of --sample_prompts. InputError where the model has no World vocabulary to read them by."""
+    """The prompts of --sample_prompts. InputError if the model has no World vocabulary to read them with."""
     path = settings.held_out.sample_prompts
     if not path:
         return ()
@@ -112,19 +116,19 @@ def _refuse_world_pairs(settings: RunSettings, corpus: Corpus, data: RunData) ->
         if pairs.header.get("tokenizer") == WORLD_TOKENIZER:
             refuse(
                 f"--{flag} {getattr(settings.data, flag)}: its tokens are the World tokenizer's, and {corpus.source} becomes "
-                f"{corpus.how}; --vocab_size 65536 reads both alike"
+                f"{corpus.how}; with --vocab_size 65536 both are read the same way"
             )
 
 
 def doubts(settings: RunSettings, data: RunData) -> list[str]:
-    """What to warn of before the run begins. InputError for held-out pairs that are none."""
+    """What to warn of before the run begins. InputError for held-out pairs that are all trained on."""
     lines, files = [], settings.data
     micro_bsz, world_size = settings.batches.micro_bsz, settings.devices.world_size
     if data.pairs is not None and settings.length.samples > data.pairs.n_trees:
         what = "pairs" if data.pairs.n_trees == len(data.pairs) else "trees"
         lines.append(
             f"--micro_bsz {micro_bsz}{f' on {world_size} devices' if world_size > 1 else ''}: a micro-batch has more {what} than the "
-            f"{data.pairs.n_trees} of {files.dpo_train_file}, so that some count in it several times"
+            f"{data.pairs.n_trees} of {files.dpo_train_file}, so some are in it more than once"
         )
     if data.pairs is not None and data.valid is not None:
         names = (f"--{flag} {getattr(files, flag)}" for flag in ("dpo_valid_file", "dpo_train_file"))
@@ -133,16 +137,18 @@ def doubts(settings: RunSettings, data: RunData) -> list[str]:
 
 
 def tell_differences(settings: RunSettings, pair_files: dict[str, PairSet], loaded_sha256: str) -> None:
-    """A warning for each pair file that was cut to another --ctx_len, or, with --dpo_ref file, scored by another checkpoint than
-    --load_model, whose sha256 is given ("" without one), or by it in another form than --quant's."""
+    """A warning for each pair file that was truncated to another --ctx_len, or, with --dpo_ref file, scored by another checkpoint than
+    --load_model, whose sha256 is given ("" without one), or by one in another --quant format."""
     ctx_len, load_model = settings.data.ctx_len, settings.model.load_model
     for flag, pairs in pair_files.items():
         name = f"--{flag} {getattr(settings.data, flag)}"
         cut_to = pairs.header.get("ctx_len", ctx_len)
         if cut_to != ctx_len:
-            log.warning("%s was cut to a ctx_len of %s, training has --ctx_len %d; pairs stay as they are", name, cut_to, ctx_len)
+            log.warning(
+                "%s was truncated to a ctx_len of %s, training has --ctx_len %d; the pairs are used unchanged", name, cut_to, ctx_len
+            )
         scored_by = pairs.header.get("reference_sha256")
-        # A continued run has learned since, and its reference has not.
+        # A continued run has trained since then, but its reference has not.
         if not scored_by or settings.objective.dpo_ref != "file" or settings.epochs.epoch_begin:
             continue
         if scored_by != loaded_sha256:
@@ -153,6 +159,6 @@ def tell_differences(settings: RunSettings, pair_files: dict[str, PairSet], load
             )  # fmt: skip
         elif (scored_in := pairs.header.get("reference_quant", "none")) != settings.tuning.quant:
             log.warning(
-                "%s was scored with --quant %s, training has --quant %s, which is another model; --dpo_ref recompute takes the starting "
-                "model as the reference, and prepare_pairs.py scores with --quant too", name, scored_in, settings.tuning.quant,
+                "%s was scored with --quant %s, training has --quant %s, which is a different model; --dpo_ref recompute takes the "
+                "starting model as the reference, or score with prepare_pairs.py --quant", name, scored_in, settings.tuning.quant,
             )  # fmt: skip

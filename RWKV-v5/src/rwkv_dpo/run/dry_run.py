@@ -53,7 +53,7 @@ def dry_run(settings: RunSettings, shape: ModelShape) -> str:
 
 
 def plan_of(settings: RunSettings, model: RWKV) -> tuple[Plan, str]:
-    """The run as `memory.estimate` takes it, and its largest micro-batch in words."""
+    """The run as `memory.estimate` takes it, and a description of its largest micro-batch."""
     devices, optim, ctx_len = settings.devices, settings.optimizer.optim, settings.data.ctx_len
     peft, strategy = settings.tuning.peft, settings.devices.strategy
     n_weights = sum(p.numel() for p in model.parameters())
@@ -80,14 +80,15 @@ def plan_of(settings: RunSettings, model: RWKV) -> tuple[Plan, str]:
 
 
 def _largest_micro_batch(settings: RunSettings) -> tuple[int, np.ndarray, str, bool]:
-    """Its corpus windows; tokens, scored rows and segments [n, 3] of its trees; both in words; and whether a step has others."""
+    """Its corpus windows; tokens, scored rows and segments [n, 3] of its trees; a description of both; and whether a step has other
+    micro-batches."""
     batch_tokens, ctx_len, length = settings.batches.batch_tokens, settings.data.ctx_len, settings.length
     n = length.samples * length.accumulated if batch_tokens else settings.batches.micro_bsz
     windows, accumulates = n if settings.objective.uses_corpus else 0, length.accumulated > 1
     sizes, what = _longest_pairs(settings, n) if settings.objective.uses_pairs else (np.zeros((0, 3), dtype=np.int64), "")
     if batch_tokens:
         accumulates = windows * ctx_len + int(sizes[:, 0].sum()) > batch_tokens * settings.devices.world_size
-        # More of a window's rows are scored, so windows come first. Made-up pairs may be longer than the pairs will be.
+        # More of a window's rows are scored, so windows come first. Synthetic pairs may be longer than the real ones will be.
         windows = min(windows, batch_tokens // ctx_len)
         fitting = _fitting(sizes, batch_tokens - windows * ctx_len)
         sizes = fitting if windows or len(fitting) else sizes[:1]
@@ -97,7 +98,7 @@ def _largest_micro_batch(settings: RunSettings) -> tuple[int, np.ndarray, str, b
 
 
 def _fitting(sizes: np.ndarray, room: int) -> np.ndarray:
-    """Those of the trees that fit into so many tokens, the first ones first."""
+    """The first trees that fit into this many tokens."""
     taken = []
     for size in sizes:
         if size[0] <= room:
@@ -107,14 +108,14 @@ def _fitting(sizes: np.ndarray, room: int) -> np.ndarray:
 
 
 def _tuned(settings: TuningSettings, model: RWKV) -> tuple[int, tuple[str, ...]]:
-    """How many numbers --peft adds to the model, and the weights that it trains beside them."""
+    """How many parameters --peft adds to the model, and the weights that it trains in addition."""
     shape = model.shape
     if settings.peft == "none":
         return 0, ()
     if settings.peft == "state":
         return shape.n_layer * shape.dim_att * shape.head_size, ()
     if settings.peft_load and not Path(settings.peft_load).exists():
-        log.warning("--peft_load %s is not there: its rank and its targets are taken from the flags", settings.peft_load)
+        log.warning("--peft_load %s does not exist: its rank and targets are taken from the flags", settings.peft_load)
     elif settings.peft_load:
         saved = read_adapter(settings.peft_load)
         return sum(x.numel() for x in saved.split()[0].values()), tuple(saved.extra)
@@ -131,24 +132,24 @@ def _fastest(version: str, on_gpu: bool) -> str:
 
 
 def _file_bytes(checkpoint: str, n_weights: int) -> int:
-    """Of one that is not there as well: the official ones are in bf16."""
+    """The size of a checkpoint's file, also of one that does not exist: the official ones are in bf16."""
     if not checkpoint:
         return 0
     return Path(checkpoint).stat().st_size if Path(checkpoint).exists() else 2 * n_weights
 
 
 def _longest_pairs(settings: RunSettings, n: int) -> tuple[np.ndarray, str]:
-    """Tokens, scored rows and segments [n, 3] of the n longest trees, and what they are in words, with a place for a number of them."""
+    """Tokens, scored rows and segments [n, 3] of the n longest trees, and a description with a placeholder for their number."""
     path, ctx_len = settings.data.dpo_train_file, settings.data.ctx_len
     if not Path(path).is_file():
-        log.warning("--dpo_train_file %s is not there: pairs are taken to be --ctx_len long, half of it answers", path)
+        log.warning("--dpo_train_file %s does not exist: pairs are assumed to be --ctx_len long, with half of it for the answer", path)
         half = max(ctx_len // 2, 1)
-        return np.tile([half + 2 * half, 2 * half, 3], (n, 1)), f"{{}} made-up pairs of {half} + {half} or {half} tokens"
+        return np.tile([half + 2 * half, 2 * half, 3], (n, 1)), f"{{}} synthetic pairs of {half} + {half} or {half} tokens"
     pairs = open_pairs("dpo_train_file", path)
     check_fits(settings.batches.batch_tokens, pairs, path)
     sizes = _tree_sizes(pairs)
     longest = sizes[np.argsort(sizes[:, 0], kind="stable")[::-1]]
-    # Fewer than a micro-batch holds come several times.
+    # If there are fewer than a micro-batch holds, they are repeated.
     what = "pairs" if pairs.n_trees == len(pairs) else f"trees of {len(pairs):,} pairs"
     return np.resize(longest, (n, 3)), f"the {{}} longest of {len(sizes):,} {what}"
 

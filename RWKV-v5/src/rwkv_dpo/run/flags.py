@@ -1,5 +1,5 @@
-"""Command line -> RunSettings. Flags are the fields of the rooms' settings, and flags of dead experiments, which take only their neutral
-value."""
+"""Command line -> RunSettings. Flags are the fields of the rooms' settings, and flags of abandoned experiments, which accept only their
+neutral value."""
 
 import argparse
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from rwkv_dpo.run.foreign_flags import translate
 from rwkv_dpo.run.rules import check, check_trains
 from rwkv_dpo.run.settings import FLAGS, ROOMS, RunSettings, settings_of
 
-# Flags that the original takes for experiments that World models don't use, with the values that mean "without".
+# Flags of the original for experiments that World models don't use, with the values that mean "without".
 NEUTRAL: dict[str, tuple[int, ...]] = {
     "pre_ffn": (0,), "head_qk": (0,), "tiny_att_dim": (0, -1), "tiny_att_layer": (-999, -1), "my_pos_emb": (0,), "my_qa_mask": (0,),
     "my_sample_len": (0,), "my_ffn_shift": (1,), "my_att_shift": (1,), "my_random_steps": (0,), "my_pile_version": (1,),
@@ -43,7 +43,7 @@ def parse_flags(arguments: Sequence[str]) -> tuple[RunSettings, frozenset[str]]:
 
 
 def _values_of(arguments: Sequence[str]) -> dict[str, Any]:
-    """By flag; what is typed comes before what --config says."""
+    """By flag; what is typed takes precedence over --config."""
     own = OneLineParser(add_help=False, argument_default=argparse.SUPPRESS)
     own.add_argument("--config")
     files, typed = own.parse_known_args(arguments)
@@ -85,7 +85,7 @@ def _is_number(text: str) -> bool:
 def _count_devices(accelerator: str) -> int:
     if accelerator == "cpu":
         return 1
-    import torch  # takes seconds, for this alone
+    import torch  # takes seconds, and only this needs it
 
     return max(torch.cuda.device_count(), 1)
 
@@ -96,7 +96,9 @@ def build_parser() -> OneLineParser:
         argument_default=argparse.SUPPRESS, formatter_class=HelpFormatter,
         description="Trains an RWKV model (versions 5, 6 and 7): ratio * language model + (1 - ratio) * Direct Preference Optimization.",
     )  # fmt: skip
-    parser.add_argument("--config", metavar="FILE", help=f"a file of flags ({', '.join(ENDINGS)}), or a run's config.json; typed flags win")
+    parser.add_argument(
+        "--config", metavar="FILE", help=f"a file of flags ({', '.join(ENDINGS)}), or a run's config.json; typed flags take precedence"
+    )
     for room in ROOMS.values():
         group = parser.add_argument_group(room.TITLE)  # type: ignore[attr-defined]  # every room has one
         for f in fields(room):
@@ -118,7 +120,7 @@ def _boolean(text: str) -> bool:
 
 
 def flag_table() -> str:
-    """The flags as Markdown tables, one a room, for docs/flags.md."""
+    """The flags as Markdown tables, one per room, for docs/flags.md."""
     return "\n\n".join(_table_of(room) for room in ROOMS.values())
 
 

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def expected_shape(settings: RunSettings, given: frozenset[str]) -> ModelShape:
-    """resolve_shape's for a dry run, which needs no checkpoint: the flags say the shape of one that is not there."""
+    """resolve_shape for a dry run, which needs no checkpoint: the flags give the shape of one that doesn't exist."""
     s = settings.model
     if s.load_partial:
         return shape_of_flags(s)
@@ -28,15 +28,14 @@ def expected_shape(settings: RunSettings, given: frozenset[str]) -> ModelShape:
         return resolve_shape(settings, given)[0]
     missing = [f"--{name}" for name in ("n_layer", "n_embd", "vocab_size") if name not in given or not getattr(s, name)]
     if missing:
-        refuse(f"--load_model {s.load_model}: no such file; --dry_run 1 can do without when flags say its shape: {', '.join(missing)}")
-    log.warning("--load_model %s is not there: its shape is taken from the flags", s.load_model)
+        refuse(f"--load_model {s.load_model}: no such file; --dry_run 1 can do without if flags give its shape: {', '.join(missing)}")
+    log.warning("--load_model %s does not exist: its shape is taken from the flags", s.load_model)
     return shape_of_flags(s)
 
 
 def resolve_shape(settings: RunSettings, given: frozenset[str]) -> tuple[ModelShape, dict[str, torch.Tensor] | None]:
-    """The model's shape and, where one is loaded, the checkpoint's weights. The file decides; given flags must agree.
-
-    vocab_size may stay 0: then it comes from the corpus.
+    """The model's shape and, if one is loaded, the checkpoint's weights. The file decides; given flags must agree. vocab_size may stay 0:
+    then it comes from the corpus.
     """
     s, strategy = settings.model, settings.devices.strategy
     from_flags = shape_of_flags(s)
@@ -44,7 +43,7 @@ def resolve_shape(settings: RunSettings, given: frozenset[str]) -> tuple[ModelSh
         return from_flags, None
     weights = read_checkpoint(s.load_model, partial=s.load_partial == 1)
     if strategy.startswith("deepspeed_stage_3") and any(name.endswith(".time_state") for name in weights):
-        refuse(f"--strategy {strategy}: {s.load_model} has tuned states, which stage 3 doesn't share out; 1 and 2, and ddp, do")
+        refuse(f"--strategy {strategy}: {s.load_model} has tuned states, which stage 3 doesn't shard; stages 1 and 2, and ddp, work")
     if s.load_partial:
         return from_flags, weights
     shape = shape_of(weights, s.load_model)

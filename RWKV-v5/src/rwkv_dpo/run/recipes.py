@@ -1,4 +1,4 @@
-"""--recipe and --epochs: settings that follow from what a run is for, how much data it has and how wide its model is."""
+"""--recipe and --epochs: settings that follow from the purpose of a run, the amount of its data and the width of its model."""
 
 import logging
 from collections.abc import Mapping
@@ -26,25 +26,27 @@ _RECIPES: Mapping[str, Mapping[str, Any]] = {
 }
 # How learning rates fall with the width, wider models being those that have learned more. Squared, the rate of the sweep becomes 4e-6 at
 # 1,024 (the original has 5e-6 there) and 2e-7 at 4,096 (Zephyr: 5e-7, Tunstall et al. 2023, arXiv:2310.16944); adapters go with it.
-# Pre-training goes as RWKV-LM's rates do, 6e-4 at 768. A state has no width but that of its heads.
+# How learning rates scale with the width; wider models have learned more before. Squared, the rate of the sweep becomes 4e-6 at 1,024 (the
+# original has 5e-6 there) and 2e-7 at 4,096 (Zephyr: 5e-7, Tunstall et al. 2023, arXiv:2310.16944); adapters follow the same rule.
+# Pre-training scales as RWKV-LM's rates do, 6e-4 at 768. A state has no width except that of its heads.
 _FALLS_WITH_WIDTH = {"dpo": 2, "lora": 2, "state": 0, "pretrain": 1}
-# What the rate falls to, and the part of the steps in which it rises before.
+# What the rate decays to, and the share of the steps that are warm-up.
 _FALLS_TO, _WARMUP = 0.2, 0.06
-# Beside pairs, where a corpus is given. Without one weights learn from pairs alone, and at the same rate would unlearn everything else.
+# With pairs, if a corpus is given. Without one, weights learn from pairs alone, and at the same rate would unlearn everything else.
 _CORPUS_RATIO, _ALONE = 0.8, 0.2
-# Evaluations in a run.
+# Evaluations per run.
 _EVALUATIONS = 8
 
 
 def with_recipe(settings: RunSettings, given: frozenset[str]) -> RunSettings:
-    """The settings with those of --recipe that depend on model and machine alone, but for the flags that were given; says which they are.
-    Raises InputError."""
+    """The settings completed with those of --recipe that depend on model and machine only, except for the flags that were given; prints
+    which they are. Raises InputError."""
     return _changed(settings, _fixed(settings, given)) if settings.general.recipe else settings
 
 
 def with_length(settings: RunSettings, given: frozenset[str], data: RunData) -> RunSettings:
-    """The settings with the epochs of --epochs, and with what of --recipe depends on the number of steps; says which they are. Raises
-    InputError."""
+    """The settings with the epochs of --epochs, and with those of --recipe that depend on the number of steps; prints which they are.
+    Raises InputError."""
     lengths = _passes(settings, given, data)
     more = _of_length(settings.with_flags(**lengths), given) if settings.general.recipe else {}
     return _changed(settings, {**lengths, **more})
@@ -62,10 +64,10 @@ def _changed(settings: RunSettings, chosen: dict[str, Any]) -> RunSettings:
 
 
 def _fixed(settings: RunSettings, given: frozenset[str]) -> dict[str, Any]:
-    """What depends on the model and the machine alone."""
+    """What depends on the model and the machine only."""
     recipe = dict(_RECIPES[settings.general.recipe])
     accelerator = settings.devices.accelerator if "accelerator" in given else "auto"
-    # A dry run may be of a GPU that isn't there.
+    # A dry run may be for a GPU that doesn't exist here.
     is_named = settings.general.dry_run and accelerator != "auto"
     on_gpu = accelerator != "cpu" if is_named else pick_device(accelerator, "--accelerator").type == "cuda"
     recipe |= {"accelerator": "gpu" if on_gpu else "cpu", "precision": "bf16" if on_gpu else "fp32", "epoch_save": 1}
@@ -90,7 +92,7 @@ def _passes(settings: RunSettings, given: frozenset[str], data: RunData) -> dict
         return {}
     for name in ("epoch_steps", "epoch_count"):
         if name in given:
-            refuse(f"--epochs {n_passes}: --{name} says it too; give --epochs, or --epoch_steps and --epoch_count")
+            refuse(f"--epochs {n_passes}: --{name} sets the same; give either --epochs, or --epoch_steps and --epoch_count")
     n_samples = 0
     if data.pairs is not None:
         n_samples = data.pairs.n_trees
@@ -101,7 +103,7 @@ def _passes(settings: RunSettings, given: frozenset[str], data: RunData) -> dict
 
 
 def _of_length(settings: RunSettings, given: frozenset[str]) -> dict[str, Any]:
-    """What depends on how many steps there are."""
+    """What depends on the number of steps."""
     n_steps, data = settings.length.total_steps, settings.data
     chosen: dict[str, Any] = {"warmup_steps": round(_WARMUP * n_steps)}
     if data.dpo_valid_file or data.valid_data_file:

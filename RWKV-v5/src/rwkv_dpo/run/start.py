@@ -1,4 +1,4 @@
-"""How a run begins: what rank 0 finds in the run folder, and what it makes of it."""
+"""How a run begins: what rank 0 finds in the run folder, and what it does with it."""
 
 import logging
 import shutil
@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 
 
 def plan_stage(settings: RunSettings) -> RunSettings:
-    """RWKV-LM's staged pre-training spelled out: epochs of 40,320 windows; stages 2 and 3 continue from the newest checkpoint."""
+    """RWKV-LM's staged pre-training in terms of other settings: epochs of 40,320 windows; stages 2 and 3 continue from the newest
+    checkpoint."""
     stage, accumulated = settings.general.my_pile_stage, settings.epochs.accumulate_grad_batches
     if not stage:
         return settings
@@ -42,14 +43,14 @@ def plan_stage(settings: RunSettings) -> RunSettings:
 
 
 def interrupted_stage(settings: RunSettings) -> RunSettings | None:
-    """The settings with the epoch and the weights with which an interrupted run of theirs had begun; None where there is none."""
+    """The settings with the epoch and the weights with which an interrupted run with these settings had begun; None if there is none."""
     if settings.folder.resume != "auto" or not checkpoints_in(last_of(settings.folder.path)):
         return None
     before = read_identity(settings.folder.path)
     if before is None:
         return None
     begun = {name: before.flags[name] for name in ("load_model", "epoch_begin", "warmup_steps") if name in before.flags}
-    # The files are not opened yet: they are compared when they are.
+    # The files are not opened yet: they are compared once they are.
     if by_flags(settings).changes_from(before, {Part.INCIDENTAL, Part.LAYOUT}, free_flags=begun):
         return None
     return settings.with_flags(**begun)
@@ -72,7 +73,7 @@ def by_flags(settings: RunSettings) -> Identity:
 
 
 def identity_of(settings: RunSettings, data: RunData) -> Identity:
-    """Reads the checkpoint once, and of a large corpus a sample."""
+    """Reads the checkpoint once, and a sample of a large corpus."""
     load_model, peft_load = settings.model.load_model, settings.tuning.peft_load
     with_scores = settings.objective.dpo_ref == "file"
     content = {
@@ -83,7 +84,7 @@ def identity_of(settings: RunSettings, data: RunData) -> Identity:
         "dpo_valid_file": content_sha256(data.valid, with_scores) if data.valid is not None else "",
         "valid_data_file": corpus_sha256(data.valid_corpus) if data.valid_corpus else "",
         "sample_prompts": path_sha256(settings.held_out.sample_prompts) if settings.held_out.sample_prompts else "",
-        # Beside what is in the files: by these evaluate.py knows which pairs were held out from the run.
+        # In addition to the contents of the files: this tells evaluate.py which pairs were held out from the run.
         **{name: str(data.pairs.header.get(name, "")) if data.pairs is not None else "" for name in ("source_id", "preparation_id")},
     }
     return Identity(settings.as_flags(), content, PARTS)
@@ -91,7 +92,7 @@ def identity_of(settings: RunSettings, data: RunData) -> Identity:
 
 @dataclass(frozen=True)
 class Start:
-    """identity: the run's. end: why it is over before it began, "" when it isn't. resumes: the checkpoint to go on from, if any."""
+    """identity: the run's. end: why it is over before it began, "" if it isn't. resumes: the checkpoint to continue from, if any."""
 
     identity: Identity
     end: str = ""
@@ -99,7 +100,7 @@ class Start:
 
 
 def find_start(settings: RunSettings, identity: Identity, lock: RunLock) -> Start:
-    """Looks into the run folder, and leaves it as it is. Refuses a folder in which another run is at work."""
+    """Look into the run folder without changing it. Refuses a folder that another run is using."""
     folder, final = settings.folder, saved_name(settings.tuning.peft, "final")
     if folder.path.is_dir():
         lock.take()
@@ -114,8 +115,8 @@ def begin_folder(
     settings: RunSettings, start: Start, lock: RunLock, saved: Saved | None, model: RWKV, is_new: bool, data: RunData,
     tuning: Tuning | None,
 ) -> None:  # fmt: skip
-    """What a run writes before its first step. saved: the checkpoint that it goes on from; is_new: the model has initial weights. Where
-    --peft starts is saved too: it is the reference, and what PiSSA took out of the matrices."""
+    """What a run writes before its first step. saved: the checkpoint that it continues from; is_new: the model has initial weights. The
+    starting point of --peft is saved too: it is the reference, and includes what PiSSA took out of the matrices."""
     if saved is not None:
         check_fits(saved, dict(trainable(model)))
     folder, corpus = settings.folder.path, data.corpus

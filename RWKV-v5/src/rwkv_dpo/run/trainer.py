@@ -64,8 +64,8 @@ def train(settings: RunSettings, given: frozenset[str]) -> None:
 
 
 def plan(settings: RunSettings, given: frozenset[str], lock: RunLock) -> tuple[RunSettings, ModelShape | None]:
-    """The settings, with what the files and the run folder say; and the shape of a checkpoint that lies in the run folder, which the
-    other ranks may not see."""
+    """The settings, completed with what the files and the run folder say; and the shape of a checkpoint in the run folder, which the other
+    ranks may not see."""
     if settings.folder.path.is_dir():
         lock.take()
     settings = plan_stage(tell_corpus(settings, given))
@@ -74,7 +74,7 @@ def plan(settings: RunSettings, given: frozenset[str], lock: RunLock) -> tuple[R
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that is ready to train. saved: the checkpoint that it goes on from, known to rank 0 alone."""
+    """A run that is ready to train. saved: the checkpoint that it continues from, known to rank 0 only."""
 
     settings: RunSettings
     data: RunData
@@ -87,7 +87,7 @@ class Prepared:
 def prepare(
     settings: RunSettings, given: frozenset[str], device: torch.device, ranks: Ranks, lock: RunLock, shape_there: ModelShape | None
 ) -> Prepared | None:
-    """Opens and builds what a run needs, and begins its folder; None where nothing is left to train. shape_there: of the checkpoint that
+    """Open and build what a run needs, and begin its folder; None if nothing is left to train. shape_there: that of the checkpoint that
     rank 0 has read, and this rank won't."""
     shape, weights = (shape_there, None) if shape_there else resolve_shape(settings, given)
     data = open_data(settings, shape.vocab_size)
@@ -99,7 +99,7 @@ def prepare(
     torch.manual_seed(settings.general.seed)  # for dropout
     model = build_model(settings, shape, weights, device)
     is_new = weights is None
-    del weights  # a mapped file counts as memory in use for as long as a tensor refers to it
+    del weights  # a mapped file counts as used memory as long as a tensor refers to it
     start = ranks.told("start", lambda: find_start(settings, identity_of(settings, data), lock))
     if start.end:
         log.info("%s", start.end)
@@ -123,7 +123,7 @@ def prepare(
 
 
 def fit(run: Prepared, device: torch.device) -> None:
-    """Trains, and ends the run."""
+    """Train, and end the run."""
     settings, model = run.settings, run.model
     callbacks = build_callbacks(settings, run.data, run.start.identity, run.saved, run.tuning)
     trainer = build_trainer(settings, model, device, callbacks)
@@ -141,14 +141,14 @@ def fit(run: Prepared, device: torch.device) -> None:
 
 
 def build_trainer(settings: RunSettings, model: RWKV, device: torch.device, callbacks: list[pl.Callback]) -> pl.Trainer:
-    """Lightning's, without its handlers of signals."""
+    """Lightning's trainer, without its signal handlers."""
     n_trained = sum(parameter.numel() for _, parameter in trainable(model))
     trainer = build_lightning(
         settings.devices, device, settings.batches.micro_bsz, n_trained, max_epochs=settings.length.n_epochs,
         max_steps=settings.length.total_steps, gradient_clip_val=CLIP_NORM, callbacks=callbacks, use_distributed_sampler=False,
         num_sanity_val_steps=0, log_every_n_steps=1,
     )  # fmt: skip
-    # Lightning's handler of SIGTERM talks to the other ranks in the middle of whatever they do.
+    # Lightning's SIGTERM handler communicates with the other ranks in the middle of whatever they do.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
 
@@ -165,7 +165,7 @@ def loader_of(settings: RunSettings, data: RunData, rank: int, on_gpu: bool) -> 
 
 @rank_zero_only
 def end(halted: Halted) -> None:
-    """Rank 0 speaks for all, and its status is the run's."""
+    """Rank 0 prints for all, and its status is the run's."""
     if halted.fault:
         refuse(halted.fault)
     log.info("%s", halted.message)
@@ -193,4 +193,4 @@ def describe_tuning(tuning: TuningSettings, model: RWKV) -> str:
     matrices = quantized(model).values()
     n_held, n_bytes = sum(matrix.shape.numel() for matrix in matrices), sum(matrix.nbytes for matrix in matrices)
     held = f", {n_held:,} of them in {n_bytes / 1e6:,.1f} MB (--quant {tuning.quant})" if n_held else ""
-    return f"--peft {tuning.peft}: trains {n_trained:,} numbers; {n_others - n_trained + n_held:,} stay as they are{held}"
+    return f"--peft {tuning.peft}: trains {n_trained:,} parameters; {n_others - n_trained + n_held:,} are frozen{held}"

@@ -1,4 +1,4 @@
-"""What makes a run the run it is: the flags that decide its result, and what is in the files that they name.
+"""The identity of a run: the flags that decide its result, and the contents of the files that they name.
 
 Every question "is this mine?" (a finished run, a checkpoint of last/, a run folder) is asked of an Identity.
 """
@@ -13,10 +13,10 @@ from rwkv_dpo.settings.fields import Part
 
 @dataclass(frozen=True)
 class Identity:
-    """flags: all of them by name. content: by each flag that names a file, the sha256 of what is in it, "" where the run reads nothing.
-    parts: what each flag is to the identity; not needed of an earlier run.
+    """flags: all of them by name. content: for each flag that names a file, the sha256 of its contents, "" if the run reads nothing. parts:
+    the part of each flag in the identity; not needed for an earlier run.
 
-    A file that content lacks is known by its path alone: in folders of earlier versions, and before the files are opened.
+    A file that content lacks is known only by its path: in folders of earlier versions, and before the files are opened.
     """
 
     flags: Mapping[str, Any]
@@ -24,8 +24,8 @@ class Identity:
     parts: Mapping[str, Part] = field(default_factory=dict)
 
     def changes_from(self, before: "Identity", free: Collection[Part], free_flags: Collection[str] = ()) -> list[str]:
-        """What is another than before, but for the flags of the parts in `free`, each in a few words; files of the same name and another
-        content first. A flag that is newer than `before` is none."""
+        """What differs from before, except flags of the parts in `free`, each in a few words; files with the same name and different
+        content first. A flag that did not exist in `before` is ignored."""
         changes, contents = [], []
         for name, was in before.flags.items():
             now = self.flags.get(name)
@@ -41,15 +41,15 @@ class Identity:
 
     @property
     def paths(self) -> set[Path]:
-        """Of what the run reads."""
+        """Paths of what the run reads."""
         return {Path(str(self.flags[name])).resolve() for name in self.content if self.flags.get(name)}
 
     def as_json(self) -> dict[str, Any]:
-        """The flags, and beside them "content"."""
+        """The flags, and in addition "content"."""
         return {**self.flags, "content": dict(self.content)}
 
     @classmethod
     def from_json(cls, settings: Mapping[str, Any]) -> "Identity":
-        """The identity that as_json wrote, also as earlier versions did, without "content"."""
+        """The identity that as_json wrote, also in earlier versions, which had no "content"."""
         content = settings.get("content", {})
         return cls({name: value for name, value in settings.items() if name != "content"}, content if isinstance(content, dict) else {})

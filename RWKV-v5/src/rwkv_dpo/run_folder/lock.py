@@ -14,7 +14,7 @@ NAME = ".lock"
 
 
 class RunLock:
-    """Of a run folder, from take() to the end of the block or of the process, however that ends."""
+    """Lock of a run folder, from take() to the end of the block or of the process, however that ends."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / NAME
@@ -31,7 +31,7 @@ class RunLock:
             self._descriptor = None
 
     def take(self) -> None:
-        """Once, whenever it is called. The folder has to be there. InputError, naming the holder, when another run has it."""
+        """May be called repeatedly. The folder has to exist. InputError, naming the holder, if another run has it."""
         while self._descriptor is None:
             descriptor = self._open()
             try:
@@ -41,8 +41,8 @@ class RunLock:
             if not is_ours:
                 holder = os.read(descriptor, 200).decode(errors="replace").strip()
                 os.close(descriptor)
-                refuse(f"--proj_dir {self._path.parent}: another run is at work in it ({holder or 'it has just begun'})")
-            # The holder before may have removed the file after it was opened here.
+                refuse(f"--proj_dir {self._path.parent}: another run is using it ({holder or 'it has just begun'})")
+            # The previous holder may have removed the file after it was opened here.
             if _is_at(descriptor, self._path):
                 self._descriptor = descriptor
                 os.ftruncate(descriptor, 0)

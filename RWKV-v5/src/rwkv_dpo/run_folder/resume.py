@@ -1,4 +1,4 @@
-"""The checkpoints of `last/`, from which a run goes on as if it had never stopped: their form, and which one to take."""
+"""The checkpoints of `last/`, from which a run continues as if it had never stopped: their format, and which one to take."""
 
 import logging
 import re
@@ -25,7 +25,7 @@ _FORM = 2
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. None of it depends on the number of processes or the strategy.
+    """The progress of a run. None of it depends on the number of processes or the strategy.
 
     identity: the run's, as JSON. step: optimizer steps done. samples: taken of the global sequence. logs: bytes of each log file that
     belong to those steps.
@@ -43,8 +43,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint of `last/`: trainable weights and the optimizer's state by parameter name, whole; generators by rank; of a reference
-    that moves, its state."""
+    """A checkpoint of `last/`: trainable weights and the optimizer's state by parameter name, unsharded; generators by rank; for a moving
+    reference, its state."""
 
     path: Path
     progress: Progress
@@ -56,7 +56,7 @@ class Saved:
 
 
 def last_of(folder: Path) -> Path:
-    """Where a run folder keeps the checkpoints that its run goes on from."""
+    """Where a run folder keeps the checkpoints that its run continues from."""
     return folder / "last"
 
 
@@ -67,15 +67,15 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, progress: Progress, parts: dict[str, Any], keep: int) -> Path:
-    """Writes folder/step-N.pth. When it is on the disk, older ones go until `keep` are left, and those of later steps, which a run
-    that was resumed from an earlier one does again. Raises InputError.
+    """Writes folder/step-N.pth. Once it is on disk, older ones are removed until `keep` are left, and so are those of later steps, which a
+    run that was resumed from an earlier checkpoint repeats. Raises InputError.
 
     parts: the other fields of Saved.
     """
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise InputError(f"{folder}: can't be made ({error.strerror})") from error
+        raise InputError(f"{folder}: can't be created ({error.strerror})") from error
     path = folder / f"step-{progress.step}.pth"
     with hashed_write(path) as file:
         torch.save({"form": _FORM, "progress": asdict(progress), **parts}, file)  # type: ignore[arg-type]  # it only writes
@@ -87,11 +87,15 @@ def save(folder: Path, progress: Progress, parts: dict[str, Any], keep: int) -> 
 
 
 def load(path: Path) -> Saved:
-    """Tensors are mapped from the file. InputError for what is no such checkpoint, would execute code, or promises more than it holds."""
+    """Tensors are mapped from the file. InputError for anything that is not such a checkpoint, would execute code, or claims more than it
+    holds."""
     loaded = load_torch(path)
     try:
         if loaded["form"] != _FORM:
-            refuse(f"{path}: a checkpoint of form {loaded['form']}, of another version; {_FORM} is accepted. --resume none begins anew")
+            refuse(
+                f"{path}: a checkpoint of format {loaded['form']}, of another version; {_FORM} is accepted. --resume none starts a "
+                "fresh run"
+            )
         # Earlier versions wrote no reference.
         parts = {f.name: loaded[f.name] for f in fields(Saved) if f.name not in ("path", "progress", "reference")}
         parts["reference"] = loaded.get("reference", {})
@@ -106,14 +110,14 @@ def load(path: Path) -> Saved:
 
 
 def check_fits(saved: Saved, trained: Mapping[str, Tensor]) -> None:
-    """Refuses a checkpoint that isn't of the parameters that a run trains, by name: weights and optimizer states, shape for shape."""
+    """Refuse a checkpoint that doesn't match the parameters that a run trains, by name: weights and optimizer states, shape by shape."""
     shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
     found = {name: tuple(value.shape) for name, value in saved.weights.items() if isinstance(value, Tensor)}
     if found != shapes:
         odd = next(name for name in sorted(shapes.keys() | found.keys()) if shapes.get(name) != found.get(name))
         refuse(f"{saved.path}: {odd} is {found.get(odd, 'missing')}; this run trains {shapes.get(odd, 'no such weight')}")
     for name, state in saved.optimizer.items():
-        # bitsandbytes keeps tables and one scale a block, smaller than the parameter; everything else has its shape.
+        # bitsandbytes keeps tables and one scale per block, smaller than the parameter; everything else has its shape.
         is_packed = saved.progress.identity["optim"] == "adamw8bit"
         for key, value in state.items():
             if isinstance(value, Tensor) and (name not in shapes or (not is_packed and tuple(value.shape) != shapes[name])):
@@ -122,8 +126,8 @@ def check_fits(saved: Saved, trained: Mapping[str, Tensor]) -> None:
 
 
 def choose(settings: FolderSettings, identity: Identity, length: RunLength, continues: bool) -> Path | None:
-    """The checkpoint that --resume means, None to begin anew. Refuses one that is not whole, or of another run. continues: this run goes on
-    with the epochs of an earlier one, and may leave behind what is left of that."""
+    """The checkpoint that --resume means, None for a fresh run. Refuses one that is damaged, or of another run. continues: this run
+    continues the epochs of an earlier one, and may leave behind what remains of it."""
     if settings.resume == "none":
         return None
     if settings.resume != "auto":
@@ -144,17 +148,20 @@ def choose(settings: FolderSettings, identity: Identity, length: RunLength, cont
         if not fault:
             _check(load(path), settings, identity, length)
             return path
-        log.warning("%s %s; the one before is used", path, fault)
-    refuse(f"{last_of(settings.path)}: none of its checkpoints is whole ({paths[0].name} {fault_of(paths[0])}); --resume none begins anew")
+        log.warning("%s %s; the previous one is used", path, fault)
+    refuse(
+        f"{last_of(settings.path)}: all of its checkpoints are damaged ({paths[0].name} {fault_of(paths[0])}); --resume none starts a "
+        "fresh run"
+    )
 
 
 def goes_on_here(settings: FolderSettings, path: Path | None) -> bool:
-    """Whether a checkpoint to go on from is of the run folder's own last/."""
+    """Whether a checkpoint to continue from is in the run folder's own last/."""
     return path is not None and path.resolve().parent == last_of(settings.path).resolve()
 
 
 def start_of(saved: Saved | None) -> str:
-    """The adapter that the run of a checkpoint began with, which it had saved beside; "" without."""
+    """The adapter that the run of a checkpoint began with, saved next to it; "" without one."""
     if saved is None or saved.progress.identity["peft"] in ("none", "state"):
         return ""
     return str(saved.path.parent.parent / "adapter-init")
@@ -172,11 +179,11 @@ def _check(saved: Saved, settings: FolderSettings, identity: Identity, length: R
     before = Identity.from_json(saved.progress.identity)
     changed = identity.changes_from(before, {Part.INCIDENTAL, Part.LAYOUT})
     if changed and not settings.overwrite:
-        refuse(f"{saved.path} is of a run with other settings: {', '.join(changed[:5])}; --resume none begins anew")
+        refuse(f"{saved.path} is of a run with other settings: {', '.join(changed[:5])}; --resume none starts a fresh run")
     steps = before.flags["epoch_steps"] // before.flags["accumulate_grad_batches"]
     if steps != length.steps_per_epoch:
         refuse(
-            f"--epoch_steps {length.epoch_steps}: {saved.path} counts {steps} optimizer steps in an epoch; "
+            f"--epoch_steps {length.epoch_steps}: {saved.path} counts {steps} optimizer steps per epoch; "
             f"{steps * length.accumulated} is accepted"
         )
     if saved.progress.step >= length.total_steps:

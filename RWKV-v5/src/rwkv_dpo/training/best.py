@@ -1,4 +1,4 @@
-"""The best held-out figure of a run: its weights are kept, and without a better one for long enough the run ends."""
+"""The best held-out figure of a run: its weights are kept, and the run ends if there is no improvement for long enough."""
 
 import json
 import logging
@@ -16,12 +16,12 @@ log = logging.getLogger(__name__)
 
 
 class Best(AfterEvaluation):
-    """Keeps rwkv-best.pth (adapter-best, state-best.pth): the weights with the best figure so far; and ends the run after `patience`
-    evaluations without a better one. Evaluations before a resumption count. Comes before the callbacks that save what a run needs to go
-    on."""
+    """Keeps rwkv-best.pth (adapter-best, state-best.pth), the weights with the best figure so far, and ends the run after `patience`
+    evaluations without an improvement. Evaluations before a resumption count. Comes before the callbacks that save what a run needs to
+    continue."""
 
     def __init__(self, metric: str, held_out: HeldOut, checkpoints: Checkpoints, keeps: bool, patience: int) -> None:
-        """metric: a name of valid.jsonl; of losses the lowest is the best. patience 0: the run goes on to its end."""
+        """metric: a name in valid.jsonl; for losses, the lowest is the best. patience 0: the run is not ended early."""
         super().__init__(held_out)
         self.metric, self.checkpoints, self.keeps, self.patience = metric, checkpoints, keeps, patience
         self.sign = 1.0 if "loss" in metric else -1.0
@@ -59,7 +59,7 @@ class Best(AfterEvaluation):
             )
 
     def _before(self) -> tuple[float, int]:
-        """Of the evaluations in valid.jsonl. Where the best weights are not there any more, the next ones are the best."""
+        """Restore the state from the evaluations in valid.jsonl. If the best weights no longer exist, the next evaluation is the best."""
         folder = self.checkpoints.folder
         log_file = folder / "valid.jsonl"
         is_lost = self.keeps and not self.checkpoints.path_of("best").exists()

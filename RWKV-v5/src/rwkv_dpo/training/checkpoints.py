@@ -21,9 +21,9 @@ from rwkv_dpo.tuning.tuning import Tuning
 
 
 class Checkpoints(pl.Callback):
-    """rwkv-{epoch}.pth every epoch_save epochs and after the last, rwkv-final.pth at the end, rwkv-last-good.pth where too many bad steps
-    end the run: fp32, official names. With --peft, what it trains alone: adapter-{epoch} or state-{epoch}.pth. Beside the final one,
-    whose end it is. Weights that are not finite are never saved, and end the run."""
+    """rwkv-{epoch}.pth every epoch_save epochs and after the last, rwkv-final.pth at the end, rwkv-last-good.pth if too many bad steps end
+    the run: fp32, official names. With --peft, only what it trains: adapter-{epoch} or state-{epoch}.pth. A file next to the final one
+    records which run it is the result of. Non-finite weights are never saved; they end the run."""
 
     def __init__(
         self, folder: Path, epoch_save: int, max_bad_steps: int, length: RunLength, peft: str, metrics: MetricsLog, tuning: Tuning | None,
@@ -32,7 +32,7 @@ class Checkpoints(pl.Callback):
         self.folder, self.epoch_save, self.max_bad_steps, self.length = folder, epoch_save, max_bad_steps, length
         self.peft, self.metrics, self.tuning, self.identity = peft, metrics, tuning, identity
         self.halt = metrics.halt
-        self.newest, self.saved_at = Path(), -1  # what was saved last, and the step it is of
+        self.newest, self.saved_at = Path(), -1  # what was saved last, and at which step
         self.written: list[Path] = []
 
     @override
@@ -55,11 +55,11 @@ class Checkpoints(pl.Callback):
         self.halt.write(trainer, lambda: save_end(path, self.identity, trainer.global_step))
 
     def path_of(self, label: str) -> Path:
-        """Where weights of that label are saved."""
+        """The path of the weights with that label."""
         return self.folder / saved_name(self.peft, label)
 
     def save(self, trainer: pl.Trainer, module: DPOModule, label: str) -> Path:
-        """Writes the weights that train, under that label; every rank has to call it. Returns the path."""
+        """Write the trained weights under that label; every rank has to call it. Returns the path."""
         weights, path = full_weights(trainer, module), self.path_of(label)
         if name := not_finite(weights):
             bad_step = f" (bad steps, the last of them {self.metrics.bad_step})" if self.metrics.bad_step else ""
@@ -80,8 +80,8 @@ class Checkpoints(pl.Callback):
 
 
 def full_weights(trainer: pl.Trainer, module: DPOModule) -> dict[str, torch.Tensor]:
-    """Every trained parameter in fp32. With DeepSpeed they are gathered from the ranks, so that all ranks have to call this, and come to
-    the CPU one by one: a device may hold its part of the model and no more."""
+    """Every trained parameter in fp32. With DeepSpeed they are gathered from the ranks, so all ranks have to call this. They are moved to
+    the CPU one by one, because a device may have room for its part of the model only."""
     parameters = [(name, parameter) for name, parameter in module.model.named_parameters() if parameter.requires_grad]
     if not isinstance(trainer.strategy, DeepSpeedStrategy):
         return {name: parameter.detach() for name, parameter in parameters}

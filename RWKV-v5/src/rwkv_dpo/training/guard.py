@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: they leave the weights as they are, are named in the log, and end a run in the end."""
+"""Steps with a non-finite loss or gradient: they leave the weights unchanged, are named in the log, and eventually end a run."""
 
 import logging
 import math
@@ -14,20 +14,20 @@ from rwkv_dpo.batches.loader import Steps
 from rwkv_dpo.devices.strategy import ScaledFloat16
 
 log = logging.getLogger(__name__)
-# So many pairs, and windows, a line names at most.
+# A line names at most this many pairs and windows.
 N_NAMED = 64
 
 
 def poisoned(loss: Tensor) -> Tensor:
-    """The loss, with a gradient that is not finite where it is not finite itself: so the norm of the gradients, which all ranks
-    share, tells all of them. An infinite loss may well have a finite gradient of its own: -logsigmoid(-inf) has -1."""
+    """The loss, with a non-finite gradient if it is not finite itself: then the norm of the gradients, which all ranks share, tells all of
+    them. An infinite loss may well have a finite gradient of its own: that of -logsigmoid(-inf) is -1."""
     return loss * (loss.detach() * 0 + 1)
 
 
 def skip_unless_finite(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], grad_norm: Tensor) -> None:
-    """Lets the coming optimizer step pass over weights and state when the norm is not finite."""
+    """Let the coming optimizer step leave weights and state unchanged if the norm is not finite."""
     if getattr(optimizer, "_step_supports_amp_scaling", False):
-        # torch's fused optimizers look at this on the device; asking here would make a GPU wait.
+        # torch's fused optimizers check this on the device; checking it here would make a GPU wait.
         optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
     elif not torch.isfinite(grad_norm):
         for parameter in parameters:
@@ -35,7 +35,7 @@ def skip_unless_finite(optimizer: torch.optim.Optimizer, parameters: list[torch.
 
 
 def is_bad(trainer: pl.Trainer, loss: float, grad_norm: float) -> bool:
-    """Whether the step just done had to be skipped. An overflow of fp16 is no fault while the loss scale can still be lowered."""
+    """Whether the step just done had to be skipped. An overflow in fp16 is no fault as long as the loss scale can be lowered."""
     if not math.isfinite(loss):
         return True
     return not math.isfinite(grad_norm) and _loss_scale(trainer) <= 1
@@ -51,13 +51,13 @@ def _loss_scale(trainer: pl.Trainer) -> float:
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> str:
-    """The name of the first weight that holds NaN or infinity, "" when none does."""
+    """The name of the first weight that contains NaN or infinity, "" if none does."""
     return next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), "")
 
 
 def name_samples(trainer: pl.Trainer, dataset: Steps, number: int, losses: list[Tensor]) -> str:
-    """The pairs and windows of the micro-batches whose loss is not finite in the optimizer step of that number, of all of them when no
-    loss shows it; every rank has to call this with its own losses."""
+    """The pairs and windows of the micro-batches with a non-finite loss in the optimizer step with that number; of all micro-batches if no
+    loss shows it. Every rank has to call this with its own losses."""
     bad = [k for k, loss in enumerate(losses) if not math.isfinite(loss)]
     on_ranks: list[Any] = [bad]
     if trainer.world_size > 1:

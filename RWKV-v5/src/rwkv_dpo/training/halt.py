@@ -1,4 +1,4 @@
-"""Ending a run before its end, on all ranks at the same step: signals, faults of rank 0's files, and the exit itself."""
+"""Ending a run early, on all ranks at the same step: signals, failures to write rank 0's files, and the exit itself."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from rwkv_dpo.files.json_text import mend_last_line
 
 
 class Halted(Exception):
-    """Leaves the training. `fault`: the line that rank 0 ends with, and a status other than 0; "" is a good end."""
+    """Ends the training. `fault`: the line that rank 0 ends with, with a status other than 0; "" is a normal end."""
 
     def __init__(self, message: str, fault: str = "") -> None:
         super().__init__(message or fault)
@@ -24,19 +24,19 @@ class Halted(Exception):
 
 @dataclass
 class Halt:
-    """What a rank knows that all have to act upon together."""
+    """What one rank learns and all have to act upon together."""
 
     signalled: bool = False
     fault: str = ""  # what rank 0 could not write
-    last_good: str = ""  # what the run can go on from, for messages
+    last_good: str = ""  # what the run can continue from, for messages
     appended: set[Path] = field(default_factory=set)
 
     def on_signal(self, number: int) -> None:
-        """Takes note of a signal: the run stops at the end of the step."""
+        """Record a signal: the run stops at the end of the step."""
         self.signalled = True
 
     def append(self, path: Path, text: str) -> None:
-        """For rank 0. A fault is kept until the ranks agree to stop."""
+        """For rank 0. A failure is kept until the ranks agree to stop."""
         try:
             if path not in self.appended:
                 mend_last_line(path)
@@ -47,7 +47,7 @@ class Halt:
             self.fault = self.fault or f"{path}: cannot be written: {error.strerror}"
 
     def write(self, trainer: pl.Trainer, write: Callable[[], None]) -> None:
-        """Runs `write` on rank 0; all ranks call this, and leave the training when it fails, or an append before it did."""
+        """Run `write` on rank 0; all ranks call this, and leave the training if it fails, or if an earlier append did."""
         if trainer.is_global_zero and not self.fault:
             try:
                 write()
@@ -57,24 +57,25 @@ class Halt:
         self.check(bool(self.fault))
 
     def check(self, has_fault: bool) -> None:
-        """Raises Halted on every rank when rank 0 has a fault."""
+        """Raise Halted on every rank if rank 0 has had a failure."""
         if has_fault:
-            raise Halted("", f"{self.fault}; {self.last_good or 'nothing was saved to go on from'}")
+            raise Halted("", f"{self.fault}; {self.last_good or 'nothing was saved to continue from'}")
 
 
-# By it a process that Lightning starts knows who did.
+# A process that Lightning starts recognizes its parent by it.
 _STARTED_BY = "RWKV_DPO_STARTED_BY"
 
 
 class StopOnSignal(pl.Callback):
-    """Until the first step begins a signal ends the run, as it ends any script (signals.Interrupted), and with it the processes that
-    Lightning has started on this machine; torchrun and Slurm look after theirs. From then on it lets the step end: Halt.signalled.
-    Comes after all callbacks that have work to do before the first step."""
+    """Until the first step begins, a signal ends the run like any script (signals.Interrupted), including the processes that Lightning has
+    started on this machine; torchrun and Slurm take care of theirs. From then on it lets the step finish: Halt.signalled. Comes after all
+    callbacks that have work to do before the first step."""
 
     def __init__(self, halt: Halt) -> None:
         self.halt = halt
         self.restore: Callable[[], None] = lambda: None
-        # Lightning's own processes have a LOCAL_RANK above 0. A script that a process starts after a run of its own inherits the rest.
+        # Lightning's own processes have a LOCAL_RANK above 0. A script that a process starts after a run of its own inherits the other
+        # variables.
         self.started_by = int(os.environ.get(_STARTED_BY, 0)) if int(os.environ.get("LOCAL_RANK", 0)) else 0
         os.environ[_STARTED_BY] = str(os.getpid())
 

@@ -1,4 +1,4 @@
-"""The callback that keeps `last/`: saves all that a run needs to go on, and takes it up again."""
+"""The callback that keeps `last/`: saves everything that a run needs to continue, and restores it."""
 
 import logging
 import shutil
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class WeightsOfRankZero(pl.Callback):
-    """Gives every rank the weights that rank 0 has read from the run folder."""
+    """Give every rank the weights that rank 0 has read from the run folder."""
 
     @override
     def setup(self, trainer: pl.Trainer, module: DPOModule, stage: str) -> None:  # type: ignore[override]
@@ -39,11 +39,9 @@ class WeightsOfRankZero(pl.Callback):
 
 
 class LastCheckpoints(pl.Callback):
-    """Saves every save_every optimizer steps, after every epoch, and when the run is told to stop; `trainer.global_step` counts
-    the steps of the whole run, those before a resumption included. Comes after the callbacks whose work it saves.
-
-    saved: what to go on from; known to rank 0 alone, which hands it to the others.
-    """
+    """Saves every save_every optimizer steps, after every epoch, and when the run is told to stop. `trainer.global_step` counts the steps
+    of the whole run, including those before a resumption. Comes after the callbacks whose state it saves. saved: the checkpoint to continue
+    from; known to rank 0 only, which passes it to the others."""
 
     def __init__(
         self, settings: SavingSettings, folder: Path, length: RunLength, seed: int, has_scaler: bool, metrics: MetricsLog,
@@ -57,7 +55,7 @@ class LastCheckpoints(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, module: DPOModule, stage: str) -> None:  # type: ignore[override]
-        """Before the strategy takes the model: weights and counters."""
+        """Before the strategy takes the model: restore weights and counters."""
         saved = self.saved
         progress = trainer.strategy.broadcast(saved.progress if saved else None)
         self.resumes = progress is not None
@@ -83,7 +81,7 @@ class LastCheckpoints(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        """Once the strategy has made the optimizer: its state, the loss scale and the generators."""
+        """After the strategy has created the optimizer: restore its state, the loss scale and the generators."""
         if not self.resumes:
             return
         saved = self.saved
@@ -101,11 +99,11 @@ class LastCheckpoints(pl.Callback):
         _set_generators(generators, trainer.global_rank, self.seed + trainer.global_step)
         if saved is not None:
             self._tell_last_good(saved.path)
-            log.info("going on after step %d of %d, from %s", trainer.global_step, self.length.total_steps, saved.path)
+            log.info("continuing after step %d of %d, from %s", trainer.global_step, self.length.total_steps, saved.path)
         self.saved = None
 
     def _set_master_weights(self, trainer: pl.Trainer, module: DPOModule) -> None:
-        """With fp16 the engine has made its fp32 weights from rounded ones."""
+        """With fp16, the engine has made its fp32 weights from rounded ones."""
         saved = self.saved
         for name, parameter in trainable(module.model):
             like = torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
@@ -125,7 +123,7 @@ class LastCheckpoints(pl.Callback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         if trainer.global_step == self.length.total_steps:
-            return  # what is left to do is rwkv-final.pth
+            return  # only rwkv-final.pth remains to be done
         self.metrics.epoch_losses = []
         self._save(trainer, module)
         if self.metrics.stops:
@@ -133,7 +131,7 @@ class LastCheckpoints(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        # With more patience a run goes on from where --early_stop has ended it.
+        # With more patience, a run continues from where --early_stop has ended it.
         if trainer.is_global_zero and trainer.global_step == self.length.total_steps:
             shutil.rmtree(last_of(self.folder), ignore_errors=True)
 
@@ -174,14 +172,14 @@ class LastCheckpoints(pl.Callback):
 
 
 def _samples_before(length: RunLength, step: int) -> int:
-    """Samples that a run takes before optimizer step number `step` of it, where steps always have so many."""
+    """The number of samples that a run takes before its optimizer step number `step`, if all steps take the same number."""
     return (length.epoch_begin * length.epoch_steps + step * length.accumulated) * length.samples
 
 
 def _from_rank_0(trainer: pl.Trainer, value: Tensor | None, like: Tensor) -> Tensor:
     """Rank 0's value, on the device of this rank."""
     device = trainer.strategy.root_device
-    # A copy: the file that it is mapped from is going to be removed.
+    # A copy: the file that it is mapped from will be removed.
     value = torch.empty(like.shape, dtype=like.dtype, device=device) if value is None else value.to(device, copy=True)
     if trainer.world_size > 1:
         torch.distributed.broadcast(value, 0)
@@ -189,12 +187,12 @@ def _from_rank_0(trainer: pl.Trainer, value: Tensor | None, like: Tensor) -> Ten
 
 
 def _forms(state: OptimizerState) -> OptimizerState:
-    """Shapes and types alone."""
+    """Shapes and types only."""
     return {name: {key: v.to("meta") if isinstance(v, Tensor) else v for key, v in values.items()} for name, values in state.items()}
 
 
 def _set_counters(trainer: pl.Trainer, epoch: int, steps_in_epoch: int, step: int) -> None:
-    """Lightning's loops as they are between two optimizer steps, its batches: so many into `epoch`, after `step` in all."""
+    """Set Lightning's loops as they are between two optimizer steps, which are its batches: this many into `epoch`, `step` in total."""
 
     def count(number: int, begun: int = 0) -> dict[str, int]:
         return {"ready": number + begun, "started": number + begun, "processed": number, "completed": number}
@@ -240,7 +238,7 @@ def _all_generators(trainer: pl.Trainer) -> list[dict[str, Tensor]]:
 
 
 def _set_generators(states: list[dict[str, Tensor]], rank: int, seed: int) -> None:
-    """A rank that the saved run had not begins with `seed`."""
+    """A rank that the saved run did not have starts from `seed`."""
     if rank >= len(states):
         torch.manual_seed(seed)
         return

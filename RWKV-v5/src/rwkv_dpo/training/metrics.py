@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 
 
 class MetricsLog(pl.Callback):
-    """One JSON line an optimizer step, averaged over the pairs, or the windows' tokens, of its micro-batches on all ranks; and the
-    original's train_log.txt, a line an epoch."""
+    """One JSON line per optimizer step, averaged over the pairs (or the windows' tokens) of its micro-batches on all ranks; and the
+    original's train_log.txt, one line per epoch."""
 
     def __init__(self, length: RunLength, pairs_a_sample: float, flags: Mapping[str, Any], folder: Path, halt: Halt) -> None:
-        """pairs_a_sample: on average. flags: of the run, for the head of train_log.txt."""
+        """pairs_a_sample: on average. flags: those of the run, for the head of train_log.txt."""
         self.length, self.flags, self.folder, self.halt = length, flags, folder, halt
-        # Of earlier epochs: by their number of samples.
+        # Of earlier epochs, by their number of samples.
         self.pairs_seen = round(length.epoch_begin * length.epoch_steps * length.samples * pairs_a_sample)
         self.skipped_steps = self.bad_in_a_row = 0
         self.bad_step = ""  # the last one, in a few words
@@ -66,7 +66,7 @@ class MetricsLog(pl.Callback):
         if trainer.world_size > 1:
             shared = shared.to(sums.device, non_blocking=True)
             sums, shared = (trainer.strategy.reduce(x, reduce_op="sum") for x in (sums, shared))
-        # In one piece: each wait for the device lets it run dry. The second list finds it at rest.
+        # In one transfer: each wait for the device lets it run dry. At the second list it is already idle.
         numbers = torch.cat([sums[:, 0] / sums[:, 1], sums[:, 1], norm]).tolist()
         means, weights, grad_norm = numbers[: len(names)], numbers[len(names) : -1], numbers[-1]
         tokens, signals, faults = shared.tolist()
@@ -115,9 +115,9 @@ class MetricsLog(pl.Callback):
 
 
 def weighted_sums(batch: StepBatch, metrics: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
-    """fp32 [metrics, 2], of a step's micro-batches: the sum of each metric, weighted, and of its weights."""
+    """fp32 [metrics, 2], for a step's micro-batches: the weighted sum of each metric, and the sum of its weights."""
     values = torch.stack([torch.stack([value.float() for value in of_one.values()]) for of_one in metrics])
-    # Losses of pairs have their shares already.
+    # Losses of pairs are weighted already.
     own = [{"loss": 1, "loss_dpo": 1, "loss_general": one.step.n_window_rows} for one in batch]
     of_names = [[weights.get(name, one.step.n_pairs) for name in metrics[0]] for one, weights in zip(batch, own, strict=True)]
     weights = torch.tensor(of_names, dtype=torch.float32).to(values.device, non_blocking=True)
@@ -125,7 +125,7 @@ def weighted_sums(batch: StepBatch, metrics: Sequence[Mapping[str, torch.Tensor]
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory held so far: the GPU allocator's, or the process's resident set; 0 where the system doesn't say."""
+    """Peak memory so far: that of the GPU allocator, or of the process's resident set; 0 if the system doesn't report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
@@ -137,5 +137,5 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def finite(value: float) -> float | None:
-    """The value, None where it isn't finite: JSON knows no NaN."""
+    """The value, or None if it isn't finite: JSON has no NaN."""
     return value if math.isfinite(value) else None

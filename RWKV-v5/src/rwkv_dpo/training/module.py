@@ -1,5 +1,5 @@
-"""The Lightning module: hands micro-batches to the objective, sets rates, clips gradients. What Lightning takes for a batch is an optimizer
-step; its micro-batches, of which each step may have another number, are its closure's calls."""
+"""The Lightning module: passes micro-batches to the objective, sets learning rates, clips gradients. A Lightning batch is an optimizer
+step. Its micro-batches, whose number may differ from step to step, are calls of its closure."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,14 +33,14 @@ class DPOModule(pl.LightningModule):
     def __init__(
         self, model: RWKV, mixture: Mixture, ratio: float, schedule: Schedule, first_step: int, build_optimizer: BuildOptimizer
     ) -> None:
-        """mixture, ratio: of the objective. first_step: of the schedule, at which the run begins.
-        build_optimizer: makes the optimizer of the parameters that train."""
+        """mixture, ratio: of the objective. first_step: of the schedule, where the run begins. build_optimizer: makes the optimizer of the
+        trained parameters."""
         super().__init__()
         self.model, self.mixture, self.ratio, self.schedule, self.first_step = model, mixture, ratio, schedule, first_step
         self.build_optimizer = build_optimizer
         self.metrics: list[dict[str, Tensor]] = []
         self.n_micro_batches = 0
-        self.ref_logps: np.ndarray | None = None  # [pairs, 2] of a reference that moves: micro-batches may have been made before it did
+        self.ref_logps: np.ndarray | None = None  # [pairs, 2] of a moving reference: micro-batches may have been made before it moved
         self.grad_norm = torch.zeros(())
         self.lr = self.weight_decay = 0.0
 
@@ -49,7 +49,7 @@ class DPOModule(pl.LightningModule):
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             from deepspeed.utils import set_z3_leaf_modules
 
-            # ZeRO-3 gathers weights module by module, but within a block a layer uses its neighbours': gather blocks whole.
+            # ZeRO-3 gathers weights module by module, but within a block a layer uses its neighbours' weights: gather blocks as a whole.
             set_z3_leaf_modules(self.model, [Block])
 
     @override
@@ -58,7 +58,7 @@ class DPOModule(pl.LightningModule):
 
     @override
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
-        """The next of the step's micro-batches."""
+        """The next micro-batch of the step."""
         loss, metrics = objective(self.model, batch[len(self.metrics)], self.mixture, self.ratio)
         self.metrics.append(metrics)
         return poisoned(loss) / len(batch)
@@ -80,15 +80,16 @@ class DPOModule(pl.LightningModule):
 
     @override
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
-        """Not now: every call of the closure comes here, after a forward pass whose activations old gradients would have stood beside."""
+        """Not here: every call of the closure comes here after a forward pass, when old gradients would take memory in addition to its
+        activations."""
 
     @override
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            return  # its engine clips, and knows the norm after the step
+            return  # its engine clips, and has the norm after the step
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        # Scaling by 1 would read and write every gradient once more; on a GPU looking at the norm would stall instead.
+        # Scaling by 1 would read and write every gradient once more; on a GPU, checking the norm would stall instead.
         if self.grad_norm.device.type != "cpu" or self.grad_norm > CLIP_NORM:
             torch.nn.utils.clip_grads_with_norm_(parameters, CLIP_NORM, self.grad_norm)
         skip_unless_finite(optimizer, parameters, self.grad_norm)

@@ -23,17 +23,15 @@ log = logging.getLogger(__name__)
 
 
 class MovingReference(pl.Callback):
-    """After every so many optimizer steps the reference becomes alpha * policy + (1 - alpha) * reference, and scores all pair sets anew.
-    Comes after --dpo_ref recompute has filled them in, and before whatever evaluates or saves.
-
-    The reference's weights wait on the CPU, those that train alone: the others are the policy's.
-    """
+    """After every N optimizer steps the reference becomes alpha * policy + (1 - alpha) * reference, and scores all pair sets again. Comes
+    after --dpo_ref recompute has filled them in, and before anything that evaluates or saves. The reference's trained weights are kept on
+    the CPU; its other weights are the policy's."""
 
     def __init__(
         self, sets: Sequence[PairSet], every: int, alpha: float, batch_tokens: int, ld_alpha: float, saved: Mapping[str, Any] | None
     ) -> None:
-        """sets: those to train on first. batch_tokens: scored at once. saved: `state` of the run that this one goes on with, known to rank
-        0 alone."""
+        """sets: those to train on first. batch_tokens: scored at once. saved: `state` of the run that this one continues, known to rank 0
+        only."""
         self.sets, self.every, self.alpha, self.batch_tokens, self.ld_alpha = sets, every, alpha, batch_tokens, ld_alpha
         self.saved = saved
         self.weights: dict[str, Tensor] = {}
@@ -79,7 +77,7 @@ class MovingReference(pl.Callback):
 
     @contextlib.contextmanager
     def _in_place_of(self, module: DPOModule) -> Iterator[None]:
-        """The model computes with the reference's weights."""
+        """Within, the model computes with the reference's weights."""
         parameters = dict(trainable(module.model))
         with torch.no_grad():
             own = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}

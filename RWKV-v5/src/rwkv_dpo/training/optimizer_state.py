@@ -1,4 +1,4 @@
-"""An optimizer's state by parameter name, whole and on the CPU, whatever strategy holds it: so another strategy can take it over."""
+"""An optimizer's state by parameter name, unsharded and on the CPU, whatever strategy holds it, so that another strategy can restore it."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,12 +13,12 @@ OptimizerState = dict[str, dict[str, Any]]
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that train, by name."""
+    """The trained parameters, by name."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def read_state(trainer: pl.Trainer, model: nn.Module) -> OptimizerState:
-    """Every rank has to call this; what ranks other than 0 get is of no use."""
+    """Every rank has to call this; only rank 0's result is meaningful."""
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         return _read_sharded(trainer.strategy.deepspeed_engine.optimizer, model)
     state = trainer.optimizers[0].state
@@ -26,11 +26,8 @@ def read_state(trainer: pl.Trainer, model: nn.Module) -> OptimizerState:
 
 
 def write_state(trainer: pl.Trainer, model: nn.Module, form: OptimizerState, tensor: Callable[[str, str], Tensor]) -> None:
-    """Gives the optimizer, fresh from its start, the state of `form`. Every rank has to call this.
-
-    form: as read_state's, with tensors of the meta device; `tensor(name, key)` hands out their values, on the device of the run,
-    and is called in the same order on every rank.
-    """
+    """Give a newly created optimizer the state of `form`. Every rank has to call this. form: as read_state's, with tensors of the meta
+    device; `tensor(name, key)` returns their values, on the device of the run, and is called in the same order on every rank."""
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         return _write_sharded(trainer.strategy.deepspeed_engine.optimizer, model, form, tensor)
     optimizer = trainer.optimizers[0]
@@ -57,12 +54,12 @@ def _step_for(optimizer: torch.optim.Optimizer, step: float, device: torch.devic
 
 
 def _flat_partitions(zero: Any) -> list[Tensor]:
-    """What DeepSpeed's inner optimizer steps: this rank's share of the parameters, end to end, in fp32."""
+    """What DeepSpeed's inner optimizer updates: this rank's part of the parameters, concatenated, in fp32."""
     return zero.fp32_partitioned_groups_flat if hasattr(zero, "fp32_partitioned_groups_flat") else zero.single_partition_of_fp32_groups
 
 
 def _link(zero: Any) -> None:
-    """Stages 1 and 2 find a parameter's part of the flat state by links, which they make after the first parameter group's first
+    """Stages 1 and 2 find a parameter's part of the flat state through links, which they create after the first parameter group's first
     step, when the other groups have no state yet."""
     if hasattr(zero, "single_partition_of_fp32_groups"):
         zero._hp_optimizer_states_linked = False
@@ -76,7 +73,7 @@ def _read_sharded(zero: Any, model: nn.Module) -> OptimizerState:
     inner = zero.optimizer.state.get(flat, {})
     full = [key for key, value in inner.items() if isinstance(value, Tensor) and value.shape == flat.shape]
     rest = {key: _plain(key, value) for key, value in inner.items() if key not in full}
-    if not full:  # no step was taken yet
+    if not full:  # no step has been taken yet
         return {}
     _link(zero)
     return {name: {key: safe_get_full_optimizer_state(p, key).cpu() for key in full} | rest for name, p in trainable(model)}
@@ -98,7 +95,7 @@ def _write_sharded(zero: Any, model: nn.Module, form: OptimizerState, tensor: Ca
 
 
 def set_sharded(parameter: Any, value: Tensor, key: str = "") -> None:
-    """Hands every rank its part of a parameter's state, or without a key of its fp32 master weights."""
+    """Give every rank its part of a parameter's state, or, without a key, of its fp32 master weights."""
     from deepspeed import utils
 
     key_of_it = (key,) if key else ()

@@ -1,4 +1,4 @@
-"""What a run shows: its progress while it lasts, and at its end what it has made and what to do with it."""
+"""What a run prints: its progress, and at its end what it has made and what to do with it."""
 
 import contextlib
 import datetime
@@ -20,7 +20,7 @@ from rwkv_dpo.training.run_report import REPORT
 
 log = logging.getLogger(__name__)
 
-# What is shown of a step's record.
+# The fields of a step's record that are shown.
 _SHOWN = {
     "loss": ("loss", ".4f"), "rewards/accuracies": ("accuracy", ".2f"), "rewards/margins": ("margin", ".3f"),
     "tokens_per_s": ("tok/s", ",.0f"),
@@ -28,11 +28,11 @@ _SHOWN = {
 
 
 class RunBar(pl.Callback):
-    """How far the run is in its optimizer steps, those before a resumption included: rate and remaining time are of this life and of all
-    that is left. On rank 0. Comes after the callback whose records it shows."""
+    """Progress in optimizer steps, including those before a resumption; the rate is that of this process, the remaining time covers all
+    steps left. On rank 0. Comes after the callback whose records it shows."""
 
     def __init__(self, total_steps: int, every_s: float, metrics: MetricsLog) -> None:
-        """every_s: seconds between two lines, where there is no terminal for a bar."""
+        """every_s: seconds between two lines, if there is no terminal for a bar."""
         self.total_steps, self.every_s, self.metrics = total_steps, every_s, metrics
         self.shown = contextlib.ExitStack()
         self.progress: Progress | None = None
@@ -63,7 +63,7 @@ class RunBar(pl.Callback):
 
 
 class Summary(pl.Callback):
-    """The last lines of a run that ends well: time, files, best and last held-out figures, and the next command. Comes last."""
+    """The last lines of a run that ends normally: time, files, best and last held-out figures, and the next command. Comes last."""
 
     def __init__(self, folder: Path, checkpoints: Checkpoints, next_commands: list[str]) -> None:
         self.folder, self.checkpoints, self.next_commands = folder, checkpoints, next_commands
@@ -93,7 +93,7 @@ def _some(paths: list[Path]) -> list[Path]:
 
 
 def best_and_last(valid: Path) -> str:
-    """The held-out figures of the best evaluation, by the loss of pairs, or of the corpus, and of the last; "" without any."""
+    """The held-out figures of the best evaluation, by the loss of pairs or of the corpus, and of the last one; "" if there are none."""
     records = [json.loads(line) for line in valid.read_text().splitlines()] if valid.exists() else []
     for loss, data in (("loss_dpo", "pairs"), ("corpus_loss", "corpus")):
         known = [record for record in records if record.get(loss) is not None]

@@ -1,4 +1,5 @@
-"""--dpo_ref: whose log-probabilities are the reference of a run's pairs, those of the pair files or of the model as training starts."""
+"""--dpo_ref: which log-probabilities are the reference of a run's pairs, those in the pair files or those of the model that training starts
+from."""
 
 import contextlib
 import functools
@@ -31,26 +32,26 @@ REFERENCE_FILE = "reference.save"
 
 class StartIsReference(pl.Callback):
     """--dpo_ref recompute: before the first step, fills the reference log-probabilities of all pair sets, in place, with those of the
-    module's model. Every rank ends with the same numbers; they share the work.
+    module's model. Every rank ends with the same values; they share the work.
 
     The run folder keeps them in reference.save. A run that starts again from the same weights, or continues one (epoch_begin above 0),
-    takes them from there: a model that has learned since is not the reference. Until all are there, rank 0 keeps what is done in
-    reference.journal, and the same run goes on from it.
+    reads them from there: a model that has trained since is not the reference. Until all of them exist, rank 0 keeps what is done in
+    reference.journal, from which the same run continues.
     """
 
     def __init__(
         self, sets: Sequence[PairSet], precision: str, batch_tokens: int, wkv_backend: str, continues: bool, folder: Path, halt: Halt,
         shows_bar: bool, every_s: float, ld_alpha: float = 1.0,
     ) -> None:  # fmt: skip
-        """batch_tokens: scored at once. continues: the run goes on with the epochs of an earlier one. every_s: seconds between two lines
-        of how far it is, where there is no terminal for a bar. ld_alpha: of the objective."""
+        """batch_tokens: scored at once. continues: the run continues the epochs of an earlier one. every_s: seconds between two lines of
+        progress, if there is no terminal for a bar. ld_alpha: of the objective."""
         self.sets, self.precision, self.batch_tokens, self.wkv_backend = sets, precision, batch_tokens, wkv_backend
         self.continues, self.folder, self.halt, self.shows_bar, self.every_s = continues, folder, halt, shows_bar, every_s
         self.path, self.ld_alpha = folder / REFERENCE_FILE, ld_alpha
 
     @override
     def setup(self, trainer: pl.Trainer, module: DPOModule, stage: str) -> None:  # type: ignore[override]
-        # Here processes can talk to each other, and no strategy has taken the model apart yet.
+        # Here processes can communicate, and no strategy has sharded the model yet.
         pairs = join_pairs(self.sets)
         key: dict[str, str] = {}
         kept: list[np.ndarray | None] = []
@@ -67,7 +68,7 @@ class StartIsReference(pl.Callback):
         if ref_logps is None:
             ref_logps = self._scored(trainer, module.model, pairs, key)
             if not np.isfinite(ref_logps).all():
-                self.halt.fault = "--dpo_ref recompute: the model that training starts from gives log-probabilities that are not finite"
+                self.halt.fault = "--dpo_ref recompute: the model that training starts from gives non-finite log-probabilities"
                 self.halt.check(True)
             self.halt.write(trainer, lambda: self._keep(replace(pairs, ref_logps=ref_logps, header=key)))
         fill(self.sets, ref_logps)
@@ -75,7 +76,7 @@ class StartIsReference(pl.Callback):
     def _kept(self, key: dict[str, str]) -> np.ndarray | None:
         if not self.path.exists():
             if self.continues:
-                log.warning("%s is not there: the reference is the model that this run continues from", self.path)
+                log.warning("%s does not exist: the reference is the model that this run continues from", self.path)
             return None
         kept = load_pairs(self.path)
         free = ("weights_sha256",) if self.continues else ()
@@ -87,7 +88,7 @@ class StartIsReference(pl.Callback):
     def _keep(self, scored: PairSet) -> None:
         save_pairs(self.path, scored)
         discard_journal(self.folder)
-        log.info("scored %d pairs with the model as training starts; %s keeps the result", len(scored), self.path)
+        log.info("scored %d pairs with the model that training starts from; %s keeps the result", len(scored), self.path)
 
     def _scored(self, trainer: pl.Trainer, model: RWKV, pairs: PairSet, key: dict[str, str]) -> np.ndarray:
         device, home = trainer.strategy.root_device, model.head.weight.device
@@ -105,7 +106,7 @@ class StartIsReference(pl.Callback):
             if n_done and trainer.is_global_zero:
                 log.info("reference log-probabilities of %d of %d pairs from %s", n_done, len(pairs), self.folder / JOURNAL)
             while len(records) < len(batches):
-                # In order of length, so that it is about the same work for every rank.
+                # In order of length, so that every rank has about the same work.
                 together = batches[len(records) : len(records) + trainer.world_size]
                 found = score_shared(trainer, model, pairs, together, self.batch_tokens, self.ld_alpha)
                 scores = [part.tobytes() for part in found]
@@ -120,7 +121,7 @@ class StartIsReference(pl.Callback):
 
     @contextlib.contextmanager
     def _journal(self, trainer: pl.Trainer, fingerprint: bytes) -> Iterator[Journal | None]:
-        """None on other ranks than 0."""
+        """None on ranks other than 0."""
         with contextlib.ExitStack() as stack:
             opened: list[Journal] = []
             self.halt.write(trainer, lambda: opened.append(stack.enter_context(open_journal(self.folder / JOURNAL, fingerprint))))
@@ -128,7 +129,7 @@ class StartIsReference(pl.Callback):
 
 
 def fill(sets: Sequence[PairSet], ref_logps: np.ndarray) -> None:
-    """Puts the reference log-probabilities of all pairs [pairs of all sets, 2] into the sets, in place."""
+    """Put the reference log-probabilities of all pairs [pairs of all sets, 2] into the sets, in place."""
     ends = np.cumsum([len(pairs) for pairs in sets])
     for pairs, rows in zip(sets, np.split(ref_logps, ends[:-1]), strict=True):
         pairs.ref_logps[:] = rows

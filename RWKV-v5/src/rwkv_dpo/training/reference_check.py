@@ -17,34 +17,37 @@ from rwkv_dpo.training.module import DPOModule
 
 log = logging.getLogger(__name__)
 
-# It looks at so many pairs, the shortest: rounding and the marks of another model both grow as the root of a pair's tokens.
+# The number of pairs checked, the shortest ones: both rounding errors and the deviation of another model grow with the square root of a
+# pair's tokens.
 N_CHECKED = 8
 # Mean |margin|, nats, that rounding in fp32 explains. Between fp32 and bf16 a token's log-probability differed by 4 to 110 of bf16's unit
 # roundoffs in random models of 2 to 24 layers. As many of fp32's, 2^-24, over 100 tokens make 7e-5; the rest is for deeper models,
-# other libraries and log-probabilities that were stored in fp32.
+# Mean |margin|, in nats, that rounding in fp32 explains. Between fp32 and bf16, a token's log-probability differed by 4 to 110 unit
+# roundoffs of bf16 in random models of 2 to 24 layers. The same multiples of fp32's, 2^-24, over 100 tokens make 7e-5; the rest allows for
+# deeper models, other libraries and log-probabilities that were stored in fp32.
 FP32_ROUNDING = 1e-3
-# In other arithmetic the rounding of these very pairs is measured, by few of them, and the reference has rounding of its own.
+# In other arithmetic, rounding is measured on these pairs. They are few, and the reference has rounding errors of its own.
 FACTOR = 4
 
 
 class ReferenceCheck(pl.Callback):
-    """Compares in the precision in which the reference was computed, whatever the run's is: in fp32 where that isn't known."""
+    """Compares in the precision in which the reference was computed, whatever the run's is; in fp32 if that isn't known."""
 
     def __init__(self, pairs: PairSet, precision: str, is_recomputed: bool, batch_tokens: int, ld_alpha: float = 1.0) -> None:
-        """precision: the run's. is_recomputed: the reference is the model as training starts. batch_tokens: scored at once. ld_alpha: of
-        the objective."""
+        """precision: the run's. is_recomputed: the reference is the model that training starts from. batch_tokens: scored at once.
+        ld_alpha: of the objective."""
         self.pairs, self.precision, self.is_recomputed, self.batch_tokens = pairs, precision, is_recomputed, batch_tokens
         self.ld_alpha = ld_alpha
 
     @override
     def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
         if trainer.global_step:
-            return  # resumed: the weights have moved on
-        # Not before: --dpo_ref recompute has filled the log-probabilities in since.
+            return  # resumed: the weights have changed since
+        # Not earlier: --dpo_ref recompute has filled in the log-probabilities since.
         model, pairs = module.model, shortest(self.pairs)
         made_in = self.precision if self.is_recomputed else str(pairs.header.get("reference_precision", ""))
         in_halves = [name for name in ("fp16", "bf16") if any(p.dtype == COMPUTE_DTYPES[name] for p in model.parameters())]
-        # Who scored the original's files hasn't said in what; bf16 is the coarsest.
+        # The original's files don't say in which precision they were scored; bf16 is the coarsest.
         rounded_in = [made_in if made_in in COMPUTE_DTYPES else "bf16", *in_halves]
         compared_in = made_in if made_in in COMPUTE_DTYPES else "fp32"
         logps = {}
@@ -59,16 +62,16 @@ class ReferenceCheck(pl.Callback):
             rounding = {name: float(np.sqrt(((logps[name] - logps["fp32"]) ** 2).sum(1).mean())) for name in logps}
         expected = max(FP32_ROUNDING, *(FACTOR * rounding[name] for name in rounded_in))
         of_steps = rounding[self.precision]
-        in_steps = f"; training sees them in {self.precision}, with {of_steps:.1g} nats of it" if of_steps else ""
+        in_steps = f"; training sees them in {self.precision}, with {of_steps:.1g} nats of rounding" if of_steps else ""
         log.info(
             "step 0: mean |margin| of %d short pairs %.2e nats (in %s; rounding explains up to %.1g%s)",
             len(pairs), mean, compared_in, expected, in_steps,
         )  # fmt: skip
         if not mean <= expected:
             log.warning(
-                "the starting model is not the one that scored dpo_train_file (mean |margin| %.2g nats, rounding explains up to %.1g): DPO "
-                "will measure rewards from another reference. --dpo_ref recompute takes the starting model; or go on if that is what you "
-                "want.", mean, expected,
+                "the starting model is not the one that scored dpo_train_file (mean |margin| %.2g nats, rounding explains up to %.1g): "
+                "DPO will measure rewards relative to another reference. --dpo_ref recompute uses the starting model; if this is what you "
+                "want, ignore the warning.", mean, expected,
             )  # fmt: skip
 
 
@@ -79,7 +82,7 @@ def shortest(pairs: PairSet) -> PairSet:
 
 @contextlib.contextmanager
 def _computing_in(model: RWKV, precision: str) -> Iterator[None]:
-    """Evaluates in one of COMPUTE_DTYPES; on a GPU tf32 is that, and fp32 is not."""
+    """Evaluate in one of COMPUTE_DTYPES; on a GPU, tf32 is allowed for tf32 only, not for fp32."""
     before, products = model.compute_dtype, torch.get_float32_matmul_precision()
     model.compute_dtype = COMPUTE_DTYPES[precision]
     if model.head.weight.device.type != "cpu":

@@ -1,4 +1,4 @@
-"""report.html and curves.png in the run folder: what its files tell, told again at every evaluation."""
+"""report.html and curves.png in the run folder: what its files contain, updated at every evaluation."""
 
 import json
 import logging
@@ -23,18 +23,18 @@ from rwkv_dpo.training.validation import AfterEvaluation, HeldOut
 log = logging.getLogger(__name__)
 
 REPORT, CURVES = "report.html", "curves.png"
-# A picture takes matplotlib half a second and more: short epochs don't get one each.
+# A picture takes matplotlib half a second or more: short epochs don't each get one.
 _PICTURE_PAUSE_S = 60.0
 
 
 class Lines:
-    """The JSON lines of a log that grows: each is read once."""
+    """The JSON lines of a growing log: each is read once."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.place = path, 0
 
     def new(self) -> Iterator[dict[str, Any]]:
-        """Those that were ended since the last call; what is no JSON object is passed over. Raises OSError."""
+        """The lines completed since the last call; what is not a JSON object is ignored. Raises OSError."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
@@ -52,7 +52,7 @@ class Lines:
 
 
 class RunFiles:
-    """What the logs of a run folder tell, those of its lives before included."""
+    """The contents of a run folder's logs, including those before a resumption."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.train, self.held_out = folder, Columns(), Columns()
@@ -60,7 +60,7 @@ class RunFiles:
         self.logs = {name: Lines(folder / f"{name}.jsonl") for name in ("metrics", "valid", "samples")}
 
     def read(self) -> None:
-        """Takes in what is new. Raises OSError."""
+        """Read what is new. Raises OSError."""
         for name, columns in (("metrics", self.train), ("valid", self.held_out)):
             for record in self.logs[name].new():
                 columns.add(record)
@@ -68,7 +68,7 @@ class RunFiles:
             self.samples = record
 
     def about(self, about: About, warnings: Mapping[str, str], state: str) -> About:
-        """With what the folder holds beside the curves."""
+        """The description, with what the folder contains apart from the curves."""
         samples = self.samples.get("samples")
         step = self.samples.get("step")
         return about._replace(
@@ -78,11 +78,12 @@ class RunFiles:
 
 
 class RunReport(AfterEvaluation):
-    """Writes both on rank 0: the page at every evaluation, and with the picture at ends of epochs and of the run. Warns once of each known
-    failure that shows. What can't be written is told of once, and ends no run. Comes after the callbacks that write the logs."""
+    """Writes both on rank 0: the page at every evaluation; page and picture at the end of epochs and of the run. Warns once of each known
+    failure mode that appears. A failure to write is reported once and doesn't end the run. Comes after the callbacks that write the
+    logs."""
 
     def __init__(self, folder: Path, about: About, held_out: HeldOut) -> None:
-        """about: without what the folder tells."""
+        """about: the description, without what the folder contains."""
         super().__init__(held_out)
         self.files, self.about = RunFiles(folder), about
         self.told: set[str] = set()
@@ -110,7 +111,7 @@ class RunReport(AfterEvaluation):
     def on_exception(self, trainer: pl.Trainer, module: DPOModule, exception: BaseException) -> None:  # type: ignore[override]
         if isinstance(exception, Halted):
             if exception.fault:
-                self.told.add("file")  # the run's last line tells of what can't be written
+                self.told.add("file")  # the run's last line reports what can't be written
             self._write(trainer, str(exception), draws=False)
 
     def _write(self, trainer: pl.Trainer, state: str, draws: bool) -> None:
@@ -129,7 +130,7 @@ class RunReport(AfterEvaluation):
         except ModuleNotFoundError as error:
             self._warn({"picture": f"{CURVES} is not drawn: the package {str(error.name).partition('.')[0]} is missing"})
         except Exception as error:  # hours of training are worth more than a page
-            self._warn({"file": f"{str(error) or type(error).__name__}; the run goes on without {REPORT}"})
+            self._warn({"file": f"{str(error) or type(error).__name__}; the run continues without {REPORT}"})
 
     def _warn(self, lines: Mapping[str, str]) -> None:
         for name, line in lines.items():

@@ -1,4 +1,4 @@
-"""--sample_prompts: what the model answers before the first step and at every evaluation, side by side."""
+"""--sample_prompts: what the model answers before the first step and at every evaluation."""
 
 import json
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from rwkv_dpo.training.validation import AfterEvaluation, HeldOut, when
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is asked, and how answers are drawn."""
+    """The prompts, and how answers are drawn."""
 
     prompts: Sequence[str]
     max_tokens: int
@@ -31,9 +31,8 @@ class Prompts:
 
 
 class Samples(AfterEvaluation):
-    """A line of samples.jsonl before the first step and at every evaluation: each prompt with the answer of the model that training
-    started from (base; null of a prompt that it was not asked) and of the one it has become (now), drawn in one batch and with the same
-    seed."""
+    """One line of samples.jsonl before the first step and at every evaluation: each prompt with the answer of the model that training
+    started from (base; null for a prompt that it did not get) and of the current one (now), drawn in one batch with the same seed."""
 
     def __init__(self, asked: Prompts, held_out: HeldOut, length: RunLength, folder: Path, halt: Halt) -> None:
         super().__init__(held_out)
@@ -44,7 +43,7 @@ class Samples(AfterEvaluation):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
-        # An evaluation before the first step is of the model that answers here in any case.
+        # An evaluation before the first step is of the model that answers here anyway.
         self.seen = self.held_out.record
         has_begun = trainer.strategy.broadcast(self.path.exists())
         if has_begun and trainer.is_global_zero:
@@ -58,7 +57,7 @@ class Samples(AfterEvaluation):
         self._write(trainer, module)
 
     def _write(self, trainer: pl.Trainer, module: DPOModule) -> None:
-        # Where ranks share out the weights, each has to make the same calls.
+        # If ranks share the sharded weights, each has to make the same calls.
         if not (trainer.is_global_zero or getattr(trainer.strategy, "zero_stage_3", False)):
             return
         asked = self.asked

@@ -1,4 +1,4 @@
-"""--tensorboard: metrics as event files of TensorBoard, whose package is optional."""
+"""--tensorboard: metrics as TensorBoard event files; its package is optional."""
 
 import logging
 from pathlib import Path
@@ -20,14 +20,14 @@ TENSORBOARD = "tensorboard"
 
 
 def check_tensorboard(tensorboard: int) -> None:
-    """Refuses --tensorboard 1 where its package is missing. Raises InputError."""
+    """Refuse --tensorboard 1 if its package is missing. Raises InputError."""
     if tensorboard:
         check_package("tensorboard", "--tensorboard 1", "metrics.jsonl has the same figures")
 
 
 class TensorBoardLog(Tracker):
-    """Event files in the run folder, from rank 0. A resumed run takes away what the steps had left that it does again. What can't be
-    written is told of once, and ends no run."""
+    """Event files in the run folder, from rank 0. A resumed run removes the events of the steps that it repeats. A failure to write is
+    reported once and doesn't end the run."""
 
     def __init__(self, folder: Path, length: RunLength, metrics: MetricsLog, held_out: HeldOut) -> None:
         super().__init__(metrics, held_out)
@@ -71,4 +71,4 @@ class TensorBoardLog(Tracker):
 
     def _give_up(self, error: OSError) -> None:
         self.writer = None
-        log.warning("%s: %s; the run goes on without it", self.folder, error.strerror or error)
+        log.warning("%s: %s; the run continues without it", self.folder, error.strerror or error)

@@ -1,4 +1,4 @@
-"""What metrics.jsonl and valid.jsonl hold, for programs that draw curves: the same names in all of them."""
+"""The contents of metrics.jsonl and valid.jsonl, for programs that draw curves, under the same names in all of them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,14 +26,15 @@ def tracked(record: Mapping[str, Any], is_held_out: bool = False) -> dict[str, f
 
 
 class Tracker(AfterEvaluation):
-    """Passes on a record of metrics.jsonl at every step, and each of valid.jsonl. Comes after the callbacks whose records these are."""
+    """Passes on the record of metrics.jsonl at every step, and every record of valid.jsonl. Comes after the callbacks that make these
+    records."""
 
     def __init__(self, metrics: MetricsLog, held_out: HeldOut) -> None:
         super().__init__(held_out)
         self.metrics = metrics
 
     def take(self, numbers: dict[str, float]) -> None:
-        """On every rank. numbers: of a step, which is among them, or of an evaluation after it."""
+        """On every rank. numbers: those of a step, which is among them, or of an evaluation after it."""
         raise NotImplementedError
 
     @override

@@ -30,21 +30,21 @@ class Measure(Protocol):
     """Held-out data of one kind."""
 
     def figures(self, model: RWKV, shows_bar: bool) -> dict[str, Any]:
-        """By the names of valid.jsonl."""
+        """By the names in valid.jsonl."""
 
     def words(self, figures: dict[str, Any]) -> str:
-        """Of the line that is printed."""
+        """The words of the line that is printed."""
 
 
 class HeldOutPairs:
-    """Loss, accuracy with its interval, margins, and how long the preferred answers are."""
+    """Loss, accuracy with its interval, margins, and the length of the preferred answers."""
 
     def __init__(self, pairs: PairSet, mixture: Mixture, batch_tokens: int) -> None:
         """batch_tokens: scored at once."""
         self.pairs, self.mixture, self.batch_tokens = pairs, mixture, batch_tokens
 
     def figures(self, model: RWKV, shows_bar: bool) -> dict[str, Any]:
-        """All pairs, on every rank."""
+        """For all pairs, on every rank."""
         with tqdm(total=len(self.pairs), unit="pair", desc="held-out", leave=False, disable=None if shows_bar else True) as bar:
             metrics = evaluate_pairs(model, self.pairs, self.mixture, self.batch_tokens, bar.update)
         figures: dict[str, Any] = {"pairs": len(self.pairs), **{name: finite(value) for name, value in metrics.items()}}
@@ -60,15 +60,15 @@ class HeldOutPairs:
 
 
 class HeldOutCorpus:
-    """Loss and perplexity on windows of a corpus, from its start on."""
+    """Loss and perplexity on windows of a corpus, from its start."""
 
     def __init__(self, corpus: Corpus, ctx_len: int, n_windows: int, batch_tokens: int) -> None:
-        """n_windows: at most, 0: all of them. batch_tokens: scored at once."""
+        """n_windows: at most this many, 0: all of them. batch_tokens: scored at once."""
         self.corpus, self.ctx_len, self.batch_tokens = corpus, ctx_len, batch_tokens
         self.starts = range(0, corpus.n_tokens - ctx_len, ctx_len)[: n_windows or None]
 
     def figures(self, model: RWKV, shows_bar: bool) -> dict[str, Any]:
-        """All windows, on every rank."""
+        """For all windows, on every rank."""
         with tqdm(self.starts, unit="window", desc="held-out", leave=False, disable=None if shows_bar else True) as bar:
             windows = (self.corpus.window(start, self.ctx_len + 1) for start in bar)
             loss = float(score_windows(model, windows, self.batch_tokens).losses.mean())
@@ -81,8 +81,8 @@ class HeldOutCorpus:
 
 
 class HeldOut(pl.Callback):
-    """Evaluates at the end of every epoch, and, where every is above 0, before the first optimizer step and after every so many: a
-    printed line and a line of valid.jsonl each time."""
+    """Evaluates at the end of every epoch, and, if every is above 0, before the first optimizer step and every N steps: each time a printed
+    line and a line in valid.jsonl."""
 
     def __init__(self, measures: Sequence[Measure], length: RunLength, every: int, folder: Path, halt: Halt, shows_bar: bool) -> None:
         self.measures, self.length, self.every = measures, length, every
@@ -123,7 +123,7 @@ class HeldOut(pl.Callback):
 
 
 class AfterEvaluation(pl.Callback):
-    """Acts once on every evaluation of held_out, after which it comes."""
+    """Acts once on every evaluation of held_out; comes after it in the order of callbacks."""
 
     def __init__(self, held_out: HeldOut) -> None:
         self.held_out = held_out
@@ -152,20 +152,20 @@ class AfterEvaluation(pl.Callback):
 
 
 def when(trainer: pl.Trainer, length: RunLength) -> dict[str, Any]:
-    """The epoch, and the optimizer steps, earlier runs' included."""
+    """The epoch, and the number of optimizer steps, including those of earlier runs."""
     step = length.epoch_begin * length.steps_per_epoch + trainer.global_step
     return {"epoch": length.epoch_begin + trainer.current_epoch, "step": step}
 
 
 def drawn(pairs: PairSet, n: int, seed: int) -> PairSet:
-    """n of the pairs, or all of them for 0 or where they are fewer."""
+    """n of the pairs, or all of them if n is 0 or there are fewer."""
     if not 0 < n < len(pairs):
         return pairs
     return pairs.select(sorted(random.Random(seed).sample(range(len(pairs)), n)))
 
 
 def interval(share: float, n: int) -> list[float]:
-    """Where the share of all lies with 95 % confidence when it is this one among n that were drawn (Wilson 1927).
+    """The 95 % confidence interval of a share, if it was observed among n samples (Wilson 1927).
 
     >>> [round(bound, 3) for bound in interval(0.5, 100)]
     [0.404, 0.596]

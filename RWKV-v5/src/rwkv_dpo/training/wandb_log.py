@@ -1,4 +1,4 @@
-"""--wandb: metrics for Weights & Biases, which may be out of reach or out of order, and never ends a run."""
+"""--wandb: metrics for Weights & Biases, which may be unreachable or fail, and never ends a run."""
 
 import datetime
 import logging
@@ -20,20 +20,20 @@ from rwkv_dpo.training.validation import HeldOut
 
 log = logging.getLogger(__name__)
 
-# Of the run at Weights & Biases: a resumed run goes on in it.
+# The run's id at Weights & Biases: a resumed run continues it.
 ID_FILE = "wandb-run-id"
-# For the upload of what is left when a run ends; wandb by itself would wait for ever.
+# For uploading the rest when a run ends; wandb by itself would wait forever.
 _FINISH_S = "120"
 
 
 def check_wandb(project: str) -> None:
-    """Refuses --wandb where its package is missing. Raises InputError."""
+    """Refuse --wandb if its package is missing. Raises InputError."""
     if project:
         check_package("wandb", f"--wandb {project}", "metrics.jsonl has the same figures")
 
 
 class WandbLog(Tracker):
-    """From rank 0. wandb's own settings (WANDB_MODE and the like) are left to the user."""
+    """From rank 0. wandb's own settings (such as WANDB_MODE) are left to the user."""
 
     def __init__(self, project: str, flags: Mapping[str, Any], folder: Path, metrics: MetricsLog, held_out: HeldOut) -> None:
         super().__init__(metrics, held_out)
@@ -46,7 +46,7 @@ class WandbLog(Tracker):
             try:
                 self.run = self._start(module)
             except Exception as error:
-                _tell(error, "the run goes on without it")
+                _tell(error, "the run continues without it")
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, module: DPOModule) -> None:  # type: ignore[override]
@@ -59,7 +59,7 @@ class WandbLog(Tracker):
 
     @override
     def take(self, numbers: dict[str, float]) -> None:
-        # A resumed run does some steps again, with the same values; wandb takes steps in their order only.
+        # A resumed run repeats some steps with the same values; wandb accepts steps in increasing order only.
         if self.run is not None and numbers["step"] >= self.run.step:
             self._do(lambda run: run.log(numbers, step=numbers["step"]))
 
@@ -69,14 +69,14 @@ class WandbLog(Tracker):
         try:
             act(self.run)
         except Exception as error:
-            _tell(error, "the run goes on without it")
+            _tell(error, "the run continues without it")
             self.run = None
 
     def _start(self, module: DPOModule) -> Any:
         import wandb
 
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", _FINISH_S)
-        mode = wandb.setup().settings.mode  # of the environment and of `wandb offline`
+        mode = wandb.setup().settings.mode  # from the environment and `wandb offline`
         if mode == "disabled":
             return None
         shape = module.model.shape
@@ -91,7 +91,7 @@ class WandbLog(Tracker):
                 log.warning("wandb: no account on this machine, logging offline; `wandb sync` uploads later")
             except Exception as error:
                 _tell(error, "logging offline; `wandb sync` uploads later")
-                wandb.teardown()  # it still holds the run that it could not begin
+                wandb.teardown()  # it still holds the run that it could not start
         return wandb.init(mode="offline", **settings)
 
     def _run_id(self) -> str:
@@ -103,7 +103,7 @@ class WandbLog(Tracker):
 
 
 def _has_account(wandb: Any) -> bool:
-    """Without asking for one, which wandb.init would do where it finds a terminal."""
+    """Without prompting for one, as wandb.init would do in a terminal."""
     try:
         return wandb.login(prompt=False, verify=False)
     except TypeError:  # wandb before 0.31
