@@ -296,7 +296,7 @@ def test_faults_are_named(inputs, answers, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     base, models = inputs / "base.pth", ("--load_model", inputs / "base.pth", inputs / "tuned.pth")
     for given, told in (
-        ((), r"--load_model A\.pth B\.pth, .* or --answers"),
+        ((), r"--load_model A\.pth B\.pth, .*, --answers A\.jsonl B\.jsonl"),
         (("--load_model", base), "--load_model: 1 checkpoints; accepted are 2, or 1 with --peft_load"),
         ((*models, base), "--load_model: 3 checkpoints; accepted are 2, or 1 with --peft_load"),
         ((*models, "--peft_load", inputs / "adapter-final"), "--load_model: 2 checkpoints; accepted are 1, the base of the adapter"),

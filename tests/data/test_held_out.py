@@ -38,6 +38,6 @@ def test_two_preparations_of_one_source_are_refused_and_other_files_are_not():
         return check_held_out(packed([([7], [6], [8])], **one), packed(TRAINED, **other), "valid.save", "train.save")
 
     first, second = {"source_id": "s", "preparation_id": "a" * 64}, {"source_id": "s", "preparation_id": "b" * 64}
-    with pytest.raises(InputError, match=r"^valid.save and train.save are from two preparations of the same preferences \(a{8}\.\.\. and b"):
+    with pytest.raises(InputError, match=r"^valid.save and train.save are from two preparations of the same preferences \(a{8}\.\.\. and"):
         check(first, second)
     assert check(first, first) == check(first, {**second, "source_id": "t"}) == check(first, {}) == check({}, {}) == ""

@@ -114,7 +114,7 @@ def test_a_changed_byte_is_noticed_where_there_are_checksums(tmp_path, at):
         place = archive.read(at)
     content[content.index(place) + len(place) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"a\.save: not a pair file, or a torn one: {at} does not have the bytes"):
+    with pytest.raises(InputError, match=rf"a\.save: not a pair file, or a truncated one: {at} does not have the bytes"):
         load_pairs(path)
 
 
@@ -176,7 +176,7 @@ def test_a_row_with_a_bad_tensor_is_refused_by_number(tmp_path, row, message, wr
 )
 @pytest.mark.parametrize("writer", ["zip", "legacy"])
 def test_other_things_that_torch_saves_are_refused(tmp_path, content, message, writer):
-    with pytest.raises(InputError, match=rf"a\.save: (not a pair file, or a torn one: )?{message}"):
+    with pytest.raises(InputError, match=rf"a\.save: (not a pair file, or a truncated one: )?{message}"):
         load_pairs(written(tmp_path / "a.save", content, writer))
 
 

@@ -64,7 +64,7 @@ def test_the_table_has_every_figure_of_the_report():
     cells = [line.split() for line in table.splitlines()]
     for expected in ("rows read 1,300", "kept 1", "dropped 1,299", "tie 1,299", "prompts cut 17", "pairs with an answer cut 18",
                      "tokens cut 19", f"prompt {n} {n} {n} {n}", "chosen -2.00 0.00 -2.00 -2.00 -1.00",
-                     "ranked right by the reference 100.0%", "longer answer preferred 100.0%",
+                     "ranked correctly by the reference 100.0%", "longer answer preferred 100.0%",
                      "of 1 pairs 2.5 2.5 2.5 2.5", "prompts mostly Latin 1", "trainset.save 1 pairs sha256 ab12"):  # fmt: skip
         assert expected.split() in cells
 

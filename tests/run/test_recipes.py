@@ -80,7 +80,7 @@ def test_what_is_said_twice_or_is_no_recipe(data, more, words):
 def test_flags_of_what_the_recipe_sets_are_taken(data):
     s = settings_of(data, f"{PAIRS} --recipe lora --lora_r 4 --quant nf4")
     assert (s.tuning.peft, s.tuning.lora_r, s.tuning.quant) == ("lora", 4, "nf4")
-    with pytest.raises(InputError, match="--lora_r 4: --peft state has no adapter"):
+    with pytest.raises(InputError, match="--lora_r 4: --peft state trains no adapter"):
         settings_of(data, f"{PAIRS} --recipe state --lora_r 4")
 
 

@@ -37,7 +37,7 @@ def tuned(data, request, tmp_path_factory):
     return request.param, folder / METHODS[request.param]
 
 
-REFUSED = r"was trained on another base model \(sha256 \w{12}\.\.\.\) than \S+other\.pth; --any_base 1 takes it all the same"
+REFUSED = r"was trained on another base model \(sha256 \w{12}\.\.\.\) than \S+other\.pth; --any_base 1 accepts it anyway"
 
 
 def test_it_carries_the_sha256_of_its_base(data, tuned):

@@ -13,7 +13,7 @@ from rwkv_dpo.data.pairs import PairSet
 
 @dataclass
 class Position:
-    """Where a resumed run goes on: `step` optimizer steps into `epoch` (Lightning's count). `shift`: by how many samples the sequence is
+    """Where a resumed run continues: `step` optimizer steps into `epoch` (Lightning's count). `shift`: by how many samples the sequence is
     ahead of step numbers times samples, after steps that took more or fewer samples."""
 
     epoch: int = 0

@@ -57,7 +57,7 @@ class LengthOrder:
     """A global sequence in which neighbours are alike in length, so that the ranks of a step have equally much to do.
 
     The order of `item_at`, block by block: a block is sorted by length and cut into runs, and the runs are shuffled. Every pass
-    holds each item once, and the sequence knows nothing of ranks: a resumed run on other ranks continues it.
+    holds each item once, and the sequence does not depend on ranks: a resumed run on other ranks continues it.
     """
 
     lengths: Sequence[int]

@@ -23,7 +23,7 @@ _TOKENS_PER_BYTE = 7
 
 
 def read_original(path: Path) -> tuple[list[tuple[np.ndarray, ...]], np.ndarray]:
-    """(prompt, chosen, rejected) int32 rows, and log-probabilities float64 [n, 2]. InputError when the file is torn, carries
+    """(prompt, chosen, rejected) int32 rows, and log-probabilities float64 [n, 2]. InputError when the file is truncated, carries
     code, or has a row of another form; what the rows hold is for check_pairs to judge."""
     rows = load_numbers(path)
     if not isinstance(rows, list | tuple):

@@ -35,7 +35,7 @@ _VERSIONS: dict[int, _Version] = {
 def load_pairs(path: str | Path, vocab_size: int | None = None) -> PairSet:
     """Read a pair file of either form and check every row; token ids against vocab_size too where it is given.
 
-    InputError: no such file, torn, not pairs, carries code, or a row (counted from 1) that cannot be trained on.
+    InputError: no such file, truncated, not pairs, carries code, or a row (counted from 1) that cannot be trained on.
     """
     path = Path(path)
     if not os.path.isfile(path):

@@ -1,4 +1,4 @@
-"""Rows with a chosen and a rejected answer: as text, as messages, or as whole dialogues that begin alike."""
+"""Rows with a chosen and a rejected answer: as text, as messages, or as whole dialogues with a common beginning."""
 
 import itertools
 import re
@@ -13,7 +13,7 @@ from rwkv_dpo.data.preference import Messages, Notes, Preference, Ranking, Row, 
 
 HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-PAIR, BEGINNING_ALIKE = "pairs with a prompt", "pairs that begin alike"
+PAIR, BEGINNING_ALIKE = "pairs with a prompt", "pairs with a common beginning"
 
 
 def read_pair(row: Row, where: str, notes: Notes, form: str) -> Preference | Ranking:

@@ -26,7 +26,7 @@ _OPCODES = frozenset(
 
 
 def load_numbers(path: Path) -> Any:
-    """What the file holds: lists, tuples, numbers of Python, and Numbers. InputError when it is torn, or names anything else."""
+    """What the file holds: lists, tuples, numbers of Python, and Numbers. InputError when it is truncated, or names anything else."""
     with reading(path), open(path, "rb") as file:
         try:
             # Numbers refer to it: it is closed with the last of them.
@@ -37,10 +37,10 @@ def load_numbers(path: Path) -> Any:
             return _Unpickler(file).load()
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-        # A torn or foreign file can fail at any opcode, and the pickle module promises no particular exception.
+        # A truncated or foreign file can fail at any opcode, and the pickle module promises no particular exception.
         except Exception as error:
             what = "it holds dictionaries" if "opcode SETITEM" in str(error) else error or type(error).__name__
-            raise InputError(f"{path}: not a pair file, or a torn one: {what}") from error
+            raise InputError(f"{path}: not a pair file, or a truncated one: {what}") from error
 
 
 def _load_archive(content: Content) -> Any:

@@ -1,6 +1,6 @@
-"""Pairs as trees: those that begin alike become one sample of training, in which the common beginning is computed once.
+"""Pairs as trees: those with a common beginning become one sample of training, in which the common beginning is computed once.
 
-Pairs are of one tree when their prompts are the same, as those of a ranking are, or when the prompt of the one is a dialogue that goes on
+Pairs are of one tree when their prompts are the same, as those of a ranking are, or when the prompt of the one is a dialogue that continues
 after an answer of the other.
 """
 
@@ -87,7 +87,7 @@ def _families(pairs: PairSet) -> list[list[int]]:
         for i in members:
             prompt, *answers = pairs.pair(i)
             for answer in answers:
-                # The last token may be another one where the dialogue goes on.
+                # The last token may be another one where the dialogue continues.
                 ends.setdefault(_hashes(np.concatenate([prompt, answer[:-1]]))[-1].item(), []).append(first)
     known = np.array(sorted(ends), np.uint64)
     for first in firsts:
@@ -109,7 +109,7 @@ def _families(pairs: PairSet) -> list[list[int]]:
 
 
 def _goes_on(pairs: PairSet, members: list[int], beginning: np.ndarray) -> bool:
-    """Whether a prompt that has this beginning goes on after an answer of these pairs."""
+    """Whether a prompt that has this beginning continues after an answer of these pairs."""
     prompt = pairs.pair(members[0])[0]
     answers = (answer for i in members for answer in pairs.pair(i)[1:])
     return len(prompt) < len(beginning) and any(np.array_equal(np.concatenate([prompt, answer[:-1]]), beginning) for answer in answers)

@@ -27,7 +27,7 @@ _XZ_MEMORY = 256 << 20
 
 
 def unpacked_name(path: str | Path) -> str:
-    """The file's name without a .gz and the like: "a.jsonl" of "b/a.jsonl.gz"."""
+    """The file's name without .gz or a similar ending: "a.jsonl" of "b/a.jsonl.gz"."""
     name = Path(path).name
     packed = next((end for end in PACK_ENDINGS if name.lower().endswith(end)), "")
     return name[: len(name) - len(packed)]

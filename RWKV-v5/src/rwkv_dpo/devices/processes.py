@@ -87,4 +87,4 @@ def _count(n: int) -> str:
 def _hint() -> str:
     """For a job's shell, where Slurm's variables are and srun is not."""
     is_slurm = "SLURM_NTASKS" in os.environ
-    return "; srun starts as many as Slurm has tasks, `unset SLURM_NTASKS` starts a run that knows nothing of Slurm" if is_slurm else ""
+    return "; srun starts as many as Slurm has tasks, `unset SLURM_NTASKS` starts a run without Slurm" if is_slurm else ""

@@ -37,7 +37,7 @@ class Dialogue:
         return list(self.moments[-1].messages)
 
     def reset(self, system: str = "") -> None:
-        """Begins anew, with a system message or without one."""
+        """Begins a new dialogue, with a system message or without one."""
         text = clean(system)
         messages = ({"role": "system", "content": text},) if text else ()
         self.moments = [_Moment(None, f"System: {text}{TURN_END}" if text else "", messages)]

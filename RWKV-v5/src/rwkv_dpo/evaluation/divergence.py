@@ -18,14 +18,14 @@ _LARGEST_LOG = 700
 
 
 class WindowScores(NamedTuple):
-    """Means over the tokens of each window, float64 [windows], nats a token."""
+    """Means over the tokens of each window, float64 [windows], nats per token."""
 
     losses: np.ndarray  # negative log-likelihood of the next token
     divergences: np.ndarray  # KL(model || first), 0 without a first model
 
 
 def perplexity(loss: float) -> float:
-    """Of a loss in nats a token; infinite where it is no number of a computer."""
+    """Of a loss in nats per token; infinite where it is no number of a computer."""
     return math.exp(loss) if loss <= _LARGEST_LOG else math.inf
 
 

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """How answers are drawn."""
     parser.add_argument("--max_tokens", type=int, default=300, help="of an answer (300)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token (1)")
-    parser.add_argument("--top_p", type=float, default=0.7, help="the likeliest tokens that make up so much (0.7)")
-    parser.add_argument("--top_k", type=int, default=0, help="the so many likeliest tokens (0: all)")
-    parser.add_argument("--min_p", type=float, default=0.0, help="tokens at least so likely as a share of the likeliest (0)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the most likely token (1)")
+    parser.add_argument("--top_p", type=float, default=0.7, help="sample from the most likely tokens, to this total probability (0.7)")
+    parser.add_argument("--top_k", type=int, default=0, help="sample from this many most likely tokens (0: all)")
+    parser.add_argument("--min_p", type=float, default=0.0, help="sample from tokens above this share of the highest probability (0)")
     parser.add_argument("--presence_penalty", type=float, default=0.0, help="off the logit of a token that the answer has (0)")
     parser.add_argument("--repetition_penalty", type=float, default=0.0, help="off it for each time that the answer has it (0)")
     parser.add_argument("--penalty_decay", type=float, default=0.996, help="of each time, with every token that follows (0.996)")

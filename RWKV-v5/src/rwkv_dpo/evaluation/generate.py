@@ -20,8 +20,9 @@ _LOOK_BACK = 4
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. temperature: 0 takes the likeliest; then, of what penalties leave, the top_k likeliest (0: all), those that
-    are at least min_p times as likely as the likeliest, and the likeliest that make up top_p (Holtzman et al. 2019, arXiv:1904.09751).
+    """How tokens are drawn. temperature: 0 takes the most likely token; then, of what penalties leave, the top_k most likely (0: all),
+    those that are at least min_p times as likely as the most likely one, and the most likely that make up top_p (Holtzman et al. 2019,
+    arXiv:1904.09751).
     presence, repetition: taken off the logit of a token that the answer has already, once and for each time; a time counts
     decay times as much with each token that follows."""
 

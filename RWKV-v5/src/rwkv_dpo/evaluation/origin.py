@@ -34,7 +34,7 @@ def objectives(runs: Sequence[Mapping[str, Any]]) -> list[Mixture]:
 
 def check_not_trained_on(pairs: PairSet, name: str, run: Mapping[str, Any], checkpoint: str) -> str:
     """What to warn of when pairs are among those that a checkpoint was trained with, "" when they aren't or nothing is known.
-    InputError when they come of another preparation of the same preferences."""
+    InputError when they come from another preparation of the same preferences."""
     content = run.get("content")
     if not isinstance(content, dict):
         return ""

@@ -1,4 +1,4 @@
-"""Reference log-probabilities of pairs under a checkpoint, batch by batch, so that a killed run goes on where it was."""
+"""Reference log-probabilities of pairs under a checkpoint, batch by batch, so that a killed run continues where it was."""
 
 import hashlib
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
     .journal: the fingerprint of what is computed (32 bytes), then records of uint32 length, uint32 CRC-32, payload; little-endian
 
-Records are only ever appended, each on the disk before the next begins, so that a torn one can only be the last.
+Records are only ever appended, each on the disk before the next begins, so that an incomplete one can only be the last.
 """
 
 import contextlib
@@ -35,8 +35,8 @@ class Journal:
 
 @contextlib.contextmanager
 def open_journal(path: str | Path, fingerprint: bytes) -> Iterator[Journal]:
-    """The journal in that file, which one process at a time may hold. A file with another fingerprint, or none, begins anew; a torn
-    record at the end is cut off. InputError when it is held by another process or cannot be written to."""
+    """The journal in that file, which one process at a time may hold. A file with another fingerprint, or none, is started again; an
+    incomplete record at the end is cut off. InputError when it is held by another process or cannot be written to."""
     with _told(path):
         file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by the next block
     with file:
@@ -67,7 +67,7 @@ def _told(path: str | Path) -> Iterator[None]:
 
 
 def _whole_records(content: bytes, fingerprint: bytes) -> tuple[list[bytes], int]:
-    """The records up to the first that is torn, and where that begins; nothing and 0 in a file with another fingerprint."""
+    """The records up to the first incomplete one, and where that begins; nothing and 0 in a file with another fingerprint."""
     if content[: len(fingerprint)] != fingerprint:
         return [], 0
     records, end = [], len(fingerprint)

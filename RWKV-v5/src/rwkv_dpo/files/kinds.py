@@ -29,7 +29,7 @@ class Kind(Enum):
     JSON = "JSON", _ROWS
     CSV = "CSV", _ROWS
     PARQUET = "parquet", _ROWS
-    GZIP = "packed by gzip", "gunzip unpacks it; rows of preferences or texts are also read as they are (.jsonl.gz and the like)"
+    GZIP = "packed by gzip", "gunzip unpacks it; rows of preferences or texts are also read as they are (such as .jsonl.gz)"
     PACKED = "a packed file", "unpack it first; rows of preferences or texts are also read as they are from .zst, .bz2 and .xz"
     TEXT = "plain text", "make_data.py {path} makes a corpus of it"
     BINIDX = "a binidx corpus", "--data_file takes it"

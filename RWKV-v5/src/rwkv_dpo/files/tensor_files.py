@@ -21,7 +21,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors by name, on the CPU, and the file's metadata. Refuses files that are torn or hold other numbers."""
+    """The tensors by name, on the CPU, and the file's metadata. Refuses files that are truncated or hold other numbers."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -47,13 +47,13 @@ class TorchArchive:
 
     def storages(self, itemsizes: Mapping[str, int]) -> dict[str, memoryview]:
         """The bytes of the storages, by their keys, whose numbers have so many bytes each. They are part of the content that the
-        archive was opened on. ValueError when one is missing or torn."""
+        archive was opened on. ValueError when one is missing or truncated."""
         raise NotImplementedError
 
 
 def open_archive(content: Content, accepted: frozenset[str]) -> TorchArchive:
-    """Takes apart what torch.save wrote. ValueError or zipfile.BadZipFile when it is torn, its members are compressed or larger than it,
-    or its pickle has opcodes that are not accepted or asks for more than it holds."""
+    """Takes apart what torch.save wrote. ValueError or zipfile.BadZipFile when it is truncated, its members are compressed or larger than
+    it, or its pickle has opcodes that are not accepted or asks for more than it holds."""
     return _Zip(content, accepted) if content[:4] == b"PK\3\4" else _Legacy(content, accepted)
 
 

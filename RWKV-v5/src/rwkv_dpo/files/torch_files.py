@@ -47,7 +47,7 @@ class StandIn:
 
 def load_torch(path: Path) -> Any:
     """The content of a .pth file, tensors on the CPU, memory-mapped where the file's form allows; objects of foreign classes become
-    StandIns. InputError for a file that is torn, names what may not be named, or promises more than it holds."""
+    StandIns. InputError for a file that is truncated, names what may not be named, or promises more than it holds."""
     try:
         with open(path, "rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -37,7 +37,7 @@ class Backend(NamedTuple):
 
 
 def choose_backend(version: str, name: str, device: torch.device) -> Backend:
-    """The backend of a run of a model version ("5"). `auto` takes the first usable one, says why it passed over the others, and warns
+    """The backend of a run of a model version ("5"). `auto` takes the first usable one, says why it skipped the others, and warns
     when that makes the run slow; a backend that the user names is used, or refused with the reason (InputError)."""
     if name != "auto":
         if name not in BACKENDS:

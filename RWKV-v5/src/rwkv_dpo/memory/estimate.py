@@ -175,7 +175,7 @@ def _states(plan: Plan) -> float:
 
 
 def _kept_by_block(plan: Plan) -> float:
-    """Bytes a token that one block keeps: the residual stream twice, the gate of the channel mix and what it gates; r, k, v, g and y of
+    """Bytes per token that one block keeps: the residual stream twice, the gate of the channel mix and what it gates; r, k, v, g and y of
     the time mix; the channel mix's wide row."""
     s = plan.shape
     if s.version != "5":
@@ -184,7 +184,7 @@ def _kept_by_block(plan: Plan) -> float:
 
 
 def _kept_by_wkv(plan: Plan) -> float:
-    """Bytes a token beside r, k and v: states, and in `chunked` fp32 copies and the scores within chunks."""
+    """Bytes per token beside r, k and v: states, and in `chunked` fp32 copies and the scores within chunks."""
     s = plan.shape
     if plan.wkv_backend not in _STATE_EVERY:
         return 0.0

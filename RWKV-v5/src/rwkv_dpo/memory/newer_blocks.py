@@ -1,4 +1,4 @@
-"""What a block of RWKV-6 or RWKV-7 keeps for its backward pass, in bytes a token."""
+"""What a block of RWKV-6 or RWKV-7 keeps for its backward pass, in bytes per token."""
 
 from rwkv_dpo.model.checkpoint import MIXES
 from rwkv_dpo.model.shape import ModelShape

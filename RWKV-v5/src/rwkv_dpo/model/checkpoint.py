@@ -41,7 +41,7 @@ _UNREAD = {f"blocks.0.att.v{number}" for number in range(3)}
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .pth or .safetensors file by official name, on the CPU (memory-mapped where a .pth allows). Refuses files that
-    are missing, torn, hold other than floating-point weights, would execute code, or promise more than they hold. What trainers put
+    are missing, truncated, hold other than floating-point weights, would execute code, or promise more than they hold. What trainers put
     around the weights, and before their names, is taken off (checkpoint_names.py)."""
     path = Path(path)
     if path.is_dir():

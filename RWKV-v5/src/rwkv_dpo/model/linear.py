@@ -1,4 +1,4 @@
-"""Matrix products whose inputs are made anew in the backward pass instead of being kept.
+"""Matrix products whose inputs are computed again in the backward pass instead of being kept.
 
 Token mixes, squared relu and gated norms are cheap to compute and as large as the activations that matter: of the 30 x D
 numbers per token and layer that autograd would keep for an RWKV-5 block, making them twice leaves 12.5.
@@ -20,7 +20,7 @@ class Preparation(Protocol):
     """What stands before one or more products, with a gradient of its own."""
 
     def make(self, *inputs: Any) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
-        """Prepared rows [S, n_in], one for each layer that takes them, and whatever else comes of the inputs."""
+        """Prepared rows [S, n_in], one for each layer that takes them, and whatever else follows from the inputs."""
 
     def gradients(
         self, inputs: Sequence[Tensor | None], g_prepared: Sequence[Tensor | None], g_others: Sequence[Tensor | None]

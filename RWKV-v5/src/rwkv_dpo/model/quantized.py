@@ -101,7 +101,7 @@ class Nf4Matrix(QuantizedMatrix):
         """See QuantizedMatrix."""
         f, parts = bitsandbytes("functional"), self.parts
         of_scales = f.QuantState(parts["scales_of_scales"], code=parts["scale_table"], blocksize=SCALES_BLOCK, dtype=torch.float32)
-        # On a CPU, bitsandbytes 0.50 reads the wrong scales where a block goes on in the next row. In one row all blocks follow each other.
+        # On a CPU, bitsandbytes 0.50 reads the wrong scales where a block continues in the next row. In one row they follow each other.
         shape = self.shape if self.shape[1] % BLOCK == 0 else (self.shape.numel(),)
         state = f.QuantState(
             parts["scales"], shape, blocksize=BLOCK, quant_type="nf4", dtype=dtype, offset=parts["mean_scale"], state2=of_scales
@@ -128,7 +128,7 @@ class QuantizedLinear(Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # peft reads it, to begin a DoRA
-        """The matrix in fp32, made anew each time."""
+        """The matrix in fp32, made again each time."""
         return self.matrix.to(torch.float32)
 
     @property

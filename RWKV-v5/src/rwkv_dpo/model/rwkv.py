@@ -107,7 +107,7 @@ class Head(nn.Module, Cast):
 
 
 class Block(nn.Module):
-    """Autograd keeps 12.5 numbers per token and channel of an RWKV-5 block with dim_ffn = 3.5 n_embd: both halves' inputs (2), r, k, v,
+    """Autograd keeps 12.5 values per token and channel of an RWKV-5 block with dim_ffn = 3.5 n_embd: both halves' inputs (2), r, k, v,
     g, y (5), and the channel mix's key (3.5), gate and value (2)."""
 
     def __init__(self, shape: ModelShape, mixes: Mixes, layer: int, dropout: float) -> None:

@@ -1,4 +1,4 @@
-"""AdamW whose moments are kept in bf16, rounded stochastically: 4 bytes a parameter instead of 8.
+"""AdamW whose moments are kept in bf16, rounded stochastically: 4 bytes per parameter instead of 8.
 
 A bf16 number moves in steps of 1/128 to 1/256 of itself. exp_avg_sq changes by (1 - beta2) * (g^2 - exp_avg_sq), with beta2 = 0.99 at
 most a hundredth of it when it falls: rounded to the nearest, changes below half a step are lost and the mean stops where it is, up to

@@ -39,7 +39,7 @@ class Columns:
         return np.array(self._steps)
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Takes a record, unless it has no step. One of a step that was there before begins anew from there: a run that was killed has
+        """Takes a record, unless it has no step. One of a step that was there before replaces what followed: a run that was killed has
         done those steps again."""
         step = record.get("step")
         if not isinstance(step, int | float):

@@ -57,7 +57,7 @@ def charts(train: Columns, held_out: Columns) -> list[Chart]:
     drawn = [
         Chart("Loss", "what the run minimises", ".4f", [] if is_one_part else _steps(train, "loss")),
         Chart("Preference loss", "of pairs", ".4f", _steps(train, "loss_dpo") + _points(held_out, "loss_dpo")),
-        Chart("Corpus loss", "nats a token", ".4f", _steps(train, "loss_general") + _points(held_out, "corpus_loss")),
+        Chart("Corpus loss", "nats per token", ".4f", _steps(train, "loss_general") + _points(held_out, "corpus_loss")),
         Chart(
             "Accuracy", "share of pairs whose chosen answer has the larger reward; the band holds the held-out one with 95 % confidence",
             ".3f",
@@ -76,7 +76,7 @@ def charts(train: Columns, held_out: Columns) -> list[Chart]:
         ),
         Chart("Learning rate", "", ".3g", _exact(train, "lr")),
         Chart("Gradient norm", "before clipping", ".3g", _steps(train, "grad_norm")),
-        Chart("Throughput", "tokens a second", ",.0f", _steps(train, "tokens_per_s")),
+        Chart("Throughput", "tokens per second", ",.0f", _steps(train, "tokens_per_s")),
         Chart("Peak memory", "GB, of the first process", ".2f", _exact(train, "peak_memory_gb")),
     ]  # fmt: skip
     return [chart for chart in drawn if chart.curves]

@@ -47,7 +47,7 @@ def _forgetting(train: Columns, held_out: Columns, flags: Mapping[str, Any]) -> 
     if end is None or end[1] <= (1 + CORPUS_RISE) * end[0]:
         return ""
     return (
-        f"the corpus loss has risen by {end[1] / end[0] - 1:.0%}, from {end[0]:.3f} to {end[1]:.3f} nats a token: the model unlearns the "
+        f"the corpus loss has risen by {end[1] / end[0] - 1:.0%}, from {end[0]:.3f} to {end[1]:.3f} nats per token: the model unlearns the "
         "corpus. Raise --dpo_general_corpus_ratio, or lower --lr_init"
     )
 

@@ -40,7 +40,7 @@ def as_table(
         answers = {name: row for name, row in reference.items() if isinstance(row, Mapping)}
         lines.append(_columns("reference log-probability", (name.replace("_", " ") for name in next(iter(answers.values())))))
         lines += [_columns(f"  {name}", (f"{value:,.2f}" for value in row.values())) for name, row in answers.items()]
-        lines.append(f"{'ranked right by the reference':<34}{reference['ranked_right']:>9.1%}")
+        lines.append(f"{'ranked correctly by the reference':<34}{reference['ranked_right']:>9.1%}")
     if files:
         lines += [f"{name:<34}{file['pairs']:>9,} pairs  sha256 {file['sha256']}" for name, file in files.items()]
     return "\n".join(lines)

@@ -124,7 +124,7 @@ _OTHERS: tuple[tuple[str, Here], ...] = (
     ("use_cpu no_cuda", _switch("--accelerator cpu")),
     ("deepspeed", _only("--strategy deepspeed_stage_1, _2 or _3 makes DeepSpeed's settings")),
     ("fsdp", _only("--strategy deepspeed_stage_3 shares out weights", "", *_FALSE)),
-    ("replace_sampler_ddp use_distributed_sampler", _only("samples are dealt to devices by one order that knows nothing of them", *_FALSE)),
+    ("replace_sampler_ddp use_distributed_sampler", _only("one order of samples, independent of devices, is dealt to them", *_FALSE)),
     ("ddp_find_unused_parameters", _only("every parameter is used", *_FALSE)),
     ("group_by_length", _only("--balance tokens (the default) takes pairs of like length together", *_TRUE)),
     ("logging_steps logging_first_step logging_strategy log_every_n_steps plot_loss", _only(_LOG, ANY)),
@@ -141,7 +141,7 @@ _OTHERS: tuple[tuple[str, Here], ...] = (
     ("do_train do_eval", _only("train.py trains, and evaluates the pairs of --dpo_valid_file", *_TRUE)),
     ("enable_model_summary", _only("three lines tell what is trained on what", ANY)),
     ("fast_dev_run", _only("--dry_run 1 trains nothing, and says what a run needs; --epoch_count 1 --epoch_steps N is short", *_FALSE)),
-    ("resume_from_checkpoint", _only("--resume auto (the default) goes on with an interrupted run; --resume FILE from a file of last/")),
+    ("resume_from_checkpoint", _only("--resume auto (the default) continues an interrupted run; --resume FILE from a file of last/")),
     ("num_workers dataloader_num_workers preprocessing_num_workers", _only("they are chosen by what is faster", ANY)),
     ("remove_unused_columns", _only("a pair file has no columns", ANY)),
     # torch.distributed.launch and DeepSpeed's launcher add it; torchrun's environment says the same.

@@ -17,7 +17,7 @@ NAME = "default"
 class AdaptedLinear(lora.Linear):
     """x @ W.T + scaling * (x @ A.T) @ B.T for prepared rows x, with A [r, in], B [out, r] fp32; DoRA scales each output.
 
-    x is made anew in the backward pass for both products, so that the adapter keeps r numbers a token (DoRA: and its output);
+    x is computed again in the backward pass for both products, so that the adapter keeps r values per token (DoRA: and its output);
     with dropout it keeps x.
     """
 

@@ -69,7 +69,7 @@ def write_adapter(folder: Path, config: Any, metadata: Mapping[str, str], tensor
 
 
 def read_adapter(folder: str | Path) -> SavedAdapter:
-    """Refuses folders that are missing, torn, of another kind than LoRA, or of a form of it that we don't compute."""
+    """Refuses folders that are missing, truncated, of another kind than LoRA, or of a form of it that we don't compute."""
     path = Path(folder)
     config = _read_config(path / CONFIG)
     for name, accepted in _NEUTRAL.items():

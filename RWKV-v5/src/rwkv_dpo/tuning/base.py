@@ -49,4 +49,4 @@ def check_base(path: str | Path, base: str | Path, any_base: bool, sha256: str =
     """Refuses an adapter or a state of another base model than the file `base`, whose sha256 is computed where it isn't given."""
     trained_on = "" if any_base else base_of(path)
     if trained_on and trained_on != (sha256 or file_sha256(base)):
-        refuse(f"{path}: was trained on another base model (sha256 {trained_on[:12]}...) than {base}; --any_base 1 takes it all the same")
+        refuse(f"{path}: was trained on another base model (sha256 {trained_on[:12]}...) than {base}; --any_base 1 accepts it anyway")

@@ -20,7 +20,7 @@ def begin_tuning(
 ) -> Tuning | None:
     """Adds to the model what --peft trains, at its start, and freezes the rest. None with --peft none.
 
-    Where training goes on from a file (--peft_load, or `start` before it), the file decides; given flags must agree. A run that is
+    If training continues from a file (--peft_load, or `start` before it), the file decides; given flags must agree. A run that is
     taken up again gives what it saved as its start: PiSSA's matrices come from there, not from another decomposition.
     base, base_sha256: the file with the model's weights, and what is in it; "" where that isn't known.
     """
