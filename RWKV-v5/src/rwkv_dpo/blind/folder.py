@@ -31,7 +31,7 @@ def claim(folder: Path, names: Sequence[str], test: Mapping[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--folder {folder}: cannot be made: {error.strerror}") from error
+        raise InputError(f"--folder {folder}: cannot be created: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         refuse(f"--folder {folder}: cannot be written to")
     check(folder, test)
